@@ -1,0 +1,143 @@
+"""Multi-query associative recall (MQAR), the task of the Zoology benchmark.
+
+A sequence shows ``D`` key-value pairs and later asks for the value of each key once, at gaps that follow a
+power law. The answer is expected at the query token itself and is never written into the sequence.
+Semantics as in ``zoology/data/multiquery_ar.py`` (arXiv:2312.04927), with one difference: every random
+number, the fillers included, comes from ``seed``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dspace.tasks.base import Batch, Ints, Seed, Task, require, require_integers
+from dspace.tasks.sampling import distinct, power_law, weighted_distinct
+
+
+def check_mqar(
+    vocab_size: int, input_seq_len: int, num_kv_pairs: int, power_a: float = 0.01, random_non_queries: bool = True
+) -> None:
+    """Raise a UserError that names each rule that these sizes break."""
+    require_integers("mqar", vocab_size=vocab_size, input_seq_len=input_seq_len, num_kv_pairs=num_kv_pairs)
+    require(
+        [*common_rules(vocab_size, input_seq_len, num_kv_pairs, power_a), fits(input_seq_len, num_kv_pairs)], "mqar"
+    )
+
+
+def fits(input_seq_len: int, num_kv_pairs: int) -> tuple[bool, str, str]:
+    """The rule that the pairs and as many query slots fit into the sequence."""
+    return (
+        4 * num_kv_pairs <= input_seq_len,
+        f"4 * num_kv_pairs = {4 * num_kv_pairs} must be at most input_seq_len = {input_seq_len}: "
+        "a pair takes two tokens, its query two more",
+        f"num_kv_pairs <= {input_seq_len // 4} or input_seq_len >= {4 * num_kv_pairs}",
+    )
+
+
+def common_rules(vocab_size: int, input_seq_len: int, num_kv_pairs: int, power_a: float) -> list[tuple[bool, str, str]]:
+    """Rules shared by the recall tasks, as ``(holds, rule, cure)``."""
+    keys = vocab_size // 2 - 1
+    return [
+        (num_kv_pairs >= 1, f"num_kv_pairs = {num_kv_pairs} must be at least 1", "ask for one pair or more"),
+        (input_seq_len % 2 == 0, f"input_seq_len = {input_seq_len} must be even", f"use {input_seq_len + 1}"),
+        (
+            vocab_size > input_seq_len,
+            f"vocab_size = {vocab_size} must exceed input_seq_len = {input_seq_len}",
+            f"vocab_size >= {input_seq_len + 1}",
+        ),
+        (
+            keys >= num_kv_pairs,
+            f"vocab_size = {vocab_size} has {keys} keys (1 .. vocab_size/2 - 1) for {num_kv_pairs} distinct ones",
+            f"vocab_size >= {2 * num_kv_pairs + 2}",
+        ),
+        (power_a > 0, f"power_a = {power_a} must be positive", "the published value is 0.01"),
+    ]
+
+
+def mqar(
+    vocab_size: int = 8192,
+    num_examples: int = 1000,
+    input_seq_len: int = 64,
+    num_kv_pairs: int = 8,
+    power_a: float = 0.01,
+    random_non_queries: bool = True,
+    seed: Seed = 0,
+) -> Batch:
+    """Make ``num_examples`` sequences ``k1 v1 .. kD vD`` followed by the queries.
+
+    Keys are drawn from ``1 .. vocab_size//2 - 1``, values from ``vocab_size//2 .. vocab_size - 1``, each
+    without replacement and independently. The query for key ``i`` stands at ``2 D + 2 gap_i``, where the gaps
+    are distinct slots of ``0 .. (L - 2 D)/2 - 1`` drawn one after the other with probability proportional to
+    ``power_a * (slot + 1)**(power_a - 1)``. With ``random_non_queries`` each remaining position holds a token
+    of the whole vocabulary (which may happen to be a key of the context), else 0.
+
+    ``seed`` is an integer or a sequence of them. Raises UserError for impossible sizes.
+    """
+    check_mqar(vocab_size, input_seq_len, num_kv_pairs, power_a)
+    require_integers("mqar", num_examples=num_examples)
+    rng = np.random.default_rng(seed)
+    pairs = num_kv_pairs
+    keys = distinct(rng, num_examples, pairs, vocab_size // 2 - 1) + 1
+    values = distinct(rng, num_examples, pairs, vocab_size - vocab_size // 2) + vocab_size // 2
+    context = np.empty((num_examples, 2 * pairs), dtype=np.int32)
+    context[:, 0::2], context[:, 1::2] = keys, values
+    inputs, positions = place_queries(rng, context, keys, input_seq_len, power_a, random_non_queries, vocab_size)
+    order = np.broadcast_to(np.arange(pairs, dtype=np.int32), keys.shape)
+    return Batch(
+        task="mqar",
+        vocab_size=vocab_size,
+        settings={
+            "vocab_size": vocab_size,
+            "num_examples": num_examples,
+            "input_seq_len": input_seq_len,
+            "num_kv_pairs": num_kv_pairs,
+            "power_a": power_a,
+            "random_non_queries": random_non_queries,
+            "seed": seed,
+        },
+        inputs=inputs,
+        positions=positions,
+        targets=values,
+        ages=positions - 2 * order,
+        order=order,
+        rebound=np.zeros(keys.shape, dtype=bool),
+        stale=np.full(keys.shape, -1, dtype=np.int32),
+    )
+
+
+def place_queries(
+    rng: np.random.Generator,
+    context: Ints,
+    keys: Ints,
+    input_seq_len: int,
+    power_a: float,
+    random_non_queries: bool,
+    vocab_size: int,
+) -> tuple[Ints, Ints]:
+    """Append the query section to ``context`` ``[N, C]``: tokens ``[N, L]`` and positions of the keys' queries."""
+    rows, used = context.shape
+    slots = (input_seq_len - used) // 2
+    gaps = weighted_distinct(rng, rows, keys.shape[1], power_law(slots, power_a))
+    positions = used + 2 * gaps
+    inputs = np.zeros((rows, input_seq_len), dtype=np.int32)
+    if random_non_queries:
+        inputs[:, used:] = rng.integers(0, vocab_size, size=(rows, input_seq_len - used), dtype=np.int32)
+    inputs[:, :used] = context
+    np.put_along_axis(inputs, positions, keys, axis=1)
+    return inputs, positions
+
+
+MQAR = Task(
+    name="mqar",
+    make=mqar,
+    check=check_mqar,
+    sizes={
+        "vocab_size": 8192,
+        "input_seq_len": 64,
+        "num_kv_pairs": 8,
+        "power_a": 0.01,
+        "random_non_queries": True,
+    },
+    doc="recall the value of each of D keys shown earlier",
+    tags=("accuracy", "stability"),
+)
