@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.runtime.certify import Certificate, verify
-    from dspace.runtime.compile import compile
-    from dspace.runtime.doctor import doctor
-    from dspace.runtime.generate import check, generate
+    from dspace.runtime.compiler import compile
+    from dspace.runtime.diagnose import doctor
+    from dspace.runtime.generation import check, generate
 
 _HOME = {
     "Certificate": "certify",
-    "check": "generate",
-    "compile": "compile",
-    "doctor": "doctor",
-    "generate": "generate",
+    "check": "generation",
+    "compile": "compiler",
+    "doctor": "diagnose",
+    "generate": "generation",
     "verify": "certify",
 }
 
@@ -33,6 +33,6 @@ def __getattr__(name: str) -> Any:
     """Load what is asked for, when it is asked for: the parts need torch or SymPy, the package does not."""
     if name in _HOME:
         value = getattr(importlib.import_module(f"dspace.runtime.{_HOME[name]}"), name)
-        globals()[name] = value  # importing the submodule has bound its own name here: the function takes its place
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'dspace.runtime' has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""Certification: every form of a generated module against the float64 oracle, on this machine, with fresh inputs."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dspace.errors import UserError
+from dspace.runtime import versions
+from dspace.runtime.budgets import ROUNDING, Kind, budget, gates
+from dspace.runtime.cases import Arguments, Case, draw_arguments, full_cases, quick_cases
+from dspace.runtime.compare import Check, compare, relative_error
+from dspace.runtime.oracle import Coordinates, evaluate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+FORMS = ("chunk", "recurrent", "reference")
+"""The public functions of a generated module, by prefix."""
+
+DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+"""What a full certificate tries unless told otherwise; a quick one takes the first, on a GPU the first two."""
+
+Results = dict[str, "Tensor"]
+"""Tensors of one run by name: ``o``, ``variance``, ``state NAME``, ``d NAME``."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What verification found of one module on one machine; ``passed`` is the verdict."""
+
+    name: str
+    spec_hash: str
+    emitter_version: str
+    libraries: dict[str, str]
+    device: str
+    device_name: str
+    letter: str
+    quick: bool
+    seed: int
+    seconds: float
+    created: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """No check failed, and every form was really compared with something."""
+        compared = {c.form for c in self.checks if c.status == "ok"}
+        return not self.failures() and compared.issuperset(FORMS)
+
+    def failures(self) -> list[Check]:
+        """The checks that failed, the worst first."""
+        failed = [c for c in self.checks if c.status == "failed"]
+        return sorted(failed, key=lambda c: -(c.error / c.budget if c.error == c.error else float("inf")))
+
+    def worst(self) -> list[Check]:
+        """For each form, dtype and quantity the check that came closest to its budget, or that failed."""
+        found: dict[tuple[str, str, str], Check] = {}
+        for check in self.checks:
+            key = (check.form, check.dtype, check.quantity)
+            if key not in found or _severity(check) > _severity(found[key]):
+                found[key] = check
+        return list(found.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The certificate as JSON sees it."""
+        fields = {k: v for k, v in vars(self).items() if k != "checks"}
+        return fields | {"passed": self.passed, "checks": [c.as_dict() for c in self.checks]}
+
+    def table(self) -> Table:
+        """A table for the terminal: the worst case of every form, dtype and quantity beside its budget."""
+        from rich.table import Table
+
+        verdict = "certified" if self.passed else "REFUSED"
+        undefined = sum(c.status == "undefined" for c in self.checks)
+        caption = f"{len(self.checks)} checks in {self.seconds:.1f} s"
+        if undefined:
+            caption += f"; {undefined} where the recurrence itself is not finite"
+        table = Table(title=f"{self.name}: {verdict} on {self.device_name}", caption=caption)
+        for column in ("form", "dtype", "quantity"):
+            table.add_column(column)
+        table.add_column("worst relative RMS", justify="right")
+        table.add_column("budget", justify="right")
+        table.add_column("case")
+        table.add_column("")
+        for c in self.worst():
+            style = {"ok": "green", "failed": "bold red", "undefined": "yellow"}[c.status]
+            error = f"{c.error:.1e}" if c.error == c.error else "-"
+            mark = f"[{style}]{c.status}[/]" + (f" {c.note}" if c.note else "")
+            table.add_row(c.form, c.dtype, c.quantity, error, f"{c.budget:.0e}", c.case, mark)
+        return table
+
+
+def verify(
+    source: Any,
+    device: str = "cpu",
+    dtypes: Sequence[str] | None = None,
+    quick: bool = False,
+    *,
+    seed: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Certificate:
+    """Certify the module of a variant on this machine and store the certificate in the cache.
+
+    Args:
+        source: path of a spec file, name of a built-in spec, or a Spec.
+        device: "cpu" or "cuda".
+        dtypes: names such as "float32"; :data:`DTYPES` by default.
+        quick: a few seconds instead of the whole matrix.
+        seed: of the inputs; fresh ones each time by default (the certificate names it).
+        cache_dir: cache folder, see :func:`dspace.compile`.
+        progress: called with a line of text before each case.
+
+    Raises:
+        UserError: no such device or dtype here.
+        SpecError: the spec cannot be compiled.
+    """
+    from dspace.runtime.cache import Cache
+    from dspace.runtime.compiler import certificate_key, compile_entry
+    from dspace.runtime.sources import as_spec
+
+    spec = as_spec(source)
+    entry, module = compile_entry(spec, cache_dir)
+    certificate = certify_module(
+        spec, module, device=device, dtypes=dtypes, quick=quick, seed=seed, progress=progress
+    )
+    if dtypes is None:  # a certificate of fewer dtypes must not stand for all of them
+        Cache(cache_dir).store_certificate(certificate_key(entry, device, quick), certificate.as_dict())
+    return certificate
+
+
+def certify_module(
+    spec: Any,
+    module: ModuleType,
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[str] | None = None,
+    quick: bool = False,
+    seed: int | None = None,
+    cases: Sequence[Case] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Certificate:
+    """Certify a module that is at hand against the spec that it claims to implement (see :func:`verify`)."""
+    if device not in DTYPES:
+        raise UserError(f"unknown device {device!r}; cure: one of {', '.join(DTYPES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no usable GPU here (torch.cuda.is_available() is False); cure: device='cpu'")
+    names = tuple(dtypes) if dtypes is not None else DTYPES[device][: {"cpu": 1, "cuda": 2}[device] if quick else None]
+    for name in names:
+        if name not in ("float16", "bfloat16", "float32", "float64"):
+            raise UserError(f"unknown dtype {name!r}; cure: float32, bfloat16, float16 or float64")
+    begin = time.perf_counter()
+    seed = int(torch.seed() % 2**31) if seed is None else seed
+    todo = tuple(cases) if cases is not None else quick_cases(device) if quick else full_cases(device)
+    examiner = Examiner(spec, module, device)
+    checks: list[Check] = []
+    for number, case in enumerate(todo):
+        if progress is not None:
+            progress(str(case))
+        for dtype in names:
+            checks += examiner.examine(case, dtype, seed + number)
+    # The reference in float64 shows that the formulas are the same, to the last digits.
+    checks += examiner.examine(todo[0], "float64", seed, forms=("reference",))
+    return Certificate(
+        name=spec.name,
+        spec_hash=spec.hash,
+        emitter_version=versions.emitter_version(),
+        libraries=versions.library_versions(),
+        device=device,
+        device_name=versions.device_name(device),
+        letter=module.SPEC["class"],
+        quick=quick,
+        seed=seed,
+        seconds=time.perf_counter() - begin,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        checks=tuple(checks),
+    )
+
+
+class Examiner:
+    """Runs the forms of one module and the oracle on the same arguments, and compares."""
+
+    def __init__(self, spec: Any, module: ModuleType, device: str) -> None:
+        from dspace.runtime.compiler import analysis_of
+
+        self.name, self.module, self.device = spec.name, module, device
+        self.coordinates = Coordinates.of(analysis_of(spec))
+        self.recurrence = self.coordinates.source
+        self.state_names = [s.name for s in self.coordinates.normal.states]
+        self.gates = gates(self.coordinates.normal)
+        self.letter = str(module.SPEC["class"])
+        self.has_variance = bool(module.SPEC["variance"])
+
+    def examine(self, case: Case, dtype: str, seed: int, forms: Sequence[str] = FORMS) -> Iterator[Check]:
+        """All checks of one case in one dtype."""
+        arguments = self._arguments(case, getattr(torch, dtype), seed)
+        expected, cotangents = self._oracle(case, arguments, seed)
+        floor: Results | None = None
+        for form in forms:
+            found = self._run(form, case, arguments, cotangents)
+            if isinstance(found, str):
+                yield Check(form, str(case), dtype, "call", float("nan"), 0.0, "failed", found)
+                continue
+            for quantity, reference in expected.items():
+                accepted = budget(dtype, self._kind(quantity), form, self.letter)
+                error, status, note = compare(reference, found.get(quantity), accepted, dtype)
+                if status == "failed" and error == error and dtype == "float32":
+                    floor = floor or self._oracle(case, arguments, seed, torch.float32)[0]
+                    rounding = relative_error(reference, floor[quantity])
+                    if error <= ROUNDING * rounding:
+                        status, note = "ok", f"evaluated in float32, the recurrence itself errs by {rounding:.1e}"
+                yield Check(form, str(case), dtype, quantity, error, accepted, status, note)
+
+    def _kind(self, quantity: str) -> Kind:
+        if not quantity.startswith("d "):
+            return "output"
+        return "gate gradient" if quantity[2:] in self.gates else "gradient"
+
+    def _arguments(self, case: Case, dtype: torch.dtype, seed: int) -> Arguments:
+        arguments = draw_arguments(self.recurrence, self.gates, case, dtype, self.device, seed)
+        if not case.initial:
+            return arguments
+        # A state that the variant really reaches: the one after a few other tokens.
+        count = len(case.lengths) if case.lengths is not None else case.shape.B
+        before = Case("before", replace(case.shape, B=count, T=5))
+        past = draw_arguments(self.recurrence, self.gates, before, dtype, self.device, seed + 7919)
+        with torch.no_grad():
+            states = evaluate(
+                self.recurrence, {**past.inputs, **arguments.parameters}, coordinates=self.coordinates, variance=False
+            ).states
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return replace(arguments, states=tuple(s.to(wide).contiguous().requires_grad_() for s in states))
+
+    def _oracle(
+        self, case: Case, arguments: Arguments, seed: int, dtype: torch.dtype = torch.float64
+    ) -> tuple[Results, Results]:
+        """What the oracle says of every quantity, and the cotangents that its gradients are for."""
+        found = evaluate(
+            self.recurrence,
+            {**arguments.inputs, **arguments.parameters},
+            initial_states=arguments.states,
+            cu_seqlens=arguments.cu_seqlens,
+            variance=case.variance,
+            coordinates=self.coordinates,
+            dtype=dtype,
+        )
+        results: Results = {"o": found.output}
+        if found.variance is not None:
+            results["variance"] = found.variance
+        if case.final:
+            results |= {f"state {n}": s for n, s in zip(self.state_names, found.states, strict=True)}
+        generator = torch.Generator().manual_seed(seed + 104729)
+        given = next(iter(arguments.inputs.values())).dtype
+        cotangents = {}
+        for name, value in results.items():
+            # Rounded as the kernel will see it.
+            kind = given if name in ("o", "variance") else torch.promote_types(given, torch.float32)
+            draw = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            cotangents[name] = draw.to(device=value.device, dtype=kind)
+        return _with_gradients(results, cotangents, arguments), cotangents
+
+    def _run(self, form: str, case: Case, arguments: Arguments, cotangents: Results) -> Results | str:
+        """The same quantities from the module, or the error that it raised, in one line."""
+        try:
+            return _with_gradients(self._call(form, case, arguments), cotangents, arguments)
+        except Exception as error:  # whatever a kernel raises is a finding, not a crash of the examiner
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = next(iter(str(error).splitlines()), "")
+            return f"raised {type(error).__name__}: {first[:200]}"
+
+    def _call(self, form: str, case: Case, arguments: Arguments) -> Results:
+        function = getattr(self.module, f"{form}_{self.name}")
+        bounds = [0, *case.splits, case.shape.T]
+        want_variance = case.variance and self.has_variance
+        state: Any = arguments.states
+        outputs, variances = [], []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            last = stop == case.shape.T
+            result = function(
+                *(x[:, start:stop] for x in arguments.inputs.values()),
+                *arguments.parameters.values(),
+                initial_state=state,
+                output_final_state=case.final or not last,
+                output_variance=want_variance,
+                cu_seqlens=arguments.cu_seqlens,
+            )
+            state = result[-1]
+            outputs.append(result[0])
+            variances += result[1:-1]
+        results: Results = {"o": torch.cat(outputs, 1)}
+        if want_variance:
+            results["variance"] = torch.cat(variances, 1)
+        if case.final:
+            states = (state,) if len(self.state_names) == 1 else state
+            results |= {f"state {n}": s for n, s in zip(self.state_names, states, strict=True)}
+        return results
+
+
+def _with_gradients(results: Results, cotangents: Results, arguments: Arguments) -> Results:
+    """``results`` and the gradients ``d NAME`` of every leaf, for the given cotangents of the results."""
+    leaves = arguments.leaves()
+    pairs = [(results[n], cotangents[n].to(results[n].dtype)) for n in results if results[n].requires_grad]
+    if pairs:
+        gradients = torch.autograd.grad(
+            [r for r, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True
+        )
+    else:
+        gradients = tuple(None for _ in leaves)
+    found = {f"d {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), gradients, strict=True)}
+    return {n: r.detach() for n, r in results.items()} | found
+
+
+def _severity(check: Check) -> float:
+    if check.status == "failed":
+        return float("inf")
+    return -1.0 if check.status == "undefined" else check.error / check.budget

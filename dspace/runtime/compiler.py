@@ -1,0 +1,164 @@
+"""From a spec to an imported module: compiled once, cached by content, certified once per machine."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dspace.errors import CertificationError
+from dspace.runtime import sources, versions
+from dspace.runtime.cache import Cache, Entry, digest
+from dspace.runtime.load import load_file
+
+if TYPE_CHECKING:
+    from dspace.math.ir import Analysis
+    from dspace.runtime.certify import Certificate
+    from dspace.spec import Spec
+
+_memory: dict[tuple[str, str], tuple[Entry, ModuleType]] = {}
+_analyses: dict[str, Analysis] = {}
+_trusted: set[str] = set()
+_guard = threading.RLock()
+
+
+def compile(source: Any, *, certify: bool = True, cache_dir: str | Path | None = None) -> ModuleType:
+    """The module of a variant: ``chunk_NAME``, ``recurrent_NAME``, ``reference_NAME``, ``SPEC``.
+
+    The first use of a variant on a machine runs a short certificate (seconds); later uses read its result.
+
+    Args:
+        source: path of a spec file, name of a built-in spec, or a ``dspace.spec.Spec``.
+        certify: refuse a module that disagrees with the float64 oracle here. With False the module is handed out
+            unchecked; its ``reference_NAME`` is plain PyTorch and does not depend on any kernel.
+        cache_dir: cache folder; ``$DSPACE_CACHE`` or the user's cache folder by default.
+
+    Raises:
+        SpecError: the spec cannot be compiled.
+        CertificationError: the module failed its certificate; the message names the first checks that failed.
+        UserError: neither the cache folder nor a temporary one can be written.
+    """
+    cache = Cache(cache_dir)
+    with _guard:
+        entry, module = _module(source, cache)
+        if certify:
+            _certify(source, entry, module, cache)
+        return module
+
+
+def _module(source: Any, cache: Cache) -> tuple[Entry, ModuleType]:
+    key = sources.raw_key(source)
+    memory = (str(cache.folder), key or "")
+    if key is not None and memory in _memory:
+        return _memory[memory]
+    found = _lookup(cache, key) or _build(source, cache, key)
+    entry, path = found
+    result = (entry, load_file(path, entry.name))
+    if key is not None:
+        _memory[memory] = result
+    return result
+
+
+def _lookup(cache: Cache, key: str | None) -> tuple[Entry, Path] | None:
+    entry = cache.entry(key) if key is not None else None
+    path = cache.module(entry) if entry is not None else None
+    return (entry, path) if entry is not None and path is not None else None
+
+
+def _build(source: Any, cache: Cache, key: str | None) -> tuple[Entry, Path]:
+    """Compile ``source`` into the cache, unless another process did so while this one waited."""
+    spec = sources.as_spec(source)
+    own = sources.spec_key(spec.hash)
+    with cache.lock(own):
+        keys = [own] if key is None else list({own, key})
+        found = _lookup(cache, own)
+        if found is not None:
+            text = found[1].read_text(encoding="utf-8")
+            return cache.store_module(spec.name, spec.hash, text, keys) if key != own else found
+        return cache.store_module(spec.name, spec.hash, module_text(spec), keys)
+
+
+def module_text(source: Any) -> str:
+    """The source text of a variant's module: spec -> analysis -> text."""
+    from dspace.emit import emit
+
+    spec = sources.as_spec(source)
+    return emit(spec, analysis_of(spec))
+
+
+def analysis_of(spec: Spec) -> Analysis:
+    """The analysis of a spec; the last few are kept, since compiling and certifying both ask for it."""
+    from dspace.math import analyse
+
+    if spec.hash not in _analyses:
+        while len(_analyses) >= 16:
+            _analyses.pop(next(iter(_analyses)))
+        _analyses[spec.hash] = analyse(spec)
+    return _analyses[spec.hash]
+
+
+def compile_entry(source: Any, cache_dir: str | Path | None = None) -> tuple[Entry, ModuleType]:
+    """The uncertified module of a variant and its entry in the cache."""
+    with _guard:
+        return _module(source, Cache(cache_dir))
+
+
+def certificate_key(entry: Entry, device: str, quick: bool) -> str:
+    """Key of a certificate: the module's text, the compiler, the libraries and the hardware that ran it."""
+    libraries = [f"{n}={v}" for n, v in sorted(versions.library_versions().items())]
+    return digest(
+        "certificate",
+        "quick" if quick else "full",
+        entry.spec_hash,
+        entry.sha256,
+        versions.emitter_version(),
+        *libraries,
+        versions.device_name(device),
+    )
+
+
+def default_device() -> str:
+    """The device that :func:`compile` certifies: "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _certify(source: Any, entry: Entry, module: ModuleType, cache: Cache) -> None:
+    device = default_device()
+    key = certificate_key(entry, device, quick=True)
+    if key in _trusted:
+        return
+    known = cache.certificate(key)
+    if known is None or not known["passed"]:
+        with cache.lock(key):
+            known = cache.certificate(key)
+            if known is None or not known["passed"]:
+                certificate = _run_certificate(source, module, device)
+                cache.store_certificate(key, certificate.as_dict())
+                if not certificate.passed:
+                    raise CertificationError(refusal(certificate))
+    _trusted.add(key)
+
+
+def _run_certificate(source: Any, module: ModuleType, device: str) -> Certificate:
+    from dspace.runtime.certify import certify_module
+
+    return certify_module(sources.as_spec(source), module, device=device, quick=True)
+
+
+def refusal(certificate: Certificate) -> str:
+    """Why a module was not handed out, and what to do."""
+    failed = certificate.failures()
+    lines = [
+        f"the kernels of {certificate.name!r} disagree with the float64 oracle on {certificate.device_name}:",
+        *(f"  {check.describe()}" for check in failed[:5]),
+    ]
+    if len(failed) > 5:
+        lines.append(f"  and {len(failed) - 5} more")
+    lines += [
+        f"  cure: run `dspace verify {certificate.name}` for the whole table and `dspace doctor` for known-bad versions;",
+        f"  dspace.compile(..., certify=False) hands the module out unchecked: its reference_{certificate.name} is plain PyTorch",
+    ]
+    return "\n".join(lines)

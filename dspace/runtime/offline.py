@@ -1,0 +1,160 @@
+"""Compile every Triton kernel of a generated module for GPUs that are not here.
+
+:func:`record` runs a function of the module on CPU tensors with its kernels replaced by recorders, so that
+grids, argument types and configurations are those of a real call; :func:`build` compiles the recorded launches
+for a target and reads registers, spills and shared memory from the assembler's report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""What every generated kernel is compiled for in the tests."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel call."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the assembler reports: registers and spilled bytes a thread, shared bytes a block."""
+
+    name: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.launches.append(Launch(self.kernel, args, options))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recording(module: ModuleType) -> Iterator[list[Launch]]:
+    """Within the block, kernels of ``module`` record their launches and do nothing else."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    try:
+        for name, kernel in kernels.items():
+            if name.endswith("_kernel"):
+                setattr(module, name, _Recorder(kernel, launches))
+        yield launches
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
+    """Launches made by ``call``, one for each distinct kernel and configuration."""
+    with recording(module) as launches:
+        call()
+    distinct = {}
+    for launch in launches:
+        distinct.setdefault(repr((launch.name, _signature(launch)[:3], launch.options)), launch)
+    return list(distinct.values())
+
+
+def build(launch: Launch, target: str) -> Build:
+    """Compile one launch for ``target`` ("sm_90", "gfx942", ...) and read the assembler's report."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, options = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    if target.startswith("gfx"):
+        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
+        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
+    else:
+        capability = int(target.removeprefix("sm_"))
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        registers, spilled = _resources(compiled.asm["cubin"])
+    return Build(launch.name, target, registers, spilled, compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of its stack, which holds what was spilled, from a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"REG:(\d+)", report)[-1]), int(re.findall(r"STACK:(\d+)", report)[-1])
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]:
+    """Triton's view of a call: type of each argument, constants, alignment, and compile options."""
+    import torch
+
+    kernel = launch.kernel
+    given = dict(zip((p.name for p in kernel.params), launch.args, strict=False))
+    options = {}
+    names = {p.name for p in kernel.params}
+    for name, value in launch.options.items():
+        (given if name in names else options)[name] = value
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[str(value.dtype).removeprefix("torch.")]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[parameter.name] = "i1"
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not fixed:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return signature, constants, attributes, options
+
+
+_TYPES = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "i1",
+}
