@@ -1,0 +1,132 @@
+"""Spec -> Recurrence: a posterior approximation, or a recurrence stated directly, as states with updates.
+
+A posterior is forgotten by a power prior (the past is tempered towards the prior before each token)::
+
+    precision' = retain * precision + (1 - retain) * prior.precision + precision.evidence
+    mean'      = (retain * precision * mean + (1 - retain) * prior.precision * prior.mean + mean.evidence) / precision'
+
+With ``structure = "constant"`` the precision stays at its prior and only the mean is a state. The result is in
+*source* coordinates; :mod:`dspace.math.coordinates` finds better ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sympy
+
+from dspace.errors import UserError
+from dspace.math.intervals import sign_domain
+from dspace.math.ir import Recurrence, State, Variable, axes_of
+
+if TYPE_CHECKING:
+    from dspace.spec import Spec
+
+STRUCTURES: dict[str, str | None] = {"constant": None, "scalar": "", "key": "k", "value": "v", "key_value": "kv"}
+"""Axes on which the precision of each structure lives (None: it is no state)."""
+
+
+def lower(spec: Spec) -> Recurrence:
+    """The recurrence that ``spec`` states, in its own coordinates.
+
+    Raises UserError, with a cure, for a posterior that has no finite elementwise state.
+    """
+    inputs = tuple(Variable(n, d.axes, "input", d.domain, d.doc) for n, d in spec.inputs.items())
+    parameters = tuple(
+        Variable(n, d.axes, "parameter", d.domain, d.doc, None if d.init is None else float(d.init))
+        for n, d in spec.parameters.items()
+    )
+    states = _stated(spec) if spec.state else _posterior(spec, (*inputs, *parameters))
+    recurrence = Recurrence(
+        name=spec.name,
+        inputs=inputs,
+        parameters=parameters,
+        states=states,
+        output=spec.expr("readout.output"),
+        variance=spec.expr("readout.variance") if spec.readout.variance is not None else None,
+        read=spec.readout.read,
+        title=spec.title,
+        references=tuple(spec.references),
+    )
+    return with_domains(recurrence)
+
+
+def _stated(spec: Spec) -> tuple[State, ...]:
+    return tuple(
+        State(
+            name,
+            declared.axes,
+            spec.expr(f"state.{name}.init"),
+            spec.expr(f"state.{name}.update"),
+            getattr(declared, "domain", "real"),
+            getattr(declared, "doc", ""),
+        )
+        for name, declared in spec.state.items()
+    )
+
+
+def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]:
+    structure = spec.precision.structure
+    if structure not in STRUCTURES:
+        raise UserError(
+            f"{spec.name}: precision.structure = {structure!r} has a state on two key axes, which this language cannot state\n"
+            f"  cure: use one of {', '.join(STRUCTURES)}"
+        )
+    retain = spec.expr("forgetting.retain")
+    prior_mean, prior_precision = spec.expr("prior.mean"), spec.expr("prior.precision")
+    mean, evidence = sympy.Symbol("mean", real=True), spec.expr("mean.evidence")
+    doc = "posterior mean of the map from key to value"
+    axes = STRUCTURES[structure]
+    if axes is None:
+        update = retain * mean + (1 - retain) * prior_mean + evidence / prior_precision
+        return (State("mean", "kv", prior_mean, update, doc=doc),)
+    precision = sympy.Symbol("precision", real=True)
+    precision_new = retain * precision + (1 - retain) * prior_precision + spec.expr("precision.evidence")
+    table = {v.symbol: v.axes for v in variables} | {precision: axes}
+    found = axes_of(precision_new, table)
+    if set(found) - set(axes):
+        raise UserError(
+            f"{spec.name}: the precision has structure {structure!r} (axes {axes!r}) but what is added to it has axes {found!r}\n"
+            f"  cure: contract the evidence with sum_k or sum_v, or choose a structure with axes {found!r}"
+        )
+    mean_new = retain * precision * mean + (1 - retain) * prior_precision * prior_mean + evidence
+    return (
+        State("mean", "kv", prior_mean, mean_new / precision_new, doc=doc),
+        State("precision", axes, prior_precision, precision_new, doc="posterior precision (importance)"),
+    )
+
+
+def with_domains(recurrence: Recurrence) -> Recurrence:
+    """The same recurrence with the sign of each state declared where induction over tokens proves it.
+
+    A sign is proven if the initial value has it and the update keeps it, whatever the inputs in their domains.
+    """
+    claims = {s.name: "positive" for s in recurrence.states if s.domain == "real"}
+    weaker = {"positive": "nonnegative", "nonnegative": "real"}
+    while claims:
+        trial = redeclare(recurrence, claims)
+        failed = [s for s in trial.states if claims.get(s.name, "real") != "real" and not _keeps(trial, s)]
+        if not failed:
+            return trial
+        for state in failed:
+            claims[state.name] = weaker[state.domain]
+    return recurrence
+
+
+def _keeps(recurrence: Recurrence, state: State) -> bool:
+    rank = {"positive": 2, "nonnegative": 1}
+    need = rank[state.domain]
+    return all(rank.get(sign_domain(e, recurrence), 0) >= need for e in (state.init, state.update))
+
+
+def redeclare(recurrence: Recurrence, domains: dict[str, str]) -> Recurrence:
+    """The same recurrence with other domains for its states: their symbols change everywhere."""
+    states = [State(s.name, s.axes, s.init, s.update, domains.get(s.name, s.domain), s.doc) for s in recurrence.states]
+    swap = {old.symbol: new.symbol for old, new in zip(recurrence.states, states, strict=True)}
+    for bare in recurrence.states:  # expressions may still spell a state with weaker assumptions
+        swap.setdefault(sympy.Symbol(bare.name, real=True), swap[bare.symbol])
+    return recurrence.replace(
+        states=tuple(State(s.name, s.axes, s.init, s.update.xreplace(swap), s.domain, s.doc) for s in states),
+        output=recurrence.output.xreplace(swap),
+        variance=None if recurrence.variance is None else recurrence.variance.xreplace(swap),
+    )

@@ -1,0 +1,79 @@
+"""What may go wrong in floating point, from the declared domains: overflow, division by zero, undefined logarithms."""
+
+from __future__ import annotations
+
+import sympy
+
+from dspace.math.intervals import domains_of, excludes_zero, interval, is_positive
+from dspace.math.ir import Recurrence, SumK, SumV
+
+EXP_LIMIT = 88.0
+"""exp(x) leaves float32 beyond this."""
+
+
+def ranges(recurrence: Recurrence) -> tuple[str, ...]:
+    """Sentences, each naming a hazard with its cure, or a property that was proven; empty if nothing is to be said."""
+    return tuple(dict.fromkeys([*_hazards(recurrence), *_growth(recurrence)]))
+
+
+def _expressions(recurrence: Recurrence) -> list[tuple[str, sympy.Expr]]:
+    named = [(f"the update of {s.name}", s.update) for s in recurrence.states]
+    named += [(f"the start of {s.name}", s.init) for s in recurrence.states]
+    named.append(("the output", recurrence.output))
+    if recurrence.variance is not None:
+        named.append(("the variance", recurrence.variance))
+    return named
+
+
+def _hazards(recurrence: Recurrence) -> list[str]:
+    domains = domains_of(recurrence)
+    found = []
+    for place, expr in _expressions(recurrence):
+        for e in sorted(expr.atoms(sympy.exp), key=str):
+            if interval(e.args[0], domains).high > EXP_LIMIT:
+                found.append(
+                    f"{e} in {place} may overflow: its exponent has no upper bound"
+                    f"; cure: declare {_names(e.args[0])} nonpositive where it is a log retention, or bound it"
+                )
+        for p in sorted(expr.atoms(sympy.Pow), key=str):
+            if p.exp.is_negative and not excludes_zero(p.base, domains):
+                found.append(
+                    f"the division by {p.base} in {place} may be by zero"
+                    f"; cure: keep it away from zero, for example with a positive prior precision or maximum({p.base}, 1)"
+                )
+            elif not p.exp.is_Integer and p.exp.is_Rational and interval(p.base, domains).low < 0:
+                found.append(f"the root of {p.base} in {place} may be of a negative number; cure: declare its sign")
+        for e in sorted(expr.atoms(sympy.log), key=str):
+            if not is_positive(e.args[0], domains):
+                found.append(
+                    f"{e} in {place} may be the logarithm of zero or less; cure: declare {_names(e.args[0])} positive"
+                )
+    return found
+
+
+def _growth(recurrence: Recurrence) -> list[str]:
+    """Whether each elementwise decay lies within [-1, 1]: a state that grows is a hazard over long sequences."""
+    domains = domains_of(recurrence)
+    found = []
+    for s in recurrence.states:
+        if any(s.symbol in c.free_symbols for c in s.update.atoms(SumK, SumV)):
+            continue
+        decay = sympy.diff(s.update, s.symbol)
+        if s.symbol in decay.free_symbols:
+            continue
+        bounds = interval(decay, domains)
+        if bounds.high > 1 or bounds.low < -1:
+            found.append(
+                f"the decay {decay} of {s.name} may exceed 1 in size: the state may grow without bound"
+                f"; cure: bound {_names(decay)} by its domain (unit, or nonpositive under exp)"
+            )
+    return found
+
+
+def _names(expr: sympy.Expr) -> str:
+    return ", ".join(sorted(s.name for s in expr.free_symbols)) or str(expr)
+
+
+def safe_for_log(recurrence: Recurrence, decay: sympy.Expr) -> bool:
+    """Whether ``decay`` is provably positive, so that plans may work with its logarithm."""
+    return is_positive(decay, domains_of(recurrence))
