@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.math import ir, show
-    from dspace.math.adjoint import adjoint
-    from dspace.math.classify import classify
-    from dspace.math.lower import lower
+    from dspace.math.classes import classify
+    from dspace.math.gradients import adjoint
+    from dspace.math.lowering import lower
     from dspace.math.pipeline import analyse
 
-_HOME = {"analyse": "pipeline", "lower": "lower", "adjoint": "adjoint", "classify": "classify"}
+# No module is named like a function of this package: importing it would hide the function.
+_HOME = {"analyse": "pipeline", "lower": "lowering", "adjoint": "gradients", "classify": "classes"}
 _MODULES = ("coordinates", "cost", "functions", "ir", "ranges", "show", "simplify")
 
 __all__ = ["adjoint", "analyse", "classify", "ir", "lower", "show"]

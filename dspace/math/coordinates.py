@@ -20,7 +20,7 @@ import sympy
 from dspace.errors import CompilerBug
 from dspace.math.affinity import coefficients
 from dspace.math.ir import Analysis, Axes, Recurrence, State, SumK, SumV, axes_of, join_axes
-from dspace.math.lower import with_domains
+from dspace.math.lowering import with_domains
 from dspace.math.simplify import is_zero, simplify
 
 Map = Mapping[str, sympy.Expr]
@@ -162,7 +162,7 @@ def _apply(source: Recurrence, choice: tuple[_Candidate, ...]) -> Change | None:
     inits = {s.symbol: s.init for s in source.states}
     table = source.axes_table() | {new[s.name]: c.axes for s, c in zip(source.states, choice, strict=True)}
     states = []
-    for s, c in zip(source.states, choice, strict=True):
+    for c in choice:
         update = c.forward.xreplace(updates).xreplace(inverse)
         init = c.forward.xreplace(inits)
         if init.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo):

@@ -11,11 +11,11 @@ import sympy
 
 from dspace.errors import CompilerBug
 from dspace.math import coordinates
-from dspace.math.adjoint import adjoint
-from dspace.math.classify import classify
+from dspace.math.classes import classify
 from dspace.math.cost import cost
+from dspace.math.gradients import adjoint
 from dspace.math.ir import Analysis, PassRecord, Recurrence
-from dspace.math.lower import lower
+from dspace.math.lowering import lower
 from dspace.math.ranges import ranges
 from dspace.math.simplify import count_ops, simplify_recurrence
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from dspace.math.adjoint import sum_over
 from dspace.math.affinity import coefficients
+from dspace.math.gradients import sum_over
 from dspace.math.ir import Axes, Read, Readout, Recurrence, SumK, axes_of
 from dspace.math.separate import factors, state_sums
 

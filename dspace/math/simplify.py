@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import sympy
 
-from dspace.math.adjoint import sum_over
+from dspace.math.gradients import sum_over
 from dspace.math.ir import CONTRACTED, Axes, Recurrence, State, SumK, SumV
 
 Table = dict[sympy.Symbol, Axes]

@@ -31,12 +31,8 @@ def lower(spec: Spec) -> Recurrence:
 
     Raises UserError, with a cure, for a posterior that has no finite elementwise state.
     """
-    inputs = tuple(Variable(n, d.axes, "input", d.domain, d.doc) for n, d in spec.inputs.items())
-    parameters = tuple(
-        Variable(n, d.axes, "parameter", d.domain, d.doc, None if d.init is None else float(d.init))
-        for n, d in spec.parameters.items()
-    )
-    states = _stated(spec) if spec.state else _posterior(spec, (*inputs, *parameters))
+    inputs, parameters = spec.input_variables, spec.parameter_variables
+    states = _posterior(spec, (*inputs, *parameters)) if spec.is_posterior else _stated(spec)
     recurrence = Recurrence(
         name=spec.name,
         inputs=inputs,
@@ -53,20 +49,13 @@ def lower(spec: Spec) -> Recurrence:
 
 def _stated(spec: Spec) -> tuple[State, ...]:
     return tuple(
-        State(
-            name,
-            declared.axes,
-            spec.expr(f"state.{name}.init"),
-            spec.expr(f"state.{name}.update"),
-            getattr(declared, "domain", "real"),
-            getattr(declared, "doc", ""),
-        )
-        for name, declared in spec.state.items()
+        State(n, d.axes, spec.expr(f"state.{n}.init"), spec.expr(f"state.{n}.update"), d.domain, d.doc)
+        for n, d in spec.state.items()
     )
 
 
 def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]:
-    structure = spec.precision.structure
+    structure = spec.structure
     if structure not in STRUCTURES:
         raise UserError(
             f"{spec.name}: precision.structure = {structure!r} has a state on two key axes, which this language cannot state\n"
@@ -74,13 +63,13 @@ def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]
         )
     retain = spec.expr("forgetting.retain")
     prior_mean, prior_precision = spec.expr("prior.mean"), spec.expr("prior.precision")
-    mean, evidence = sympy.Symbol("mean", real=True), spec.expr("mean.evidence")
+    mean, evidence = spec.state_symbols["mean"], spec.expr("mean.evidence")
     doc = "posterior mean of the map from key to value"
     axes = STRUCTURES[structure]
     if axes is None:
         update = retain * mean + (1 - retain) * prior_mean + evidence / prior_precision
         return (State("mean", "kv", prior_mean, update, doc=doc),)
-    precision = sympy.Symbol("precision", real=True)
+    precision = spec.state_symbols["precision"]
     precision_new = retain * precision + (1 - retain) * prior_precision + spec.expr("precision.evidence")
     table = {v.symbol: v.axes for v in variables} | {precision: axes}
     found = axes_of(precision_new, table)
@@ -92,7 +81,7 @@ def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]
     mean_new = retain * precision * mean + (1 - retain) * prior_precision * prior_mean + evidence
     return (
         State("mean", "kv", prior_mean, mean_new / precision_new, doc=doc),
-        State("precision", axes, prior_precision, precision_new, doc="posterior precision (importance)"),
+        State("precision", axes, prior_precision, precision_new, "positive", "posterior precision (importance)"),
     )
 
 
@@ -122,11 +111,13 @@ def _keeps(recurrence: Recurrence, state: State) -> bool:
 def redeclare(recurrence: Recurrence, domains: dict[str, str]) -> Recurrence:
     """The same recurrence with other domains for its states: their symbols change everywhere."""
     states = [State(s.name, s.axes, s.init, s.update, domains.get(s.name, s.domain), s.doc) for s in recurrence.states]
-    swap = {old.symbol: new.symbol for old, new in zip(recurrence.states, states, strict=True)}
-    for bare in recurrence.states:  # expressions may still spell a state with weaker assumptions
-        swap.setdefault(sympy.Symbol(bare.name, real=True), swap[bare.symbol])
+    symbols = {s.name: s.symbol for s in states}
+
+    def respell(expr: sympy.Expr) -> sympy.Expr:
+        return expr.xreplace({x: symbols[x.name] for x in expr.free_symbols if x.name in symbols})
+
     return recurrence.replace(
-        states=tuple(State(s.name, s.axes, s.init, s.update.xreplace(swap), s.domain, s.doc) for s in states),
-        output=recurrence.output.xreplace(swap),
-        variance=None if recurrence.variance is None else recurrence.variance.xreplace(swap),
+        states=tuple(State(s.name, s.axes, s.init, respell(s.update), s.domain, s.doc) for s in states),
+        output=respell(recurrence.output),
+        variance=None if recurrence.variance is None else respell(recurrence.variance),
     )
