@@ -10,9 +10,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class _Unit(torch.autograd.Function):
+    """``x * rsqrt(sum(x**2) + eps)`` over the last axis; the backward pass is ``r * (dy - y * sum(y * dy))``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        r = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        y, r = ctx.saved_tensors
+        return torch.addcmul(dy, y, (y * dy).sum(-1, keepdim=True), value=-1).mul_(r), None
+
+
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / |x|`` over the last axis, finite at zero."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    return _Unit.apply(x, eps)
+
+
+class HeadNorm(torch.nn.Module):
+    """RMS normalisation of each head with a learned weight ``[size]``: ``x / sqrt(mean(x**2) + eps) * weight``."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = torch.nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x / sqrt(mean + eps) = sqrt(size) * x / sqrt(sum + size * eps)
+        return l2norm(x, self.size * self.eps) * (self.weight * self.size**0.5)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

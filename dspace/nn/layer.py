@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspace.errors import UserError
-from dspace.nn.functions import FUNCTIONS, causal_conv, packed_conv, spread
+from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, packed_conv, spread
 from dspace.nn.operator import as_operator
 from dspace.nn.parameters import Constrained, Decay, per_head_start
 from dspace.nn.recipe import Apply, Const, Convolve, PerHead, Plan, Ref, Slot, Take, Tree, make_plan
@@ -92,7 +92,7 @@ class Mixer(nn.Module):
             self.atoms[name] = nn.Parameter(value, requires_grad=name not in frozen)
             self.atoms[name].no_weight_decay = True  # type: ignore[attr-defined]
         self.skip = nn.Parameter(torch.ones(self.num_v_heads)) if skip else None
-        self.norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps) if output_norm else None
+        self.norm = HeadNorm(self.head_v_dim, norm_eps) if output_norm else None
         self.output = nn.Linear(self.num_v_heads * self.head_v_dim, hidden_size, bias=False)
 
     # ------------------------------------------------------------------ construction
@@ -205,14 +205,13 @@ class _Run:
         mixed = mixer.project(x)
         self.head_shape = mixed.shape[:2]
         parts: list[Tensor] = []
+        first, *plain = mixed.split([mixer._convolved, *mixer._widths["plain"]], -1)
         if mixer._convolved:
-            convolved = self.convolve(mixed[..., : mixer._convolved])
-            if mixer._activated:
-                parts += F.silu(convolved[..., : mixer._activated]).split(mixer._widths["silu_conv"], -1)
-            if mixer._convolved > mixer._activated:
-                parts += convolved[..., mixer._activated :].split(mixer._widths["conv"], -1)
-        if mixer._widths["plain"]:
-            parts += mixed[..., mixer._convolved :].split(mixer._widths["plain"], -1)
+            convolved = self.convolve(first)
+            active, bare = convolved.split([mixer._activated, mixer._convolved - mixer._activated], -1)
+            parts += F.silu(active).split(mixer._widths["silu_conv"], -1) if mixer._activated else []
+            parts += bare.split(mixer._widths["conv"], -1) if mixer._widths["conv"] else []
+        parts += plain
         self.gate = parts.pop() if mixer._gated else None
         self.parts = [p.unflatten(-1, s) for p, s in zip(parts, mixer._shapes, strict=True)]
         self.values: dict[str, tuple[Tensor, str]] = {

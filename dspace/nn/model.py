@@ -97,10 +97,10 @@ class Model(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
             last = [getattr(block.mixer, "output", None), block.mlp[-1] if block.mlp is not None else None]
-            for module in last:
-                if isinstance(module, nn.Linear):
+            for linear in last:
+                if isinstance(linear, nn.Linear):
                     with torch.no_grad():
-                        module.weight.div_(math.sqrt(2 * num_layers))
+                        linear.weight.div_(math.sqrt(2 * num_layers))
 
     def hidden(
         self, tokens: Tensor, state: list[Any] | None = None, cu_seqlens: Tensor | None = None, **options: Any

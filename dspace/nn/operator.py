@@ -71,18 +71,20 @@ def _from_module(module: ModuleType, spec: Any = None) -> Operator:
     if "name" not in facts:
         raise UserError(f"module {module.__name__!r} has no SPEC: it is not a generated module of dspace")
     name = facts["name"]
-    layer = spec.layer_ast if spec is not None else facts.get("layer", {})
+    layer = dict(spec.layer_ast if spec is not None else facts.get("layer", {}))
+    # A module appends "_" to names that Python reserves; the spec's own name is what recipes use.
+    own = {n: n for n in layer} | {f"{n}_": n for n in layer}
     return Operator(
         name=name,
         chunk=getattr(module, f"chunk_{name}"),
         recurrent=getattr(module, f"recurrent_{name}"),
-        inputs=tuple(Declared(n, d["axes"], d.get("domain", "real")) for n, d in _entries(facts["inputs"])),
+        inputs=tuple(Declared(own.get(n, n), d["axes"], d.get("domain", "real")) for n, d in _entries(facts["inputs"])),
         parameters=tuple(
             ParameterInfo(n, d["axes"], d.get("domain", "real"), d.get("init", _init(spec, n)))
             for n, d in _entries(facts["parameters"])
         ),
         state_axes=tuple(d["axes"] for _, d in _entries(facts["states"])),
-        layer=dict(layer),
+        layer=layer,
         hash=facts.get("hash", ""),
     )
 

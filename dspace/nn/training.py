@@ -124,7 +124,7 @@ def train(
     model.to(where)
     result = Result(
         num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        state_bytes=model.state_size(next(iter(sets.values())).length) if hasattr(model, "state_size") else 0,
+        state_bytes=_state_bytes(model, next(iter(sets.values())).length),
     )
     for evaluation in iterate(model, data, sets, config):
         result.curve.append(evaluation)
@@ -257,7 +257,8 @@ def _tensor(array: Any, device: torch.device) -> Tensor:
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Parameters with and without weight decay; those marked ``no_weight_decay`` go without."""
-    kept, free = [], []
+    kept: list[Tensor] = []
+    free: list[Tensor] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (free if getattr(parameter, "no_weight_decay", False) else kept).append(parameter)
@@ -273,6 +274,10 @@ def _sets(held_out: Batch | Mapping[str, Batch]) -> dict[str, Batch]:
     if not sets:
         raise UserError("train: there is no held-out batch\n  cure: make one with another seed than the training data")
     return sets
+
+
+def _state_bytes(model: Any, length: int) -> int:
+    return int(model.state_size(length)) if hasattr(model, "state_size") else 0
 
 
 def _config(config: TrainConfig | None, settings: dict[str, Any]) -> TrainConfig:

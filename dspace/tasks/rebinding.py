@@ -102,7 +102,7 @@ def rebinding_mqar(
     np.put_along_axis(slot_values, begins, first, axis=1)
     # Columns follow the order in which the keys are first bound.
     column = np.argsort(begins, axis=1)
-    begins, lives, keys_c, first, final = (
+    bound, live, query, old_value, value = (
         np.take_along_axis(a, column, 1) for a in (begins, lives, keys, first, final)
     )
 
@@ -110,8 +110,8 @@ def rebinding_mqar(
     context = np.empty((rows, 2 * (pairs + num_updates)), dtype=np.int32)
     context[:, 0::2] = np.take_along_axis(keys, owner, axis=1)
     context[:, 1::2] = slot_values + offset
-    inputs, positions = place_queries(rng, context, keys_c, input_seq_len, power_a, random_non_queries, vocab_size)
-    rebound = lives > begins
+    inputs, positions = place_queries(rng, context, query, input_seq_len, power_a, random_non_queries, vocab_size)
+    rebound = live > bound
     return Batch(
         task="rebinding_mqar",
         vocab_size=vocab_size,
@@ -128,11 +128,11 @@ def rebinding_mqar(
         },
         inputs=inputs,
         positions=positions,
-        targets=(final + offset).astype(np.int32),
-        ages=(positions - 2 * lives).astype(np.int32),
-        order=np.argsort(np.argsort(lives, axis=1), axis=1).astype(np.int32),
+        targets=(value + offset).astype(np.int32),
+        ages=(positions - 2 * live).astype(np.int32),
+        order=np.argsort(np.argsort(live, axis=1), axis=1).astype(np.int32),
         rebound=rebound,
-        stale=np.where(rebound, first + offset, -1).astype(np.int32),
+        stale=np.where(rebound, old_value + offset, -1).astype(np.int32),
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dspace.errors import UserError
 from dspace.nn import Mixer, SoftmaxAttention
 from dspace.nn.functions import causal_conv, packed_conv, spread
+
 from .stub import STUB, metaplastic
 
 torch.manual_seed(0)

@@ -13,6 +13,7 @@ from dspace.errors import UserError
 from dspace.nn import Mixer, Model, TrainConfig, predict, train
 from dspace.nn.training import schedule
 from dspace.tasks import accuracy, mqar
+
 from .stub import STUB
 
 SIZES = {"vocab_size": 32, "input_seq_len": 16, "num_kv_pairs": 2}
