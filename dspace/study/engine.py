@@ -1,0 +1,272 @@
+"""Runs a study: heals what an earlier run left, starts worker processes, watches them, compares, sums up.
+
+The engine computes nothing itself. Each worker is a process of its own with its share of the cores; a worker that
+dies costs its running trial, which is repeated once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dspace.errors import DspaceError, UserError
+from dspace.study import ledger
+from dspace.study.ledger import Healed, Phase
+from dspace.study.load import find, load
+from dspace.study.progress import Progress
+from dspace.study.schema import StudyFile
+from dspace.study.space import Composer
+from dspace.study.storage import Home, StorageError, check_url, connect, home_of, prepare, storage_errors
+from dspace.study.worker import DEFAULT_OBJECTIVE, STOPPED
+
+POLL_SECONDS = 0.25
+
+
+@dataclass
+class Summary:
+    """What a run ended with: counts of trials by state (search and comparisons together)."""
+
+    name: str
+    folder: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    healed: list[Healed] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def run(
+    source: str | Path,
+    jobs: int = 1,
+    *,
+    folder: str | Path | None = None,
+    storage: str | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
+    trials: int | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """Run a study file to the end of its budget, or go on with it where it stopped.
+
+    ``folder`` is ``runs/NAME`` unless given, ``storage`` an SQLAlchemy URL in place of the folder's journal,
+    ``objective`` a ``module:function`` (see :mod:`dspace.study.trial`), ``trials`` another budget.
+    Raises StudyError, UserError and StorageError; after Ctrl-C the summary says ``interrupted``.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least one worker is needed\n  cure: --jobs 1")
+    check_url(storage, jobs)
+    path = find(source)
+    study = load(path)
+    if trials is not None:
+        study = study.model_copy(update={"budget": study.budget.model_copy(update={"trials": trials})})
+    home = home_of(study.name, folder, storage)
+    prepare(home)
+    engine = Engine(home, study, path, jobs, objective, quiet)
+    return engine.run()
+
+
+class Engine:
+    """One run of one study."""
+
+    def __init__(self, home: Home, study: StudyFile, path: Path, jobs: int, objective: str, quiet: bool) -> None:
+        self.home, self.study, self.path, self.jobs = home, study, path, jobs
+        self.objective, self.quiet = objective, quiet
+        self.root = path.resolve().parent
+        self.started = time.time()
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self.launched = 0
+        self.respawns = 0
+        self.summary = Summary(study.name, home.folder)
+
+    def run(self) -> Summary:
+        search = Phase(self.study)
+        comparisons = [Phase(self.study, name) for name in self.study.compare]
+        if self.objective == DEFAULT_OBJECTIVE:
+            Composer(self.study, self.root).check()
+        self.storage = connect(self.home)
+        try:
+            with storage_errors(self.home):
+                optuna_study = ledger.open_study(search, self.storage, self.jobs)
+                ledger.refuse_changes(self.home, search, self.storage, optuna_study)
+                self.write_definition(optuna_study)
+                self.heal([search, *comparisons])
+                ledger.enqueue_cover(self.home, search, optuna_study)
+                self.run_phase(search, optuna_study)
+                for phase in comparisons:
+                    missing = ledger.enqueue_comparison(self.home, phase, self.storage, optuna_study)
+                    if missing:
+                        self.summary.notes.append(
+                            f"comparison {phase.comparison!r}: the search completed no trial of {', '.join(missing)}"
+                        )
+                    self.run_phase(phase, ledger.open_study(phase, self.storage))
+        except KeyboardInterrupt:
+            self.summary.interrupted = True
+            self.stop_workers()
+        except BaseException:
+            self.stop_workers()
+            raise
+        self.count([search, *comparisons])
+        self.summary.seconds = time.time() - self.started
+        return self.summary
+
+    def write_definition(self, optuna_study: Any) -> None:
+        """Keep the file as it is run, and where its relative paths start."""
+        text = self.path.read_text(encoding="utf-8")
+        trials = self.study.budget.trials
+        if load(self.path).budget.trials != trials:  # --trials: workers read the copy, so the copy must say so
+            text = re.sub(r"(?m)^(\s*trials\s*=\s*)\d[\d_]*", rf"\g<1>{trials}", text, count=1)
+        temporary = self.home.definition.with_suffix(".new")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.home.definition)
+        if load(self.home.definition).budget.trials != trials:
+            raise UserError("--trials needs a `trials = ...` in [budget]\n  cure: write it into the study file")
+        optuna_study.set_user_attr("root", str(self.root))
+        optuna_study.set_user_attr("jobs", self.jobs)
+
+    def heal(self, phases: list[Phase]) -> None:
+        healed = ledger.heal(self.home, phases, self.storage)
+        self.summary.healed += healed
+        for trial in healed:
+            fate = "runs again" if trial.retried else "failed twice: given up"
+            self.say(f"trial {trial.number} of {trial.study} had lost its worker: {fate}")
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    # -- one phase ---------------------------------------------------------------------------------------
+
+    def run_phase(self, phase: Phase, optuna_study: Any) -> None:
+        if not self.owed(phase, optuna_study):
+            return
+        minutes = self.study.budget.minutes if phase.comparison is None else None
+        deadline = self.started + 60 * minutes if minutes else float("inf")
+        with Progress(phase, self.jobs, deadline, quiet=self.quiet) as progress:
+            for _ in range(min(self.jobs, self.owed(phase, optuna_study))):
+                self.launch(phase, deadline)
+            while self.workers:
+                time.sleep(POLL_SECONDS)
+                progress.update(optuna_study.get_trials(deepcopy=False))
+                self.reap(phase, optuna_study, deadline)
+            progress.update(optuna_study.get_trials(deepcopy=False))
+
+    def owed(self, phase: Phase, optuna_study: Any) -> int:
+        trials = optuna_study.get_trials(deepcopy=False)
+        if phase.comparison is not None:
+            return len(ledger.waiting(trials))
+        return max(self.study.budget.trials - ledger.used(trials), 0)
+
+    def launch(self, phase: Phase, deadline: float) -> None:
+        self.launched += 1
+        worker = f"{os.uname().nodename}-{os.getpid()}-{self.launched}"
+        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
+        environment = dict(os.environ)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            environment[name] = threads
+        # The package must be found from wherever the engine found it, also when it is not installed.
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *(p for p in sys.path if p), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+        command = [sys.executable, "-m", "dspace.study.worker", "--dir", str(self.home.folder), "--id", worker]
+        command += ["--jobs", str(self.jobs), "--objective", self.objective, "--root", str(self.root)]
+        command += ["--deadline", repr(deadline)] if deadline != float("inf") else []
+        command += ["--comparison", phase.comparison] if phase.comparison is not None else []
+        command += ["--url", self.home.url] if self.home.url is not None else []
+        with open(self.home.workers / f"{worker}.log", "wb") as log:
+            # Its own session: Ctrl-C in the terminal reaches the engine alone.
+            self.workers[worker] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def reap(self, phase: Phase, optuna_study: Any, deadline: float) -> None:
+        """See to workers that have ended: all is done, an error of the user's, or a death to mend."""
+        for worker, process in list(self.workers.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.workers[worker]
+            if code in (0, STOPPED):
+                continue
+            if code > 0 and code != 1:
+                self.stop_workers()
+                raise _error_of(self.last_words(worker), code)
+            self.heal([phase])
+            cause = f"signal {-code}" if code < 0 else f"code {code}: {self.last_words(worker)}"
+            self.respawns += 1
+            if self.respawns > 2 * self.jobs + 2:
+                self.stop_workers()
+                raise DspaceError(f"workers keep dying, the last by {cause}\n  cure: see {self.home.workers}")
+            self.say(f"worker {worker} died by {cause}; another takes its place")
+            if self.owed(phase, optuna_study) and time.time() < deadline:
+                self.launch(phase, deadline)
+        if not self.workers and self.owed(phase, optuna_study) and time.time() < deadline and self.respawns:
+            self.respawns += 1
+            if self.respawns <= 2 * self.jobs + 2:
+                self.launch(phase, deadline)
+
+    def last_words(self, worker: str) -> str:
+        log = self.home.workers / f"{worker}.log"
+        text = log.read_text(errors="replace").strip() if log.exists() else ""
+        _, found, last = text.rpartition("error: ")
+        return (last if found else text[-800:]).strip()
+
+    def stop_workers(self, patience: float = 30.0) -> None:
+        """Ask the workers to stop; kill those that do not. A second Ctrl-C kills at once."""
+        for process in self.workers.values():
+            _signal(process, signal.SIGTERM)
+        end = time.time() + patience
+        try:
+            while time.time() < end and any(p.poll() is None for p in self.workers.values()):
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            pass
+        for process in self.workers.values():
+            if process.poll() is None:
+                _signal(process, signal.SIGKILL)
+            process.wait()
+        self.workers.clear()
+
+    def count(self, phases: list[Phase]) -> None:
+        known = {s.study_name for s in self.storage.get_all_studies()}
+        counts: dict[str, int] = {}
+        for phase in phases:
+            if phase.name in known:
+                for trial in ledger.open_study(phase, self.storage).get_trials(deepcopy=False):
+                    counts[trial.state.name.lower()] = counts.get(trial.state.name.lower(), 0) + 1
+        self.summary.counts = counts
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _error_of(text: str, code: int) -> DspaceError:
+    kinds: dict[int, type[DspaceError]] = {2: UserError, 4: StorageError}
+    error = kinds.get(code, DspaceError)(text or f"a worker ended with code {code}")
+    error.exit_code = code
+    return error
+
+
+def heal(name: str | Path, *, folder: str | Path | None = None, storage: str | None = None, cut: bool = False) -> Any:
+    """Mend a study by hand: ``cut`` a damaged journal (a copy is kept), mark dead workers' trials as failed.
+
+    Returns (what was cut and where the copy is, or None; the trials healed).
+    """
+    from dspace.study.results import open_home
+    from dspace.study.storage import cut_damage
+
+    home = open_home(name, folder, storage)
+    done = cut_damage(home) if cut else None
+    study = load(home.definition)
+    phases = [Phase(study), *(Phase(study, c) for c in study.compare)]
+    return done, ledger.heal(home, phases, connect(home))
+

@@ -1,0 +1,296 @@
+"""Which trials exist, which are owed, which died with their worker: all bookkeeping on Optuna's storage.
+
+Every change is made under one lock (``claim``), so that the budget is met exactly and nothing is run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dspace.study.schema import METRICS, StudyFile
+from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
+from dspace.study.trial import derive_seed
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_ATTEMPTS = 2
+"""A trial whose worker died is tried once more."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The search itself (``comparison`` is None) or one comparison: each is one Optuna study of the storage."""
+
+    study: StudyFile
+    comparison: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.study.name if self.comparison is None else f"{self.study.name}/{self.comparison}"
+
+    @property
+    def directions(self) -> list[str]:
+        if self.comparison is None:
+            return list(self.study.directions)
+        return [METRICS[self.study.compare[self.comparison].metric][0]]
+
+
+@contextlib.contextmanager
+def claim(home: Home) -> Iterator[None]:
+    """The lock under which trials are claimed, healed and enqueued."""
+    with storage_errors(home), worker_lock(home, "claim"):
+        yield
+
+
+def open_study(phase: Phase, storage: Any, number_of_jobs: int = 1) -> optuna.Study:
+    """Create or open the Optuna study of this phase with the sampler that the study file names."""
+    import optuna
+
+    sampler = make_sampler(phase, number_of_jobs)
+    if phase.name in {s.study_name for s in storage.get_all_studies()}:
+        return optuna.load_study(storage=storage, study_name=phase.name, sampler=sampler)
+    return optuna.create_study(
+        storage=storage, study_name=phase.name, directions=phase.directions, sampler=sampler, load_if_exists=True
+    )
+
+
+def make_sampler(phase: Phase, number_of_jobs: int = 1) -> Any:
+    """A sampler reseeded for each trial from (study seed, trial number): workers never share random numbers."""
+    import optuna
+
+    table, seed = phase.study.sampler, phase.study.seed
+    if phase.comparison is not None:
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def make(seed: int) -> optuna.samplers.BaseSampler:
+        if table.kind == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=table.population)
+        if table.kind == "qmc":
+            return optuna.samplers.QMCSampler(
+                seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
+            )
+        if table.kind == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `group` is called experimental
+            # Conditional axes make groups; constant_liar keeps parallel workers apart.
+            return optuna.samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=table.startup_trials,
+                multivariate=True,
+                group=True,
+                constant_liar=number_of_jobs > 1,
+            )
+
+    class Reseeded(optuna.samplers.BaseSampler):
+        """Delegates to a sampler made anew for every trial."""
+
+        def __init__(self) -> None:
+            self.inner = make(derive_seed(seed, "sampler"))
+
+        def before_trial(self, study: optuna.Study, trial: Any) -> None:
+            if table.kind != "qmc":  # its points are one sequence: the position in it is kept in the storage
+                self.inner = make(derive_seed(seed, "sampler", trial.number))
+            self.inner.before_trial(study, trial)
+
+        def after_trial(self, study: optuna.Study, trial: Any, state: Any, values: Any) -> None:
+            self.inner.after_trial(study, trial, state, values)
+
+        def infer_relative_search_space(self, study: optuna.Study, trial: Any) -> Any:
+            return self.inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: optuna.Study, trial: Any, search_space: Any) -> Any:
+            return self.inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: optuna.Study, trial: Any, name: str, distribution: Any) -> Any:
+            return self.inner.sample_independent(study, trial, name, distribution)
+
+    return Reseeded()
+
+
+def retries(trials: list[Any]) -> set[int]:
+    """Numbers of the trials that another trial repeats."""
+    return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
+
+
+def used(trials: list[Any]) -> int:
+    """How many trials of the budget are spent or being spent: a trial and its retry count once."""
+    repeated = retries(trials)
+    return sum(t.state.name != "WAITING" and t.number not in repeated for t in trials)
+
+
+def waiting(trials: list[Any]) -> list[Any]:
+    return [t for t in trials if t.state.name == "WAITING"]
+
+
+def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
+    """Take the next trial, or None when the budget is spent. Marks it as this worker's."""
+    with claim(home):
+        trials = optuna_study.get_trials(deepcopy=False)
+        if phase.comparison is None:
+            if used(trials) >= phase.study.budget.trials:
+                return None
+        elif not waiting(trials):
+            return None
+        trial = optuna_study.ask()
+        trial.set_user_attr("worker", worker)
+        trial.set_user_attr("host", os.uname().nodename)
+        return trial
+
+
+def root_number(attributes: Mapping[str, Any], number: int) -> int:
+    """The number of the first attempt: retries keep its seed."""
+    return int(attributes.get("root", number))
+
+
+def give_back(home: Home, optuna_study: optuna.Study, trial: Any, reason: str, died: bool) -> int | None:
+    """Mark a running trial as failed and enqueue its repetition; returns the number of attempts so far.
+
+    Returns None when it has been tried often enough. The repetition is enqueued first: a stop in between is
+    mended by the next call, which sees that it exists.
+    """
+    import optuna
+
+    attributes = dict(trial.user_attrs)
+    attempt = int(attributes.get("attempt", 1))
+    again = attempt < MAX_ATTEMPTS or not died
+    trials = optuna_study.get_trials(deepcopy=False)
+    if again and trial.number not in retries(trials):
+        kept = {k: attributes[k] for k in ("params", "arm", "repeat") if k in attributes}
+        kept |= {
+            "retry_of": trial.number,
+            "root": root_number(attributes, trial.number),
+            "attempt": attempt + int(died),
+        }
+        optuna_study.enqueue_trial(dict(trial.params), user_attrs=kept)
+    storage, trial_id = optuna_study._storage, trial._trial_id
+    storage.set_trial_user_attr(trial_id, "failure", reason)
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
+        storage.set_trial_state_values(trial_id, optuna.trial.TrialState.FAIL)
+    return attempt if again else None
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A running trial that was found without its worker."""
+
+    study: str
+    number: int
+    worker: str
+    retried: bool
+
+
+def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
+    """Mark running trials of dead workers as failed and enqueue each once more. Completed trials are not touched."""
+    found: list[Healed] = []
+    with claim(home):
+        alive = living_workers(home)
+        _remove_stale_journal_lock(home, alive)
+        known = {s.study_name for s in storage.get_all_studies()}
+        for phase in phases:
+            if phase.name not in known:
+                continue
+            optuna_study = open_study(phase, storage)
+            for trial in optuna_study.get_trials(deepcopy=False):
+                if trial.state.name != "RUNNING":
+                    continue
+                worker = trial.user_attrs.get("worker")
+                # A trial is named its worker's within the claim lock: one without a name died while holding it.
+                if worker is not None and is_alive(home, worker):
+                    continue
+                if worker is not None and trial.user_attrs.get("host") != os.uname().nodename and home.url is not None:
+                    continue  # of another machine, whose locks cannot be seen from here
+                retried = give_back(home, optuna_study, trial, "its worker died", died=True)
+                found.append(Healed(phase.name, trial.number, worker or "?", retried is not None))
+        for lock in home.workers.glob("*.lock"):
+            old = time.time() - lock.stat().st_mtime > 86_400  # a young one may be about to be taken
+            if lock.stem != "claim" and lock.stem not in alive and old:
+                lock.unlink(missing_ok=True)
+    return found
+
+
+def _remove_stale_journal_lock(home: Home, alive: list[str]) -> None:
+    """The journal's lock of a worker killed while writing would hold everybody up for half a minute."""
+    lock = home.journal.with_name(home.journal.name + ".lock")
+    if home.url is None and not alive and lock.is_symlink():
+        lock.unlink(missing_ok=True)
+
+
+def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
+    """See that each choice of each structural axis, and each arm of a comparison, is tried at least once."""
+    study = phase.study
+    with claim(home):
+        if optuna_study.get_trials(deepcopy=False):
+            return
+        wanted: list[dict[str, str]] = [dict(a) for c in study.compare.values() for a in c.arms.values()]
+        for name, axis in study.structural_axes.items():
+            wanted += [{name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)]
+        seen: list[dict[str, str]] = []
+        for choices in wanted:
+            if choices not in seen and len(seen) < study.budget.trials:
+                seen.append(choices)
+                optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
+
+
+def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.Study) -> list[str]:
+    """Enqueue every (arm, repeat) of a comparison with the best numbers that the search found for the arm.
+
+    Returns the arms for which the search has no completed trial: they cannot be compared.
+    """
+    assert phase.comparison is not None
+    comparison = phase.study.compare[phase.comparison]
+    optuna_study = open_study(phase, storage)
+    missing: list[str] = []
+    with claim(home):
+        existing = optuna_study.get_trials(deepcopy=False)
+        for arm, fixed in comparison.arms.items():
+            trial = best_of(search.get_trials(deepcopy=False), comparison.metric, fixed)
+            if trial is None:
+                missing.append(arm)
+                continue
+            for repeat in range(comparison.seeds):
+                if any(t.user_attrs.get("arm") == arm and t.user_attrs.get("repeat") == repeat for t in existing):
+                    continue
+                attributes = {"arm": arm, "repeat": repeat, "params": dict(trial.params), "from_trial": trial.number}
+                optuna_study.enqueue_trial({"arm": arm, "repeat": repeat}, user_attrs=attributes)
+    return missing
+
+
+def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = None) -> Any | None:
+    """The completed trial with the best ``metric`` among those with these choices; ties go to less state."""
+    sign = 1 if METRICS[metric][0] == "maximize" else -1
+    found = [
+        t
+        for t in trials
+        if t.state.name == "COMPLETE"
+        and metric in t.user_attrs.get("metrics", {})
+        and all(t.params.get(k) == v for k, v in (fixed or {}).items())
+    ]
+
+    def rank(t: Any) -> tuple[float, float, int]:
+        metrics = t.user_attrs["metrics"]
+        return (sign * metrics[metric], -metrics.get("state_bytes", 0), -t.number)
+
+    return max(found, key=rank, default=None)
+
+
+def refuse_changes(home: Home, phase: Phase, storage: Any, optuna_study: optuna.Study) -> None:
+    """A study that goes on must be the study that began: only its budget may change."""
+    definition = phase.study.model_dump(mode="json", exclude={"budget", "title", "doc", "compare"})
+    before = optuna_study.user_attrs.get("definition")
+    if before is None:
+        optuna_study.set_user_attr("definition", definition)
+        return
+    changed = sorted(k for k in definition if definition[k] != before.get(k))
+    if changed:
+        raise StorageError(
+            f"{home.folder}: a study named {phase.study.name!r} began with another {' and '.join(changed)}\n"
+            "  cure: give the study another name, or another --dir (its budget and comparisons alone may change)"
+        )

@@ -1,0 +1,162 @@
+"""A finished (or running) study as plain data, for the report, the export and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dspace.errors import UserError
+from dspace.study.ledger import Phase, best_of, retries
+from dspace.study.load import load, nearest
+from dspace.study.schema import METRICS, StudyFile
+from dspace.study.storage import Home, connect, home_of
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial."""
+
+    number: int
+    state: str
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    attributes: dict[str, Any]
+    seconds: float
+
+    @property
+    def test(self) -> dict[str, float]:
+        return self.attributes.get("test", {})
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        return self.attributes.get("curve", [])
+
+    @property
+    def arm(self) -> str:
+        return str(self.params.get("arm", self.attributes.get("arm", "")))
+
+
+@dataclass
+class Results:
+    """Everything that a report shows."""
+
+    home: Home
+    study: StudyFile
+    root: Path
+    trials: list[Record]
+    comparisons: dict[str, list[Record]]
+    best: Record | None
+    importances: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Objective -> axis -> share of the variance that it explains."""
+    front: list[int] = field(default_factory=list)
+    """Numbers of the trials that no other dominates in the study's objectives."""
+
+    def counts(self) -> dict[str, int]:
+        states = [t.state for t in self.trials]
+        return {state: states.count(state) for state in dict.fromkeys(states)}
+
+
+def open_home(name: str | Path, folder: str | Path | None = None, storage: str | None = None) -> Home:
+    """The home of a study that was run: by name, by folder, or by its study file."""
+    given = Path(name)
+    if folder is None and (given / "study.toml").is_file():
+        return Home(given, storage)
+    stem = load(given).name if given.suffix == ".toml" and given.is_file() else str(name)
+    home = home_of(stem, folder, storage)
+    if not home.definition.is_file():
+        known = sorted(p.parent.name for p in Path("runs").glob("*/study.toml"))
+        near = nearest(stem, known)
+        hint = f"\n  did you mean {near!r}?" if near else ""
+        there = f"; here are {', '.join(known)}" if known else "; none was run in this folder yet"
+        raise UserError(
+            f"no study {stem!r} was run in {home.folder.parent}{hint}\n  cure: dspace study run {stem}, or --dir{there}"
+        )
+    return home
+
+
+def collect(home: Home, *, importances: bool = True) -> Results:
+    """Read a study from its storage. Raises StorageError and UserError."""
+    import optuna
+
+    study = load(home.definition)
+    storage = connect(home)
+    known = {s.study_name for s in storage.get_all_studies()}
+    if study.name not in known:
+        raise UserError(f"{home.folder}: the study has no trials yet\n  cure: dspace study run {home.definition}")
+    search = optuna.load_study(study_name=study.name, storage=storage)
+    found = search.get_trials(deepcopy=False)
+    comparisons = {}
+    for name in study.compare:
+        phase = Phase(study, name)
+        if phase.name in known:
+            twin_study = optuna.load_study(study_name=phase.name, storage=storage)
+            comparisons[name] = _records(twin_study.get_trials(deepcopy=False))
+    best = best_of(found, study.best.by)
+    results = Results(
+        home,
+        study,
+        Path(search.user_attrs.get("root", ".")),
+        _records(found),
+        comparisons,
+        next((r for r in _records(found) if best is not None and r.number == best.number), None),
+    )
+    results.front = pareto(results.trials, study)
+    if importances:
+        results.importances = _importances(search, study)
+    return results
+
+
+def _records(trials: list[Any]) -> list[Record]:
+    """Trials by number, without attempts that another trial repeats."""
+    repeated = retries(trials)
+    records = []
+    for t in trials:
+        if t.number in repeated:
+            continue
+        ended, began = t.datetime_complete, t.datetime_start
+        seconds = (ended - began).total_seconds() if ended and began else 0.0
+        params = t.user_attrs.get("params") or t.params
+        if "fixed" in t.user_attrs:
+            params = {**t.user_attrs["fixed"], **params}
+        metrics = t.user_attrs.get("metrics", {}) if t.state.name == "COMPLETE" else {}
+        records.append(Record(t.number, t.state.name.lower(), dict(params), metrics, dict(t.user_attrs), seconds))
+    return records
+
+
+def pareto(trials: list[Record], study: StudyFile) -> list[int]:
+    """Completed trials that no other dominates."""
+    signs = {n: 1 if d == "maximize" else -1 for n, d in study.objectives.items()}
+    points = [(t.number, [s * t.metrics[n] for n, s in signs.items()]) for t in trials if t.state == "complete"]
+
+    def dominated(mine: list[float]) -> bool:
+        return any(
+            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine for _, other in points
+        )
+
+    return [number for number, values in points if not dominated(values)]
+
+
+def _importances(search: Any, study: StudyFile) -> dict[str, dict[str, float]]:
+    """PED-ANOVA per objective; axes that exist only under some choices are left out by Optuna."""
+    import optuna
+
+    targets = {n: (lambda t, i=i: t.values[i]) for i, n in enumerate(study.objectives)}
+    if study.best.by not in targets:
+        targets[study.best.by] = lambda t: t.user_attrs["metrics"][study.best.by]
+    found: dict[str, dict[str, float]] = {}
+    for name, target in targets.items():
+        try:
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=study.seed)
+        except ImportError:  # needs scikit-learn
+            lower = METRICS[name][0] == "minimize"
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=True, target_quantile=0.3)
+            if not lower:
+                target = (lambda f: lambda t: -f(t))(target)
+        try:
+            values = optuna.importance.get_param_importances(search, evaluator=evaluator, target=target)
+        except (RuntimeError, ValueError):  # fewer than two trials, or an objective that is the same everywhere
+            continue
+        if values and sum(values.values()) > 0:
+            found[name] = {k: float(v) for k, v in values.items()}
+    return found

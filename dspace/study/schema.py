@@ -1,0 +1,199 @@
+"""What a study file may say: its tables, their types and defaults.
+
+A study searches a space of specs and of numbers. Structural axes choose among patches (of the spec's tables,
+of the model, of the training); numerical axes put one number in one place. Everything that decides a result
+is in this file, so that a study can be run again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Direction = Literal["maximize", "minimize"]
+
+METRICS: dict[str, tuple[Direction, str]] = {
+    "stability": ("maximize", "recall of the oldest quarter of the bindings"),
+    "plasticity": ("maximize", "recall of the latest value of re-bound keys"),
+    "accuracy": ("maximize", "recall over all queries"),
+    "loss": ("minimize", "cross-entropy at the queries, in nats"),
+    "state_bytes": ("minimize", "bytes of recurrent state per sequence, all layers and heads, at four bytes a number"),
+    "tokens_per_second": ("maximize", "training tokens per second on this machine"),
+}
+"""Every objective by name, with its natural direction and its meaning."""
+
+Scalar = bool | int | float | str
+
+
+class Table(BaseModel):
+    """Base of all tables: unknown keys are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TaskTable(Table):
+    """The task by name; the other keys are the task's own sizes, checked by the task."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    name: str
+    train_examples: int = Field(default=20_000, ge=1)
+    valid_examples: int = Field(default=512, ge=1)
+    """Held-out examples that the search sees."""
+    test_examples: int = Field(default=1024, ge=1)
+    """Held-out examples that the search never sees: only reported."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The task's own keys."""
+        return dict(self.model_extra or {})
+
+
+class ModelTable(Table):
+    """The network around the variant: keyword arguments of ``dspace.nn.Model`` and ``dspace.nn.Mixer``."""
+
+    hidden_size: int = Field(default=32, ge=1)
+    num_layers: int = Field(default=2, ge=1, le=64)
+    num_heads: int = Field(default=2, ge=1)
+    num_v_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1, le=256)
+    expand_v: float = Field(default=1.0, gt=0, le=64)
+    conv_size: int = Field(default=4, ge=1, le=64)
+    low_rank: int | None = Field(default=None, ge=1)
+    mlp_ratio: float = Field(default=0.0, ge=0)
+    skip: bool = False
+    output_norm: bool = True
+    output_gate: bool = True
+    decay: Literal["uniform", "small"] | float | tuple[float, float] = "uniform"
+    """Start of the forgetting: a number is the horizon N in tokens."""
+    init: dict[str, float] = Field(default_factory=dict)
+    """Start of parameters of the spec and of numbers per head, by name."""
+    frozen: tuple[str, ...] = ()
+
+
+class TrainTable(Table):
+    """How a trial is trained: AdamW under a one-cycle or cosine rate."""
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    target: float | None = Field(default=None, gt=0, le=1)
+    """Stop as soon as held-out accuracy exceeds this."""
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    reports: int = Field(default=10, ge=1, le=200)
+    """Evaluations on held-out data during training: points of the curve, and moments to prune."""
+
+
+class Patch(Table):
+    """One choice of a structural axis: what it changes."""
+
+    doc: str = ""
+    base: str | None = None
+    """Another base spec, by name or path."""
+    transform: str | None = None
+    """A named transform of the base spec."""
+    spec: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class Axis(Table):
+    """One direction of the space: ``choices`` (structural), ``values`` (categorical) or ``low``/``high``."""
+
+    doc: str = ""
+    choices: dict[str, Patch] | None = None
+    values: list[Scalar] | None = None
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    integer: bool = False
+    target: str | None = None
+    """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ..."""
+    template: str | None = None
+    """Text with ``{value}`` in it, for a place that holds a formula."""
+    when: dict[str, list[str]] = Field(default_factory=dict)
+    """Structural axes and the choices of theirs under which this axis exists."""
+
+    @property
+    def structural(self) -> bool:
+        return self.choices is not None
+
+
+class BudgetTable(Table):
+    """When the search ends: after ``trials`` or after ``minutes``, whichever is first."""
+
+    trials: int = Field(default=32, ge=1, le=1_000_000)
+    minutes: float | None = Field(default=None, gt=0)
+    seeds_per_point: int = Field(default=1, ge=1, le=64)
+
+
+class SamplerTable(Table):
+    """How the next point is chosen. The seed is the study's."""
+
+    kind: Literal["tpe", "nsga2", "random", "qmc"] = "tpe"
+    startup_trials: int = Field(default=8, ge=0)
+    population: int = Field(default=16, ge=2)
+
+
+class PruneTable(Table):
+    """Stop a trial whose curve is below the median of the others at the same step.
+
+    The rule reads one declared scalar, because Optuna's pruners know one objective only.
+    """
+
+    on: str = "accuracy"
+    after: float = Field(default=0.3, ge=0, le=1)
+    """Fraction of the steps before which no trial is stopped."""
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    min_trials: int = Field(default=4, ge=1)
+    """Finished trials that must exist before any is stopped."""
+
+
+class Comparison(Table):
+    """Arms trained again on fresh seeds once the search is over, each with its best numbers found."""
+
+    doc: str = ""
+    arms: dict[str, dict[str, str]]
+    """Name of the arm -> the choice of each structural axis that it fixes."""
+    seeds: int = Field(default=3, ge=1, le=64)
+    metric: str = "accuracy"
+
+
+class BestTable(Table):
+    """Which completed trial is the answer."""
+
+    by: str = "accuracy"
+
+
+class StudyFile(Table):
+    """A whole study file."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+    title: str = ""
+    doc: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    base: str
+    task: TaskTable
+    model: ModelTable = ModelTable()
+    train: TrainTable = TrainTable()
+    budget: BudgetTable = BudgetTable()
+    objectives: dict[str, Direction] = Field(
+        default_factory=lambda: {"stability": "maximize", "plasticity": "maximize", "state_bytes": "minimize"}
+    )
+    sampler: SamplerTable = SamplerTable()
+    prune: PruneTable | None = None
+    best: BestTable = BestTable()
+    axes: dict[str, Axis] = Field(default_factory=dict)
+    compare: dict[str, Comparison] = Field(default_factory=dict)
+
+    @property
+    def structural_axes(self) -> dict[str, Axis]:
+        return {name: axis for name, axis in self.axes.items() if axis.structural}
+
+    @property
+    def directions(self) -> list[Direction]:
+        return list(self.objectives.values())

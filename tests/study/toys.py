@@ -1,0 +1,48 @@
+"""Objectives without any training, for tests of the engine: workers import them by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from dspace.study.trial import Job, Outcome
+
+
+def _outcome(job: Job) -> Outcome:
+    x = float(job.params.get("x", 0.5))
+    gain = {"round": 0.2, "flat": 0.0}.get(str(job.params.get("shape")), 0.0)
+    accuracy = 1.0 - (x - 0.3) ** 2 - 0.2 + gain
+    metrics = {"stability": x, "plasticity": 1.0 - x, "accuracy": accuracy, "state_bytes": 1000.0 * (1 + x)}
+    note = job.scratch / "note.txt"
+    note.write_text(f"trial {job.number}")
+    return Outcome(metrics, {"accuracy": accuracy - 0.01}, {"spec_hash": f"{job.seed:x}"}, {"note": note})
+
+
+def quick(job: Job) -> Outcome:
+    for step in (1, 2, 3):
+        job.report(step, 3, {"accuracy": 0.1 * step})
+    return _outcome(job)
+
+
+def slow(job: Job) -> Outcome:
+    for step in range(1, 11):
+        time.sleep(0.05)
+        job.report(step, 10, {"accuracy": float(job.params.get("x", 0.5)) * step / 10})
+    return _outcome(job)
+
+
+def suicidal(job: Job) -> Outcome:
+    """The first attempt of trial 1 kills its own worker without warning."""
+    marker = os.path.join(os.environ["TOY_FOLDER"], f"died-{job.seed}")
+    if job.number == 1 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), 9)
+    return quick(job)
+
+
+def broken(job: Job) -> Outcome:
+    raise RuntimeError("the toy is broken")
+
+
+def full_disk(job: Job) -> Outcome:
+    raise OSError(28, "No space left on device", str(job.scratch / "weights.pt"))
