@@ -105,6 +105,11 @@ def spec_table(spec: Identity, analysis: Analysis, targets: dict[str, str]) -> d
     }
 
 
+def operators(spec: Identity) -> str:
+    """Namespace of the module's PyTorch operators."""
+    return f"dspace_{spec.name}_{spec.hash[:8]}"
+
+
 def public_function(form: str, recurrence: Recurrence) -> str:
     """Source of ``chunk_NAME``, ``recurrent_NAME`` or ``reference_NAME``."""
     summary = {
@@ -187,7 +192,7 @@ def emit(spec: Identity, analysis: Analysis, targets: list[Target] | None = None
     parts = [
         header(spec, analysis),
         "from __future__ import annotations\n\n" + "\n".join(imports),
-        f"SPEC = {table}",
+        f"SPEC = {table}\n_OPS = {operators(spec)!r}  # namespace of this module's PyTorch operators",
         frontdoor.section(recurrence),
         reference.section(recurrence),
         *(s.code for s in sections),

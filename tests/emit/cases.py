@@ -116,7 +116,7 @@ RECURRENCES = {
 
 
 def analysis_of(recurrence: Recurrence) -> Analysis:
-    from dspace.math.adjoint import adjoint
+    from dspace.math import adjoint
 
     letter = Classification("g", "other", "a recurrence of the tests")
     return Analysis(recurrence, recurrence, letter, adjoint(recurrence), (), {}, ())

@@ -1,0 +1,253 @@
+"""The CPU section: native loops for the sequential plan, as PyTorch operators with their own backward."""
+
+from __future__ import annotations
+
+from dspace.emit.base import Section
+from dspace.emit.cpu import loops
+from dspace.emit.cpu.loops import Loop
+from dspace.math.ir import Analysis
+
+RUNTIME = '''
+@functools.cache
+def _native(loop):
+    """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
+    import numba
+    from numba.core.compiler import CompilerBase, DefaultPassBuilder
+
+    class DistinctArrays(CompilerBase):
+        """The usual compiler, told that no two arrays overlap: without it the inner loops do not vectorise."""
+
+        def define_pipelines(self):
+            self.state.flags.noalias = True
+            return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+    options = {
+        "nogil": True,
+        "error_model": "numpy",  # a division by zero is inf or nan, as in PyTorch
+        "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
+        "pipeline_class": DistinctArrays,
+    }
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # nowhere to keep the compiled code
+        return numba.njit(**options)(loop)
+
+
+def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors):
+    """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
+
+    Plain threads rather than numba's: they survive a fork, and calls from several threads at once.
+    """
+    loop = _native(loop)
+    arrays = [t.detach().numpy() for t in tensors]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+
+    def work(i):
+        first, last = tasks * i // threads, tasks * (i + 1) // threads
+        scratch = [numpy.empty(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
+        loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
+
+    if threads == 1:
+        work(0)
+        return
+    with concurrent.futures.ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work, i) for i in range(1, threads)]
+        work(0)
+        for other in others:
+            other.result()
+
+
+def _native_split(args, *counts):
+    """``args`` cut into tuples of the given lengths, and the rest."""
+    parts = []
+    for count in counts:
+        parts.append(args[:count])
+        args = args[count:]
+    return *parts, args
+
+
+def _native_offsets(offsets, batch, steps):
+    """Bounds of each sequence in the flat list of tokens, checked once more where the values are at hand."""
+    if offsets is None:
+        return numpy.arange(batch + 1, dtype=numpy.int64) * steps
+    offsets = offsets.numpy()
+    if offsets[0] != 0 or offsets[-1] != steps or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{_NAME}: cu_seqlens must rise from 0 to T = {steps}")
+    return numpy.ascontiguousarray(offsets)
+
+
+def _native_layout(inputs, states, every, offsets):
+    """Sizes of everything a call allocates; also what the fake implementations need."""
+    batch, steps, heads = inputs[0].shape[:3]
+    sequences = batch if offsets is None else offsets.shape[0] - 1
+    # Sequence n saves from slot begin // every + n on: room for all, whatever their lengths.
+    segments = (batch * steps) // every + sequences if every else 0
+    return batch, steps, heads, sequences, segments
+
+
+def _native_flat(tensors, dtype):
+    return [t.to(dtype).contiguous().flatten(0, 1) for t in tensors]
+
+
+def _native_forward(*args):
+    inputs, parameters, states, (offsets, scale, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES)
+    )
+    batch, steps, heads, sequences, segments = _native_layout(inputs, states, every, offsets)
+    sizes = _sizes(*inputs, *parameters, *states)
+    dtype = _native_dtype(inputs)
+    readouts = [torch.empty(batch * steps, heads, sizes[1], dtype=dtype) for _ in range(2 if want_variance else 1)]
+    states = [s.to(dtype, copy=True, memory_format=torch.contiguous_format) for s in states]
+    saved = [torch.empty(segments, heads, *s.shape[2:], dtype=dtype) for s in states]
+    loop, shapes = _NATIVE["forward", want_variance]
+    tensors = [*_native_flat(inputs, dtype), *(p.to(dtype).contiguous() for p in parameters), *states, *readouts, *saved]
+    bounds = _native_offsets(offsets, batch, steps)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    readouts = [r.view(batch, steps, heads, sizes[1]).to(inputs[0].dtype) for r in readouts]
+    variance = readouts[1] if want_variance else inputs[0].new_empty(0)
+    return readouts[0], variance, *states, *saved
+
+
+def _native_backward(*args):
+    count = len(_STATES)
+    inputs, parameters, saved, (d_o, d_variance), d_states, (offsets, scale, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), count, 2, count
+    )
+    batch, steps, heads, sequences, _ = _native_layout(inputs, d_states, every, offsets)
+    sizes = _sizes(*inputs, *parameters, *saved)
+    dtype = _native_dtype(inputs)
+    flat = _native_flat(inputs, dtype)
+    given = _native_flat([d_o, d_variance] if want_variance else [d_o], dtype)
+    d_states = [d.to(dtype, copy=True, memory_format=torch.contiguous_format) for d in d_states]
+    d_inputs = [torch.empty_like(x) for x in flat]
+    d_parameters = [torch.zeros(sequences, *p.shape, dtype=dtype) for p in parameters]
+    loop, shapes = _NATIVE["backward", want_variance]
+    tensors = [*flat, *(p.to(dtype).contiguous() for p in parameters), *saved, *given, *d_states]
+    tensors += [*d_inputs, *d_parameters]
+    bounds = _native_offsets(offsets, batch, steps)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    return (
+        *(d.view(x.shape).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *d_states,
+    )
+
+
+def _native_dtype(tensors):
+    return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+
+
+def _native_schema(tensors, results):
+    given = "".join(f"Tensor x{i}, " for i in range(tensors))
+    made = ", ".join(["Tensor"] * results)
+    return f"({given}Tensor? offsets, float scale, int every, bool want_variance) -> ({made})"
+
+
+_native_forward_op = torch.library.custom_op(
+    f"{_OPS}::native_forward",
+    _native_forward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=_native_schema(len(_INPUTS + _PARAMETERS + _STATES), 2 + 2 * len(_STATES)),
+)
+_native_backward_op = torch.library.custom_op(
+    f"{_OPS}::native_backward",
+    _native_backward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=_native_schema(len(_INPUTS + _PARAMETERS) + 2 * len(_STATES) + 2, len(_INPUTS + _PARAMETERS + _STATES)),
+)
+
+
+@_native_forward_op.register_fake
+def _native_forward_fake(*args):
+    inputs, parameters, states, (offsets, _, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES)
+    )
+    batch, steps, heads, _, segments = _native_layout(inputs, states, every, offsets)
+    size_v = _sizes(*inputs, *parameters, *states)[1]
+    o = inputs[0].new_empty(batch, steps, heads, size_v)
+    variance = torch.empty_like(o) if want_variance else inputs[0].new_empty(0)
+    dtype = _native_dtype(inputs)
+    final = [s.new_empty(s.shape, dtype=dtype) for s in states]
+    return o, variance, *final, *(s.new_empty(segments, heads, *s.shape[2:], dtype=dtype) for s in states)
+
+
+@_native_backward_op.register_fake
+def _native_backward_fake(*args):
+    inputs, parameters, _, _, d_states, _ = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES), 2, len(_STATES)
+    )
+    dtype = _native_dtype(inputs)
+    return (
+        *(x.new_empty(x.shape) for x in (*inputs, *parameters)),
+        *(d.new_empty(d.shape, dtype=dtype) for d in d_states),
+    )
+
+
+def _native_save(ctx, inputs, output):
+    count = len(_INPUTS) + len(_PARAMETERS)
+    *_, offsets, ctx.scale, ctx.every, ctx.want_variance = inputs
+    ctx.state_shapes = [s.shape for s in inputs[count : count + len(_STATES)]]
+    ctx.o_shape = output[0].shape
+    ctx.save_for_backward(*inputs[:count], *output[2 + len(_STATES) :], offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _native_gradient(ctx, d_o, d_variance, *d_rest):
+    *tensors, offsets = ctx.saved_tensors
+    like = tensors[0]
+    if d_o is None:
+        d_o = like.new_zeros(ctx.o_shape)
+    if not ctx.want_variance:
+        d_variance = like.new_empty(0)
+    elif d_variance is None:
+        d_variance = like.new_zeros(ctx.o_shape)
+    dtype = _native_dtype(tensors)
+    d_states = [
+        like.new_zeros(shape, dtype=dtype) if d is None else d for d, shape in zip(d_rest, ctx.state_shapes)
+    ]
+    gradients = _native_backward_op(
+        *tensors, d_o, d_variance, *d_states, offsets, ctx.scale, ctx.every, ctx.want_variance
+    )
+    return *gradients, None, None, None, None
+
+
+_native_forward_op.register_autograd(_native_gradient, setup_context=_native_save)
+
+
+def _native_core(*args):
+    """The sequential plan in compiled loops; the backward pass restarts from states saved every few tokens."""
+    *tensors, scale, offsets, want_variance = args
+    every = 0
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        every = 16 if tensors[0].shape[1] <= 1024 else 64
+    o, variance, *rest = _native_forward_op(*tensors, offsets, scale, every, want_variance)
+    return (o, variance if want_variance else None, *rest[: len(_STATES)])
+'''
+
+
+def _table(made: dict[tuple[str, bool], Loop]) -> str:
+    lines = ["# Loop, and the shapes of its scratch arrays, by (pass, with variance).", "_NATIVE = {"]
+    for key, loop in made.items():
+        shapes = ", ".join(f"({shape})" for shape in loop.scratch)
+        lines += [f"    {key!r}: (", f"        {loop.name},", f"        lambda size_k, size_v, every: [{shapes}],"]
+        lines += ["    ),"]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def section(analysis: Analysis) -> Section:
+    """The native loops of any recurrence, whatever its class."""
+    r = analysis.recurrence
+    made: dict[tuple[str, bool], Loop] = {}
+    for variance in (False, True) if r.variance is not None else (False,):
+        made["forward", variance] = loops.forward(r, variance)
+        made["backward", variance] = loops.backward(r, analysis.adjoint, variance)
+    code = [loop.code for loop in made.values()]
+    return Section(
+        device="cpu",
+        imports=("import concurrent.futures", "import functools", "import math", "import numpy"),
+        code="\n\n".join([*code, _table(made), RUNTIME.strip("\n") + "\n"]),
+        chunk=None,
+        recurrent="_native_core",
+    )
