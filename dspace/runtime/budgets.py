@@ -44,7 +44,9 @@ def gates(recurrence: Recurrence) -> frozenset[str]:
         for other in recurrence.states:
             if state.update.has(other.symbol):
                 found |= _coefficient(state.update, other.symbol).free_symbols
-    return frozenset(v.name for v in recurrence.inputs if v.symbol in found and v.domain != "real" and DOMAINS[v.domain])
+    return frozenset(
+        v.name for v in recurrence.inputs if v.symbol in found and v.domain != "real" and DOMAINS[v.domain]
+    )
 
 
 def _coefficient(expr: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:

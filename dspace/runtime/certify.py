@@ -76,26 +76,25 @@ class Certificate:
         return fields | {"passed": self.passed, "checks": [c.as_dict() for c in self.checks]}
 
     def table(self) -> Table:
-        """A table for the terminal: the worst case of every form, dtype and quantity beside its budget."""
+        """A table for the terminal: the worst error of every quantity and form beside its budget, then the failures."""
         from rich.table import Table
 
         verdict = "certified" if self.passed else "REFUSED"
         undefined = sum(c.status == "undefined" for c in self.checks)
-        caption = f"{len(self.checks)} checks in {self.seconds:.1f} s"
+        caption = [f"relative RMS errors, worst case; {len(self.checks)} checks in {self.seconds:.1f} s"]
         if undefined:
-            caption += f"; {undefined} where the recurrence itself is not finite"
-        table = Table(title=f"{self.name}: {verdict} on {self.device_name}", caption=caption)
-        for column in ("form", "dtype", "quantity"):
-            table.add_column(column)
-        table.add_column("worst relative RMS", justify="right")
-        table.add_column("budget", justify="right")
-        table.add_column("case")
-        table.add_column("")
-        for c in self.worst():
-            style = {"ok": "green", "failed": "bold red", "undefined": "yellow"}[c.status]
-            error = f"{c.error:.1e}" if c.error == c.error else "-"
-            mark = f"[{style}]{c.status}[/]" + (f" {c.note}" if c.note else "")
-            table.add_row(c.form, c.dtype, c.quantity, error, f"{c.budget:.0e}", c.case, mark)
+            caption.append(f"{undefined} checks where the recurrence itself is not finite")
+        caption += [f"failed: {c.describe()}" for c in self.failures()[:8]]
+        table = Table(title=f"{self.name}: {verdict} on {self.device_name}", caption="\n".join(caption))
+        table.add_column("dtype")
+        table.add_column("quantity")
+        for column in (*FORMS, "budget"):
+            table.add_column(column, justify="right")
+        worst = {(c.dtype, c.quantity, c.form): c for c in self.worst() if c.quantity != "call"}
+        for dtype, quantity in dict.fromkeys((d, q) for d, q, _ in worst):
+            row = [worst.get((dtype, quantity, form)) for form in FORMS]
+            budgets = dict.fromkeys(f"{c.budget:.0e}" for c in row if c is not None)
+            table.add_row(dtype, quantity, *(_cell(c) for c in row), ", ".join(budgets))
         return table
 
 
@@ -130,9 +129,7 @@ def verify(
 
     spec = as_spec(source)
     entry, module = compile_entry(spec, cache_dir)
-    certificate = certify_module(
-        spec, module, device=device, dtypes=dtypes, quick=quick, seed=seed, progress=progress
-    )
+    certificate = certify_module(spec, module, device=device, dtypes=dtypes, quick=quick, seed=seed, progress=progress)
     if dtypes is None:  # a certificate of fewer dtypes must not stand for all of them
         Cache(cache_dir).store_certificate(certificate_key(entry, device, quick), certificate.as_dict())
     return certificate
@@ -316,8 +313,19 @@ def _with_gradients(results: Results, cotangents: Results, arguments: Arguments)
         )
     else:
         gradients = tuple(None for _ in leaves)
-    found = {f"d {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), gradients, strict=True)}
+    found = {
+        f"d {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), gradients, strict=True)
+    }
     return {n: r.detach() for n, r in results.items()} | found
+
+
+def _cell(check: Check | None) -> str:
+    """A check as one cell of the table."""
+    if check is None:
+        return ""
+    style = {"ok": "yellow" if check.note else "green", "failed": "bold red", "undefined": "yellow"}[check.status]
+    text = f"{check.error:.1e}" if check.error == check.error else check.status
+    return f"[{style}]{text}[/]"
 
 
 def _severity(check: Check) -> float:

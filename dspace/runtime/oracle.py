@@ -119,12 +119,13 @@ def evaluate(
     heads = max([arguments[v.name].shape[2] for v in recurrence.inputs] + [1])
     if recurrence.parameters:
         heads = max(heads, *(arguments[p.name].shape[0] for p in recurrence.parameters))
-    inputs = {v.symbol: place(_expand_heads(arguments[v.name].to(dtype), v, heads), v.axes) for v in recurrence.inputs}
-    parameters = {p.symbol: place(arguments[p.name].to(dtype), p.axes) for p in recurrence.parameters}
+    inputs = {v.name: place(_expand_heads(arguments[v.name].to(dtype), v, heads, 2), v.axes) for v in recurrence.inputs}
+    raw = [_expand_heads(arguments[p.name].to(dtype), p, heads, 0) for p in recurrence.parameters]
+    parameters = {p.name: place(t, p.axes) for p, t in zip(recurrence.parameters, raw, strict=True)}
     like = next(iter(inputs.values()))
     batch, length = like.shape[:2]
     scale = sizes["k"] ** -0.5 if scale is None else scale
-    constants = {**parameters, SCALE.symbol: torch.as_tensor(scale, dtype=dtype, device=like.device).reshape(1, 1)}
+    constants = {**parameters, SCALE.name: torch.as_tensor(scale, dtype=dtype, device=like.device).reshape(1, 1)}
 
     bounds = None if cu_seqlens is None else [int(b) for b in cu_seqlens]
     sequences = batch if bounds is None else len(bounds) - 1
@@ -133,7 +134,6 @@ def evaluate(
     else:
         given = [s.to(dtype) for s in initial_states]
         if coordinates is not None:
-            raw = [arguments[p.name].to(dtype) for p in recurrence.parameters]
             given = list(coordinates.states_to_source(given, raw))
         states = [place(s, d.axes) for s, d in zip(given, recurrence.states, strict=True)]
 
@@ -156,7 +156,6 @@ def evaluate(
 
     final_states = tuple(unplace(f, s.axes, sizes) for f, s in zip(finals, recurrence.states, strict=True))
     if coordinates is not None:
-        raw = [arguments[p.name].to(dtype) for p in recurrence.parameters]
         final_states = coordinates.states_to_normal(final_states, raw)
     has_variance = variance and recurrence.variance is not None
     return Evaluation(stack(outputs), stack(variances) if has_variance else None, final_states)
@@ -166,7 +165,7 @@ class _Step:
     """One token of a recurrence, ready to run."""
 
     def __init__(
-        self, recurrence: Recurrence, sizes: Mapping[str, int], constants: dict[sympy.Symbol, Tensor], variance: bool
+        self, recurrence: Recurrence, sizes: Mapping[str, int], constants: dict[str, Tensor], variance: bool
     ) -> None:
         self.recurrence, self.sizes, self.constants = recurrence, sizes, constants
         reads = [recurrence.output]
@@ -174,21 +173,22 @@ class _Step:
             reads.append(recurrence.variance)
         self.update = Tape([s.update for s in recurrence.states], sizes)
         self.read = Tape(reads, sizes)
-        self.symbols = [s.symbol for s in recurrence.states]
+        self.names = [s.name for s in recurrence.states]
 
     def sequence(
-        self, inputs: Mapping[sympy.Symbol, Tensor], states: list[Tensor], start: int, stop: int
+        self, inputs: Mapping[str, Tensor], states: list[Tensor], start: int, stop: int
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Tokens ``start`` to ``stop``: their outputs and variances, and the states after the last."""
         outputs: list[Tensor] = []
         variances: list[Tensor] = []
         for t in range(start, stop):
-            token = {s: x[:, t] for s, x in inputs.items()} | self.constants
+            token = {n: x[:, t] for n, x in inputs.items()} | self.constants
             like = next(iter(token.values()))
-            before = dict(zip(self.symbols, states, strict=True))
+            before = dict(zip(self.names, states, strict=True))
             updated = self.update.run(token | before, like)
-            states = [torch.broadcast_to(n, torch.broadcast_shapes(n.shape, o.shape)) for n, o in zip(updated, states, strict=True)]
-            seen = before if self.recurrence.read == "before" else dict(zip(self.symbols, states, strict=True))
+            shapes = [torch.broadcast_shapes(n.shape, o.shape) for n, o in zip(updated, states, strict=True)]
+            states = [n.expand(shape) for n, shape in zip(updated, shapes, strict=True)]
+            seen = before if self.recurrence.read == "before" else dict(zip(self.names, states, strict=True))
             read = self.read.run(token | seen, like)
             outputs.append(read[0])
             variances += read[1:]
@@ -197,7 +197,7 @@ class _Step:
 
 def initial_states_of(
     recurrence: Recurrence,
-    constants: Mapping[sympy.Symbol, Tensor],
+    constants: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     lead: tuple[int, int],
     like: Tensor,
@@ -211,13 +211,13 @@ def initial_states_of(
     return full
 
 
-def _expand_heads(tensor: Tensor, variable: Variable, heads: int) -> Tensor:
-    own = tensor.shape[2]
+def _expand_heads(tensor: Tensor, variable: Variable, heads: int, dim: int) -> Tensor:
+    own = tensor.shape[dim]
     if own == heads:
         return tensor
     if own == 0 or heads % own:
         raise UserError(f"{variable.name} has {own} heads, which does not divide {heads}")
-    return tensor.repeat_interleave(heads // own, dim=2)
+    return tensor.repeat_interleave(heads // own, dim=dim)
 
 
 def _translate(
@@ -227,8 +227,8 @@ def _translate(
     states: Sequence[Tensor],
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    values = {s.symbol: place(t, s.axes) for s, t in zip(have.states, states, strict=True)}
-    values |= {p.symbol: place(t.to(states[0].dtype), p.axes) for p, t in zip(have.parameters, parameters, strict=True)}
+    values = {s.name: place(t, s.axes) for s, t in zip(have.states, states, strict=True)}
+    values |= {p.name: place(t.to(states[0].dtype), p.axes) for p, t in zip(have.parameters, parameters, strict=True)}
     sizes: dict[str, int] = {}
     for variable, tensor in [*zip(have.states, states, strict=True), *zip(have.parameters, parameters, strict=True)]:
         sizes.update(zip(reversed(variable.axes), reversed(tensor.shape), strict=False))
@@ -236,4 +236,5 @@ def _translate(
     sizes.setdefault("v", 1)
     results = Tape([expressions[s.name] for s in want.states], sizes).run(values, states[0])
     lead = states[0].shape[:2]
-    return tuple(unplace(r.expand(*lead, *r.shape[-2:]), s.axes, sizes) for r, s in zip(results, want.states, strict=True))
+    full = [r.expand(*lead, *r.shape[-2:]) for r in results]
+    return tuple(unplace(r, s.axes, sizes) for r, s in zip(full, want.states, strict=True))

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dspace.runtime.cache import digest
 from dspace.runtime.versions import emitter_version
+from dspace.spec.library import find_builtin
 
 if TYPE_CHECKING:
     from dspace.spec import Spec
-
-_PACKAGE = Path(__file__).parent.parent
-BUILTIN_FOLDERS = (_PACKAGE.parent / "specs", _PACKAGE / "_specs")
-"""Where built-in specs live: in a checkout, in an installed distribution."""
 
 
 def as_spec(source: Any) -> Spec:
@@ -49,35 +46,37 @@ def spec_key(spec_hash: str) -> str:
 def files_of(source: str | Path) -> list[tuple[Path, bytes]] | None:
     """The file of ``source`` and of everything that it extends, with their bytes; None if one is not found."""
     files: list[tuple[Path, bytes]] = []
-    folder = Path()
-    wanted: str | Path | None = source
-    while wanted is not None:
-        path = _locate(wanted, folder)
-        if path is None or any(path == seen for seen, _ in files):
-            return None
+    path = _named(source)
+    while path is not None:
         try:
             data = path.read_bytes()
-            table = tomllib.loads(data.decode())
-        except (OSError, ValueError):
+            base = tomllib.loads(data.decode("utf-8-sig")).get("extends")
+        except (OSError, ValueError, RecursionError):
             return None
         files.append((path, data))
-        folder = path.parent
-        wanted = table.get("extends")
-        if wanted is not None and not isinstance(wanted, str):
-            return None
-    return files
-
-
-def _locate(source: str | Path, folder: Path) -> Path | None:
-    name = str(source)
-    candidates = [folder / name, folder / f"{name}.toml"]
-    candidates += [base / f"{name}.toml" for base in BUILTIN_FOLDERS]
-    if not isinstance(source, Path) and name.isidentifier():
-        candidates = candidates[2:] + candidates[:2]
-    for path in candidates:
-        try:
-            if path.is_file():
-                return path.resolve()
-        except (OSError, ValueError):
-            continue
+        if base is None:
+            return files
+        path = _extended(base, path.parent) if isinstance(base, str) and len(files) <= 16 else None
     return None
+
+
+def _named(source: str | Path) -> Path | None:
+    """The file that ``dspace.spec.load`` would read."""
+    try:
+        path = Path(source)
+        if path.is_file():
+            return path
+        return find_builtin(str(source)) if path.suffix != ".toml" and len(path.parts) == 1 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _extended(base: str, folder: Path) -> Path | None:
+    """The file that ``extends = base`` means in a spec that lies in ``folder``."""
+    try:
+        for path in (folder / base, folder / f"{base}.toml"):
+            if path.is_file():
+                return path
+    except (OSError, ValueError):
+        return None
+    return find_builtin(base)

@@ -84,14 +84,15 @@ class Tape:
     def __init__(self, expressions: Sequence[sympy.Expr], sizes: Mapping[str, int]) -> None:
         self._sizes = dict(sizes)
         self._index: dict[sympy.Expr, int] = {}
-        self._leaves: list[tuple[int, sympy.Symbol]] = []
+        self._leaves: list[tuple[int, str]] = []
         self._numbers: list[tuple[int, float]] = []
         self._steps: list[tuple[int, _Step]] = []
         self._results = [self._visit(sympy.sympify(e)) for e in expressions]
 
-    def run(self, values: Mapping[sympy.Symbol, Tensor], like: Tensor) -> list[Tensor]:
-        """Values of the expressions. ``like`` gives dtype and device of the numbers."""
-        memory: dict[int, Tensor] = {i: values[s] for i, s in self._leaves}
+    def run(self, values: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
+        """Values of the expressions, given those of their symbols by name (two symbols that differ in their
+        assumptions alone are one). ``like`` gives dtype and device of the numbers."""
+        memory: dict[int, Tensor] = {i: values[name] for i, name in self._leaves}
         for i, number in self._numbers:
             memory[i] = torch.full((1, 1), number, dtype=like.dtype, device=like.device)
         for i, step in self._steps:
@@ -104,7 +105,7 @@ class Tape:
             return known
         if node.is_Symbol:
             entry = self._new(node)
-            self._leaves.append((entry, node))
+            self._leaves.append((entry, node.name))
         elif node.is_number and not node.args:
             entry = self._new(node)
             self._numbers.append((entry, float(node)))
@@ -130,7 +131,9 @@ class Tape:
             return _Step(_power, (self._visit(base), self._visit(exponent)))
         name = type(node).__name__
         if name not in _FUNCTIONS:
-            raise CompilerBug(f"the oracle does not know the function {name!r} in {node}; report the spec that led here")
+            raise CompilerBug(
+                f"the oracle does not know the function {name!r} in {node}; report the spec that led here"
+            )
         return _Step(_FUNCTIONS[name], tuple(self._visit(a) for a in node.args))
 
     def _sum(self, axis: str) -> Callable[[Tensor], Tensor]:

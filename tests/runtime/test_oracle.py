@@ -157,7 +157,7 @@ def test_sums_count_axes_that_the_body_lacks():
     sizes = {"k": 3, "v": 5}
     one = torch.ones(2, 1, 1)
     table = [SumK(GATE.symbol), SumV(SumK(GATE.symbol)), sympy.Max(GATE.symbol, 2, 4), sympy.sqrt(GATE.symbol + 3)]
-    got = Tape(table, sizes).run({GATE.symbol: one}, one)
+    got = Tape(table, sizes).run({GATE.name: one}, one)
     assert [float(g[0].max()) for g in got] == [3, 15, 4, 2]
 
 
