@@ -1,9 +1,9 @@
 """From a spec to a module that can be trusted: cache, compile, oracle, certificates, doctor.
 
-    compile(source)        the imported module of a variant, certified on this machine
-    verify(source, ...)    a Certificate: every form of the module against the float64 oracle
-    generate(source, ...)  the module as a file to read and to keep
-    doctor()               what this machine can run, what is broken in it, what to do
+compile(source)        the imported module of a variant, certified on this machine
+verify(source, ...)    a Certificate: every form of the module against the float64 oracle
+generate(source, ...)  the module as a file to read and to keep
+doctor()               what this machine can run, what is broken in it, what to do
 """
 
 from __future__ import annotations
