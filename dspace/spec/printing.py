@@ -1,0 +1,34 @@
+"""SymPy expression -> text of the formula language (what a transform writes)."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from dspace.math.functions import FUNCTIONS
+from dspace.math.ir import SumK, SumV
+
+_SPELLING = {
+    SumK: "sum_k",
+    SumV: "sum_v",
+    sympy.Abs: "abs",
+    **{f: name for name, f in FUNCTIONS.items() if isinstance(f, type)},
+}
+
+
+class _Printer(StrPrinter):
+    def _print_Function(self, expr):
+        return f"{_SPELLING[type(expr)]}({', '.join(self._print(a) for a in expr.args)})"
+
+    _print_Abs = _print_Min = _print_Max = _print_Function
+
+    def _print_log(self, expr):
+        return f"log({self._print(expr.args[0])})"
+
+    def _print_Exp1(self, expr):
+        return "exp(1)"
+
+
+def formula(expr: sympy.Expr) -> str:
+    """Text that parses back to ``expr`` (up to the assumptions of its symbols)."""
+    return _Printer({"order": "none"}).doprint(expr)
