@@ -223,7 +223,11 @@ def _shift(change: Change) -> Change:
         return change
     back = {x: new + init for x, (new, init) in moves.items()}
     shifted = recurrence.replace(
-        states=tuple(State(s.name, s.axes, s.init, s.update.xreplace(back), s.domain, s.doc) for s in states),
+        # A moved state's update is in its new symbol already, which may be spelt like the old one.
+        states=tuple(
+            s if old.symbol in moves else State(s.name, s.axes, s.init, s.update.xreplace(back), s.domain, s.doc)
+            for old, s in zip(recurrence.states, states, strict=True)
+        ),
         output=recurrence.output.xreplace(back),
         variance=None if recurrence.variance is None else recurrence.variance.xreplace(back),
     )
