@@ -9,28 +9,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspace.nn import native
+
 
 class _Unit(torch.autograd.Function):
-    """``x * rsqrt(sum(x**2) + eps)`` over the last axis; the backward pass is ``r * (dy - y * sum(y * dy))``."""
+    """``x * r * weight``, ``r = rsqrt(sum(x**2) + eps)`` over the last axis.
+
+    Backward, with ``u = x * r`` and ``w = weight * dy``: ``dx = r * (w - u * sum(u * w))``, ``dweight = sum(u * dy)``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        r = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
-        y = x * r
-        ctx.save_for_backward(y, r)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.native = native.usable(x) and weight.dtype == x.dtype
+        if ctx.native:
+            y, r = native.unit_forward(x, weight, eps)
+        else:
+            r = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+            y = x * r * weight
+        ctx.save_for_backward(x, weight, r)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (dy,) = grads
-        y, r = ctx.saved_tensors
-        return torch.addcmul(dy, y, (y * dy).sum(-1, keepdim=True), value=-1).mul_(r), None
+        x, weight, r = ctx.saved_tensors
+        if ctx.native:
+            return *native.unit_backward(x, weight, r, dy), None
+        u, w = x * r, dy * weight
+        dweight = (u * dy).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(w, u, (u * w).sum(-1, keepdim=True), value=-1) * r, dweight, None
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / |x|`` over the last axis, finite at zero."""
-    return _Unit.apply(x, eps)
+    return _Unit.apply(x, x.new_ones(x.shape[-1]), eps)
 
 
 class HeadNorm(torch.nn.Module):
@@ -43,7 +56,7 @@ class HeadNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x / sqrt(mean + eps) = sqrt(size) * x / sqrt(sum + size * eps)
-        return l2norm(x, self.size * self.eps) * (self.weight * self.size**0.5)
+        return _Unit.apply(x, (self.weight * self.size**0.5).to(x.dtype), self.size * self.eps)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -80,33 +93,36 @@ def spread(value: Tensor, axes: str, onto: str) -> Tensor:
 
 
 class _CausalConv(torch.autograd.Function):
-    """Depthwise causal convolution ``[B, T, C]`` with taps ``[size, C]``, as shifted multiply-adds.
+    """Depthwise causal convolution of ``x`` ``[B, T, C]`` behind ``history`` ``[B, size - 1, C]``, taps ``[size, C]``.
 
-    On a CPU this is half the time of ``conv1d`` with groups, whose backward pass is not vectorised.
+    As shifted multiply-adds: on a CPU ``conv1d`` with groups takes several times as long, backward above all.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
-        """``x`` carries ``size - 1`` tokens of history in front; returns ``T = len - size + 1`` tokens."""
-        ctx.save_for_backward(x, taps)
-        size = len(taps)
-        length = x.shape[1] - size + 1
-        y = x[:, :length] * taps[0]
-        for j in range(1, size):
-            y.addcmul_(x[:, j : j + length], taps[j])
+    def forward(ctx: Any, x: Tensor, history: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, history, taps)
+        ctx.native = native.usable(x)
+        if ctx.native:
+            return native.conv_forward(x, history, taps)
+        whole, length = torch.cat([history, x], 1), x.shape[1]
+        y = x * taps[-1]
+        for j in range(len(taps) - 1):
+            y.addcmul_(whole[:, j : j + length], taps[j])
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (dy,) = grads
-        x, taps = ctx.saved_tensors
-        size, length = len(taps), dy.shape[1]
-        dx = torch.zeros_like(x)
-        for j in range(size):
-            dx[:, j : j + length].addcmul_(dy, taps[j])
-        dtaps = torch.stack([(x[:, j : j + length] * dy).sum((0, 1)) for j in range(size)])
-        return dx, dtaps
+        x, history, taps = ctx.saved_tensors
+        if ctx.native:
+            return native.conv_backward(x, history, taps, dy)
+        whole, length, past = torch.cat([history, x], 1), x.shape[1], history.shape[1]
+        d_whole = torch.zeros_like(whole)
+        for j in range(len(taps)):
+            d_whole[:, j : j + length].addcmul_(dy, taps[j])
+        dtaps = torch.stack([(whole[:, j : j + length] * dy).sum((0, 1)) for j in range(len(taps))])
+        return d_whole[:, past:], d_whole[:, :past], dtaps
 
 
 def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,11 +131,11 @@ def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[T
     ``cache`` ``[B, size - 1, C]`` holds the inputs before ``x`` (zeros when None). Returns the result and the
     cache for what follows.
     """
-    size = len(taps)
-    taps = taps.to(x.dtype)
-    padded = F.pad(x, (0, 0, size - 1, 0)) if cache is None else torch.cat([cache.to(x.dtype), x], 1)
-    tail = padded[:, padded.shape[1] - size + 1 :]
-    return _CausalConv.apply(padded, taps), tail
+    past = len(taps) - 1
+    history = x.new_zeros(x.shape[0], past, x.shape[2]) if cache is None else cache.to(x.dtype)
+    length = x.shape[1]
+    tail = x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
+    return _CausalConv.apply(x, history, taps.to(x.dtype)), tail
 
 
 def packed_conv(x: Tensor, taps: Tensor, offsets: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
