@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -97,7 +97,12 @@ class _Checker:
     def check_names(self) -> None:
         spec = self.spec
         seen: dict[str, str] = {}
-        tables = {"inputs": spec.inputs, "parameters": spec.parameters, "define": spec.define, "state": spec.state}
+        tables: dict[str, Iterable[str]] = {
+            "inputs": spec.inputs,
+            "parameters": spec.parameters,
+            "define": spec.define,
+            "state": spec.state,
+        }
         for table, entries in tables.items():
             for name in entries:
                 place = f"{table}.{name}"
@@ -196,7 +201,7 @@ class _Checker:
 
     def formula(self, place: str, *roles: str) -> Meaning | None:
         node = self.parse(place, self.spec.formulas[place])
-        meaning = node and interpret(node, self.scope(*roles), self.report.at(place))
+        meaning = None if node is None else interpret(node, self.scope(*roles), self.report.at(place))
         if meaning:
             self.formulas[place] = meaning
             self.used |= {s.name for s in meaning.expr.free_symbols}
@@ -243,11 +248,11 @@ class _Checker:
             "evidence for a precision must be nonnegative",
             "declare domain = 'nonnegative', square it, or use softplus(...)",
         )
-        found = [m.axes for m in (prior_precision, retain, evidence) if m]
-        if len(found) == 3:
+        if prior_precision and retain and evidence:
             self.check_structure(prior_precision, retain, evidence)
+        found = [m.axes for m in (prior_precision, retain, evidence) if m]
         self.axes["precision"] = join_axes(*found)
-        self.axes["mean"] = join_axes(*(m.axes for m in (prior_mean, retain, evidence, prior_precision, mean) if m))
+        self.axes["mean"] = join_axes(*found, *(m.axes for m in (prior_mean, mean) if m))
 
     def check_structure(self, prior: Meaning, retain: Meaning, evidence: Meaning) -> None:
         structure = self.spec.structure
@@ -256,7 +261,8 @@ class _Checker:
             if evidence.axes:
                 self.report(
                     "precision.evidence",
-                    f"under structure = 'full' the evidence is the weight of k k^T and has no axes, not {evidence.axes!r}",
+                    "under structure = 'full' the evidence is the weight of k k^T and has no axes,"
+                    f" not {evidence.axes!r}",
                     1,
                     cure="give one number per token, for example evidence = 'beta'",
                 )
@@ -283,18 +289,22 @@ class _Checker:
         contraction = "(".join(f"sum_{a}" for a in surplus)
         cure = f"write structure = '{right}'"
         if surplus:
-            cure += f", or contract the evidence: {contraction}({self.spec.formulas['precision.evidence']}{')' * len(surplus)}"
+            text = self.spec.formulas["precision.evidence"]
+            cure += f", or contract the evidence: {contraction}({text}{')' * len(surplus)}"
         self.report(
-            place, f"structure = {structure!r} has axes {allowed!r}, but the precision lives on {total!r} ({parts})",
-            cure=cure, suggestion=right,
-        )  # fmt: skip
+            place,
+            f"structure = {structure!r} has axes {allowed!r}, but the precision lives on {total!r} ({parts})",
+            cure=cure,
+        )
 
     def check_states(self) -> None:
         for name, state in self.spec.state.items():
             init = self.formula(f"state.{name}.init", "parameter")
             update = self.formula(f"state.{name}.update", "input", "parameter", "state")
             for key, meaning in (("init", init), ("update", update)):
-                surplus = [a for a in meaning.axes if a not in state.axes] if meaning else []
+                if meaning is None:
+                    continue
+                surplus = [a for a in meaning.axes if a not in state.axes]
                 if surplus:
                     self.report(
                         f"state.{name}.{key}",

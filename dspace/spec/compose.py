@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dspace.errors import Problem, SpecError
 from dspace.spec.expressions import nearest
@@ -36,7 +36,7 @@ def resolve_tables(
     removed = tables.pop("remove", [])
     transforms = tables.pop("transform", [])
 
-    def fail(place: str, message: str, cure: str, suggestion: str = "") -> None:
+    def fail(place: str, message: str, cure: str, suggestion: str = "") -> NoReturn:
         at = locator(sources)(place, 1)
         raise SpecError([Problem(message, where=place, cure=cure, suggestion=suggestion, **at)])
 

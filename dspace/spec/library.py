@@ -23,4 +23,5 @@ def builtin_names() -> list[str]:
 
 def find_builtin(name: str) -> Path | None:
     """File of one built-in spec, or None."""
-    return find_specs() / f"{name}.toml" if name in builtin_names() else None
+    folder = find_specs()
+    return folder / f"{name}.toml" if folder and name in builtin_names() else None

@@ -115,7 +115,7 @@ class _Scanner:
             self.at = match.end()
 
     def key_path(self) -> Path:
-        parts = []
+        parts: list[str] = []
         while len(parts) < 16:  # deeper keys are unknown keys of the language anyway
             self.skip(_BLANK)
             parts.append(self.key_part())
@@ -195,7 +195,7 @@ class _Scanner:
             elif self.text.startswith(quote, at):
                 at += len(quote)
                 if len(quote) == 3:  # up to two quotes may stand right before the closing three
-                    at += len(re.compile(re.escape(quote[0]) + "{0,2}").match(self.text, at).group())
+                    at += next((n for n in (2, 1) if self.text.startswith(quote[0] * n, at)), 0)
                 break
             else:
                 at += 1

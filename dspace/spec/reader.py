@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dspace.errors import Problem, SpecError
 from dspace.spec import model
@@ -18,6 +20,7 @@ from dspace.spec.expressions import listed, nearest
 from dspace.spec.library import builtin_names, find_builtin
 from dspace.spec.model import Spec
 from dspace.spec.positions import Positions
+from dspace.spec.syntax import FormulaError, Name, parse, walk
 
 MAX_BYTES = 100_000
 """Largest spec file; the longest built-in one has about 2,000 bytes."""
@@ -144,7 +147,12 @@ def _toml_problem(error: tomllib.TOMLDecodeError, text: str, file: str) -> Probl
 def build(tables: dict[str, Any], sources: list[Source], *, prune: bool = False) -> Spec:
     """Validate tables and check what they mean. Raises SpecError with every problem."""
     report = Report(locator(sources))
-    spec = validate(tables, report)
+    try:
+        spec = validate(tables, report)
+    except SpecError:
+        _report_formulas_too(tables, report)
+        report.finish()
+        raise
     if prune:
         spec = validate(pruned(spec, report), report)
     spec.__dict__["meanings"] = check(spec, report)
@@ -164,6 +172,60 @@ def validate(tables: dict[str, Any], report: Report) -> Spec:
     raise AssertionError("a validation error without items")
 
 
+def _report_formulas_too(tables: dict[str, Any], report: Report) -> None:
+    """A file of the wrong shape: what is wrong in its formulas is reported in the same go, as far as it is known.
+
+    Unknown keys and unknown choices are set aside and the rest is checked in full; where more is broken only
+    the syntax of the formulas is, since names and axes could then be wrong through no fault of their own.
+    """
+    try:
+        Spec.model_validate(tables)
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        if all(item["type"] in ("extra_forbidden", "literal_error") for item in items):
+            rest = copy.deepcopy(tables)
+            for item in items:
+                *above, key = item["loc"]
+                inner: Any = rest
+                for part in above:
+                    inner = inner[part]
+                inner.pop(key, None)
+            chosen = any(item["loc"] == ("precision", "structure") for item in items)
+            problems = Report(report.locate)
+            try:
+                check(validate(rest, problems), problems, unused=False)
+            except SpecError:
+                wrong = ("precision.structure", "precision.evidence") if chosen else ()
+                report.problems += [p for p in problems.problems if p.where not in wrong]
+            return
+    for place, text in _formula_texts(tables):
+        try:
+            parse(text)
+        except FormulaError as error:
+            report(place, error.message, error.column, error.cure, error.suggestion)
+
+
+def _formula_texts(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    keys = {
+        "prior": ("mean", "precision"),
+        "forgetting": ("retain",),
+        "precision": ("evidence",),
+        "mean": ("evidence",),
+    }
+    keys["readout"] = ("output", "variance")
+    found = [(table, key, tables.get(table)) for table, wanted in keys.items() for key in wanted]
+    for table in ("define", "layer"):
+        entries = tables.get(table)
+        found += [(table, key, entries) for key in entries] if isinstance(entries, dict) else []
+    states = tables.get("state")
+    for name, state in states.items() if isinstance(states, dict) else ():
+        found += [(f"state.{name}", key, state) for key in ("init", "update")]
+    for table, key, entries in found:
+        text = entries.get(key) if isinstance(entries, dict) else None
+        if isinstance(text, str):
+            yield f"{table}.{key}", text
+
+
 def pruned(spec: Spec, report: Report) -> dict[str, Any]:
     """Tables of ``spec`` without the inputs, parameters and recipes that nothing uses."""
     meanings = check(spec, report, unused=False)
@@ -174,8 +236,6 @@ def pruned(spec: Spec, report: Report) -> dict[str, Any]:
     dropped = set(spec.inputs) - used
     layer = {k: t for k, t in tables.get("layer", {}).items() if k not in dropped}
     while True:
-        from dspace.spec.syntax import Name, walk
-
         needed = {n.id for k in layer for n in walk(meanings.layer[k]) if isinstance(n, Name)}
         kept = {k: t for k, t in layer.items() if k in tables["inputs"] or k in needed}
         if len(kept) == len(layer):
@@ -207,7 +267,7 @@ def locator(sources: list[Source]):
     return locate
 
 
-_TABLES: dict[str, type] = {
+_TABLES: dict[str, type[BaseModel]] = {
     "inputs": model.VariableDecl,
     "parameters": model.ParameterDecl,
     "state": model.StateDecl,
@@ -254,9 +314,17 @@ def _translate(item: Any, report: Report) -> None:
     elif kind == "value_error":
         report(place, str(item["ctx"]["error"]), 1, cure=_CURES.get(key, "") or _CURES.get(path[0], ""))
     else:
-        wanted = {"string_type": "a string in quotes", "dict_type": "a table", "model_type": "a table"}.get(kind, "")
-        wanted = wanted or {"tuple_type": "a list of strings", "float_type": "a number"}.get(kind, "another value")
-        report(place, f"{wanted} is expected here", 1, cure=_CURES.get(path[0] if path else "", f"write {wanted}"))
+        shape = _SHAPES.get(kind, "another value")
+        report(place, f"{shape} is expected here", 1, cure=_CURES.get(path[0] if path else "", f"write {shape}"))
+
+
+_SHAPES = {
+    "string_type": "a string in quotes",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "tuple_type": "a list of strings",
+    "float_type": "a number",
+}
 
 
 _EXAMPLES = {

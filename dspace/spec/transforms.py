@@ -7,14 +7,14 @@ may be declared beforehand in the same file under the names given below; such a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import sympy
 
 from dspace.errors import UserError
 from dspace.math.ir import SumK, SumV, Write, axes_of
 from dspace.spec.expressions import nearest
-from dspace.spec.model import STRUCTURES, Precision, Spec
+from dspace.spec.model import STRUCTURES, Spec
 from dspace.spec.printing import formula
 from dspace.spec.syntax import Binary, Name, Node, parse
 
@@ -53,7 +53,7 @@ def metaplastic(spec: Spec) -> Spec:
         write = factorise(spec.expr("mean.evidence"), spec)
         _importance_of_posterior(spec, tables, write, gain, prior, gain_axes, prior_axes)
     else:
-        write = _importance_of_recurrence(spec, tables, gain, prior, gain_axes, prior_axes)
+        write = _importance_of_recurrence(spec, tables, gain, prior, gain_axes)
     if spec.layer and gain not in spec.layer:
         low_rank = "low_rank" if gain_axes else "linear"
         recipe = f"sigmoid({low_rank}) * softplus(head_scale)"
@@ -64,26 +64,26 @@ def metaplastic(spec: Spec) -> Spec:
     return from_dict(tables)
 
 
-def _importance_of_posterior(spec, tables, write, gain, prior, gain_axes, prior_axes) -> None:
+def _importance_of_posterior(
+    spec: Spec, tables: dict[str, Any], write: Write, gain: str, prior: str, gain_axes: str, prior_axes: str
+) -> None:
     if not spec.expr("precision.evidence").is_zero:
         raise TransformError(
             "the metaplastic transform needs a constant precision, and this posterior learns one already",
             "remove the transform, or set [precision] structure = 'constant' and evidence = '0'",
         )
-    if spec.expr("prior.precision") != 1 and prior not in spec.parameters:
-        raise TransformError(
-            f"the prior precision is {spec.expr('prior.precision')} already",
-            f"name it {prior} or leave it out: the transform adds the parameter {prior}",
-        )
+    if spec.expr("prior.precision") == 1:
+        tables["prior"] = {**tables.get("prior", {}), "precision": prior}
+    else:  # the file has a prior precision of its own: nothing to add
+        prior_axes = spec.axes("prior.precision")
+        if prior not in spec.parameters:
+            del tables["parameters"][prior]
     total = set(gain_axes) | set(prior_axes) | set(spec.axes("forgetting.retain")) | set(_axes(write.key, spec))
     structure = next(name for name, axes in STRUCTURES.items() if set(axes) == total)
-    tables["prior"] = {**tables.get("prior", {}), "precision": prior}
-    tables["precision"] = Precision(
-        structure=structure, evidence=formula(sympy.Symbol(gain) * write.key**2)
-    ).model_dump()
+    tables["precision"] = {"structure": structure, "evidence": formula(sympy.Symbol(gain) * write.key**2)}
 
 
-def _importance_of_recurrence(spec, tables, gain, prior, gain_axes, prior_axes) -> Write:
+def _importance_of_recurrence(spec: Spec, tables: dict[str, Any], gain: str, prior: str, gain_axes: str) -> Write:
     matrices = [name for name, state in spec.state.items() if state.axes == "kv"]
     if len(spec.state) != 1 or not matrices:
         raise TransformError(
@@ -99,9 +99,9 @@ def _importance_of_recurrence(spec, tables, gain, prior, gain_axes, prior_axes) 
         raise TransformError("the state must start at 0", "remove its init")
     if any(state in node.free_symbols for node in update.atoms(SumK, SumV)):
         raise TransformError(
-            f"the transition of {name} is not diagonal: its update contracts the state (a rank-1 erase, as in delta rules),"
-            " and an elementwise importance would not follow it",
-            "keep a precision over k only and divide the key by it, k / P: state that as a recurrence with a state P on 'k'",
+            f"the transition of {name} is not diagonal: its update contracts the state (a rank-1 erase, as in"
+            " delta rules), and an elementwise importance would not follow it",
+            "keep a precision over k only and divide the key by it, k / P: a recurrence with a state P on 'k'",
         )
     transition = sympy.simplify(sympy.diff(update, state))
     if state in transition.free_symbols:
@@ -213,7 +213,7 @@ def apply_transforms(tables: dict[str, Any], names: Any, sources: list[Source]) 
     from dspace.spec.check import Report, check
     from dspace.spec.reader import locator, validate
 
-    def fail(message: str, cure: str, suggestion: str = "") -> None:
+    def fail(message: str, cure: str, suggestion: str = "") -> NoReturn:
         at = locator(sources)("transform", 1)
         raise SpecError([Problem(message, where="transform", cure=cure, suggestion=suggestion, **at)])
 
