@@ -1,0 +1,172 @@
+"""Certificates: right kernels pass, planted mistakes are refused, and the refusal says why."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dspace import spec as specs
+from dspace.errors import CertificationError, UserError
+from dspace.math import analyse
+from dspace.runtime import compiler
+from dspace.runtime.budgets import budget, gates
+from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
+from dspace.runtime.certify import certify_module, verify
+from dspace.runtime.compare import compare
+from dspace.runtime.compiler import compile, module_text
+from dspace.runtime.load import load_file
+
+ONE = (Case("plain", Shape(2, 9, 1, 2, 4, 3), variance=False),)
+
+
+def planted(path: Path, pattern: str, replacement: str, name: str) -> ModuleType:
+    """The module of a spec with its text changed by ``pattern``, in operators of its own."""
+    text, count = re.subn(pattern, replacement, module_text(path))
+    assert count, f"{pattern} is not in the emitted text any more: plant the mistake elsewhere"
+    text = re.sub(r"(_OPS = 'dspace_\w+)'", rf"\1_{name}'", text)
+    target = path.with_name(f"{name}.py")
+    target.write_text(text, encoding="utf-8")
+    return load_file(target, name)
+
+
+def test_right_module_passes_and_is_recorded(affine_file: Path, own_cache: Path):
+    certificate = verify(affine_file, quick=True, seed=1)
+    assert certificate.passed, [c.describe() for c in certificate.failures()]
+    assert {c.form for c in certificate.checks} == {"chunk", "recurrent", "reference"}
+    quantities = {c.quantity for c in certificate.checks}
+    assert {"o", "state S", "d q", "d k", "d v", "d g", "d initial state 0"} <= quantities
+    (record,) = (own_cache / "certificates").iterdir()
+    stored = json.loads(record.read_text(encoding="utf-8"))
+    assert stored["passed"] and stored["spec_hash"] == certificate.spec_hash and stored["seed"] == 1
+    assert stored["libraries"]["torch"] and stored["device_name"] and stored["emitter_version"]
+    # compile finds it and runs nothing
+    compiler._trusted.clear()
+    compile(affine_file)
+    assert len(list((own_cache / "certificates").iterdir())) == 1
+
+
+def test_planted_gradient_is_refused(ratio_file: Path):
+    spec = specs.load(ratio_file)
+    module = planted(ratio_file, r"(d_v_t\[j\] = )(.*)", r"\1real(1.01) * (\2)", "wrong_gradient")
+    certificate = certify_module(spec, module, cases=ONE, dtypes=("float32",), seed=3)
+    assert not certificate.passed
+    assert {(c.form, c.quantity) for c in certificate.failures()} == {("chunk", "d v"), ("recurrent", "d v")}
+    assert all(c.error == pytest.approx(0.01, rel=0.05) for c in certificate.failures())
+
+
+def test_planted_variance_is_refused(ratio_file: Path):
+    spec = specs.load(ratio_file)
+    # The trap of THEORY.md section 6: a variance that is wrong by a factor which is 1 at scale = 1.
+    module = planted(ratio_file, r"(        variance_t\[j\] = )(.*)", r"\1(\2) / scale", "wrong_variance")
+    case = (Case("variance", Shape(2, 9, 1, 2, 4, 3)),)
+    certificate = certify_module(spec, module, cases=case, dtypes=("float32",), seed=3)
+    assert {(c.form, c.quantity) for c in certificate.failures()} == {("chunk", "variance"), ("recurrent", "variance")}
+    assert "REFUSED" in str(certificate.table().title)
+
+
+def test_planted_mistake_in_the_reference_is_refused(affine_file: Path):
+    module = planted(affine_file, r"outputs\.append\(\(", "outputs.append((1.00001 * ", "wrong_reference")
+    certificate = certify_module(specs.load(affine_file), module, cases=ONE, dtypes=("float64",), seed=3)
+    assert {(c.form, c.quantity) for c in certificate.failures()} >= {("reference", "o")}
+
+
+def test_compile_refuses_and_names_the_reason(affine_file: Path, monkeypatch: pytest.MonkeyPatch):
+    real = module_text
+
+    def wrong(source: object) -> str:
+        text = re.sub(r"(_OPS = 'dspace_\w+)'", r"\1_refused'", real(source))
+        return text.replace("return o.to(first.dtype), state", "return 2 * o.to(first.dtype), state")
+
+    monkeypatch.setattr(compiler, "module_text", wrong)
+    with pytest.raises(CertificationError) as refused:
+        compile(affine_file)
+    message = str(refused.value)
+    assert "tiny_affine" in message and ": o has relative error 1.00e+00" in message
+    assert "dspace verify" in message and "certify=False" in message
+    with pytest.raises(CertificationError):  # a stored refusal does not turn into trust
+        compile(affine_file)
+    assert hasattr(compile(affine_file, certify=False), "reference_tiny_affine")
+
+
+def test_crash_and_missing_form_are_failures(affine_file: Path):
+    spec = specs.load(affine_file)
+    module = compile(spec, certify=False)
+
+    class Broken:
+        SPEC = module.SPEC
+        chunk_tiny_affine = staticmethod(module.reference_tiny_affine)
+        reference_tiny_affine = staticmethod(module.reference_tiny_affine)
+
+        @staticmethod
+        def recurrent_tiny_affine(*_: object, **__: object) -> None:
+            raise RuntimeError("an illegal memory access\nand more")
+
+    certificate = certify_module(spec, Broken, cases=ONE, dtypes=("float32",), seed=3)  # type: ignore[arg-type]
+    assert [c.note for c in certificate.failures()] == ["raised RuntimeError: an illegal memory access"]
+    assert certificate.as_dict()["checks"] and json.dumps(certificate.as_dict())
+
+
+def test_wrong_device_and_dtype_are_user_errors(affine_file: Path):
+    with pytest.raises(UserError, match="unknown device"):
+        verify(affine_file, device="tpu")
+    with pytest.raises(UserError, match="unknown dtype"):
+        verify(affine_file, dtypes=("int8",))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no usable GPU"):
+            verify(affine_file, device="cuda")
+
+
+def test_gates_are_what_decides_retention(ratio_file: Path):
+    assert gates(analyse(specs.load(ratio_file)).recurrence) == {"g"}
+
+
+@pytest.mark.parametrize("draw", ("random", *CORNERS))
+def test_draws_stay_in_their_domains(ratio_file: Path, draw: str):
+    recurrence = analyse(specs.load(ratio_file)).source
+    case = Case("x", Shape(2, 50, 1, 2, 8, 5), draw=draw)  # type: ignore[arg-type]
+    drawn = draw_arguments(recurrence, {"g"}, case, torch.bfloat16, "cpu", 0)
+    assert (drawn.inputs["g"] <= 0).all() and (drawn.inputs["b"] >= 0).all() and (drawn.parameters["I_p"] > 0).all()
+    assert drawn.inputs["q"].shape == (2, 50, 1, 8) and drawn.inputs["b"].shape == (2, 50, 2, 5)
+    match draw:
+        case "gates open":
+            assert (drawn.inputs["g"] == 0).all()
+        case "gates shut":
+            assert (drawn.inputs["g"].exp() < 1e-20).all()
+        case "gates mixed":
+            assert (drawn.inputs["g"] == 0).any() and (drawn.inputs["g"] == -60).any()
+        case "no gain":
+            assert (drawn.inputs["b"] == 0).all()
+        case "one-hot":
+            assert (drawn.inputs["k"].sum(-1) == 1).all() and (drawn.inputs["q"].sum(-1) != 1).any()
+        case "constant":
+            assert (drawn.inputs["k"] == drawn.inputs["k"][:, :1]).all()
+
+
+def test_the_matrix_covers_what_it_must():
+    for device in ("cpu", "cuda"):
+        full = full_cases(device)
+        assert {c.draw for c in full} >= set(CORNERS)
+        assert {0, 1, 63, 64, 65, 200} <= {c.shape.T for c in full}
+        assert any(c.splits for c in full) and any(c.lengths and 0 in c.lengths for c in full)
+        assert {True, False} == {c.initial for c in full} == {c.final for c in full}
+        assert all(c.lengths is None or sum(c.lengths) == c.shape.T for c in (*full, *quick_cases(device)))
+        assert {c.draw for c in quick_cases(device)} >= {"gates mixed", "no gain"}
+
+
+def test_comparison_rule():
+    x = torch.ones(4, dtype=torch.float64)
+    assert compare(x, x * (1 + 1e-4), 1e-3, "float32")[1] == "ok"
+    assert compare(x, x * (1 + 1e-4), 1e-5, "float32")[1] == "failed"
+    assert compare(1e-8 * x, 3e-8 * x, 1e-5, "float32")[1] == "ok"  # nothing left but rounding
+    assert compare(1e-8 * x, 3e-8 * x, 1e-5, "float64")[1] == "failed"
+    assert compare(x, x * math.nan, 1e-3, "float32")[1:] == ("failed", "is not finite")
+    assert compare(x * math.inf, x, 1e-3, "float32")[1] == "undefined"
+    assert compare(x, x[:2], 1e-3, "float32")[1] == "failed" == compare(x, None, 1e-3, "float32")[1]
+    assert budget("float32", "output", "chunk", "a") > budget("float32", "output", "recurrent", "a")
+    assert budget("bfloat16", "gate gradient", "chunk", "c") == 2e-2
