@@ -102,7 +102,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _names(recurrence: Recurrence) -> set[str]:
-    return {v.name for v in (*recurrence.variables, *recurrence.states)}
+    return {v.name for v in recurrence.variables} | {s.name for s in recurrence.states}
 
 
 def _search(source: Recurrence) -> Change:

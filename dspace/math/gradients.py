@@ -132,7 +132,8 @@ def sum_over(expr: sympy.Expr, over: Axes, table: Table) -> sympy.Expr:
     for axis in over:
         if expr == 0:
             return expr
-        inside, outside = [], []
+        inside: list[sympy.Expr] = []
+        outside: list[sympy.Expr] = []
         for factor in sympy.Mul.make_args(expr):
             (inside if axis in axes_of(factor, table) else outside).append(factor)
         if inside:

@@ -20,7 +20,8 @@ REAL = Domain()
 
 def domains_of(recurrence: Recurrence) -> dict[sympy.Symbol, Domain]:
     """Domain of every symbol of a recurrence."""
-    return {x.symbol: DOMAINS[x.domain] for x in (*recurrence.variables, *recurrence.states)}
+    table = {v.symbol: DOMAINS[v.domain] for v in recurrence.variables}
+    return table | {s.symbol: DOMAINS[s.domain] for s in recurrence.states}
 
 
 def interval(expr: sympy.Expr, domains: Mapping[sympy.Symbol, Domain]) -> Domain:

@@ -35,7 +35,7 @@ def readout_of(recurrence: Recurrence) -> Readout | None:
     table = recurrence.axes_table()
     large = tuple(s.symbol for s in recurrence.states if s.axes == "kv")
     reads = _Reads(dict(table))
-    results = []
+    results: list[sympy.Expr | None] = []
     for expr in (recurrence.output, recurrence.variance):
         if expr is None:
             results.append(None)

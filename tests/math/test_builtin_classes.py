@@ -1,0 +1,74 @@
+"""Classes of the built-in specs, as the theory's table says."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import dspace.spec
+from dspace.errors import UserError
+from dspace.math import analyse, lower
+
+TABLE = {
+    "linear_attention": "a",
+    "normalized_linear_attention": "fold",
+    "retnet": "a",
+    "lightning_attention": "a",
+    "simple_gla": "a",
+    "mamba2": "a",
+    "gla": "b",
+    "hgrn2": "b",
+    "rwkv6": "b",
+    "palimpsa": "c",
+    "meta_mamba2": "c",
+    "palimpsa_folded": "fold",
+    "metaplastic_gla": "c",
+    "delta_net": "d",
+    "gated_delta_net": "d",
+    "kda": "d",
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_class_and_speed(name):
+    spec = dspace.spec.load(name)
+    start = time.perf_counter()
+    analysis = analyse(spec)
+    assert time.perf_counter() - start < 1.5
+    assert analysis.classification.letter == TABLE[name]
+    assert analysis.source == lower(spec)
+    assert [p.name for p in analysis.passes] == [
+        "lower",
+        "coordinates",
+        "simplify",
+        "classify",
+        "adjoint",
+        "ranges",
+        "cost",
+    ]
+
+
+def test_every_affine_built_in_decays_without_a_logarithm_of_zero():
+    for name, letter in TABLE.items():
+        if letter in ("a", "b", "c", "fold"):
+            affine = analyse(dspace.spec.load(name)).classification.affine
+            assert all(a.log_decay is not None for a in affine), name
+
+
+def test_states_of_the_metaplastic_posterior():
+    states = analyse(dspace.spec.load("palimpsa")).recurrence.states
+    assert [(s.name, s.axes, s.doc) for s in states] == [
+        ("M", "kv", "mean * precision"),
+        ("Ibar", "kv", "precision - I_p"),
+    ]
+
+
+def test_a_full_precision_is_refused_with_a_cure():
+    tables = dspace.spec.load("palimpsa").to_dict()
+    tables["precision"] = {"structure": "full", "evidence": "1"}
+    del tables["readout"]["variance"], tables["inputs"]["b"]
+    tables["layer"].pop("b", None)
+    with pytest.raises(UserError) as refused:
+        analyse(dspace.spec.from_dict(tables))
+    assert "key_value" in str(refused.value)
