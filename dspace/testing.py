@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import inspect
 import random
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
     from dspace.runtime.certify import Certificate
     from dspace.spec import Spec
 
-ALLOWED_IMPORTS = frozenset(
-    {"__future__", "contextlib", "functools", "math", "numba", "numpy", "os", "torch", "triton"}
-)
+ALLOWED_IMPORTS = sys.stdlib_module_names | {"numba", "numpy", "torch", "triton"}
 """All that a generated module may import: nothing of dspace, nothing that a user of PyTorch lacks."""
 
 
