@@ -60,15 +60,19 @@ class Report:
             raise SpecError(sorted(self.problems, key=lambda p: (p.file, p.line, p.column)))
 
 
-def check(spec: Spec, report: Report | None = None, *, unused: bool = True) -> Meanings:
-    """Meanings of all formulas. Raises SpecError with every problem found; ``unused`` names are problems too."""
+def check(spec: Spec, report: Report | None = None, *, unused: bool = True, domains: bool = True) -> Meanings:
+    """Meanings of all formulas. Raises SpecError with every problem found.
+
+    ``unused`` names are problems too; without ``domains`` no formula is searched for forbidden values.
+    """
     report = report or Report()
-    return _Checker(spec, report).run(unused)
+    return _Checker(spec, report, domains).run(unused)
 
 
 class _Checker:
-    def __init__(self, spec: Spec, report: Report) -> None:
+    def __init__(self, spec: Spec, report: Report, domains: bool) -> None:
         self.spec = spec
+        self.domains = domains
         self.report = report
         self.formulas: dict[str, Meaning] = {}
         self.axes: dict[str, Axes] = {}
@@ -85,9 +89,9 @@ class _Checker:
             self.check_posterior()
         self.check_states()
         self.check_readout()
-        layer = check_layer(spec, self.report)
         if unused and not self.report.problems:
             self.check_use()
+        layer = check_layer(spec, self.report)
         self.check_inits()
         self.report.finish()
         return Meanings(self.formulas, self.axes, layer)
@@ -212,7 +216,7 @@ class _Checker:
     def require(self, place: str, low: float, high: float, what: str, cure: str, *, open_low: bool = False) -> None:
         """Report values of the formula at ``place`` outside of an interval, with an example of them."""
         meaning = self.formulas.get(place)
-        if meaning is None:
+        if meaning is None or not self.domains:
             return
         example = counterexample(meaning.expr, self.spec, low, high, open_low)
         if example is not None:

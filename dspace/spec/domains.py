@@ -11,7 +11,7 @@ from dspace.math.ir import DOMAINS
 from dspace.spec.expressions import constant_value
 from dspace.spec.model import Spec
 
-_SAMPLES = (-1000.0, -30.0, -2.0, -1.0, -0.3, -1e-3, 0.0, 1e-3, 0.3, 0.9, 1.0, 1.5, 2.0, 30.0, 1000.0)
+_SAMPLES = (1.0, -1.0, 0.0, 2.0, -2.0, 0.3, -0.3, 1e-3, -1e-3, 0.9, 1.5, 30.0, -30.0, 1000.0, -1000.0)
 _MOST = 4_000
 
 
@@ -48,7 +48,7 @@ def _exact_zero(expr: sympy.Expr, point: dict[str, float]) -> bool:
 def _samples(spec: Spec, name: str) -> list[float]:
     domain = DOMAINS[spec.variables[name].domain]
     inside = []
-    for value in sorted(_SAMPLES, key=abs):
+    for value in _SAMPLES:
         low = value > domain.low or (value == domain.low and not domain.open_low)
         high = value < domain.high or (value == domain.high and not domain.open_high)
         if low and high:

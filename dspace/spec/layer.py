@@ -61,7 +61,8 @@ def check_layer(spec: Spec, report: Report) -> dict[str, Node]:
     for key, node in nodes.items():
         used |= _check_recipe(f"layer.{key}", node, shared, report)
     for name in spec.inputs:
-        if name not in spec.layer:
+        told = any(p.where == f"inputs.{name}" for p in report.problems)
+        if name not in spec.layer and not told:
             report("layer", f"no recipe for the input {name!r}", cure=f'add {name} = "linear", or drop the whole table')
     for key in shared:
         if key not in used:

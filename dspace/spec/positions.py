@@ -14,6 +14,7 @@ Path = tuple[str, ...]
 
 _SIMPLE_ESCAPES = set('btnfre"\\')
 _WHITE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_CONTINUATION = re.compile(r"(?:\\[ \t]*\r?\n[ \t\r\n]*)*")
 _BLANK = re.compile(r"[ \t]*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BARE_VALUE = re.compile(r"[^,\]}#\n]*")
@@ -62,6 +63,8 @@ class Positions:
             offset += 2 if self.text.startswith("\r\n", offset) else self.text.startswith("\n", offset)
         for _ in range(column - 1):
             offset = self._step(offset, entry.quote)
+        if entry.quote == '"""':
+            offset = _CONTINUATION.match(self.text, offset).end()  # type: ignore[union-attr]
         return self.place(min(offset, len(self.text)))
 
     def _step(self, offset: int, quote: str) -> int:
@@ -76,8 +79,8 @@ class Positions:
             return offset + 2
         if escape in ("u", "U", "x"):
             return offset + {"x": 4, "u": 6, "U": 10}[escape]
-        skipped = re.compile(r"\\[ \t\r\n]*").match(text, offset)  # a line continuation is no character at all
-        return self._step(skipped.end(), quote) if skipped else offset + 1
+        skipped = _CONTINUATION.match(text, offset)  # a line continuation is no character at all
+        return self._step(skipped.end(), quote) if skipped and skipped.end() > offset else offset + 1
 
 
 class _Scanner:

@@ -191,9 +191,10 @@ def _report_formulas_too(tables: dict[str, Any], report: Report) -> None:
                     inner = inner[part]
                 inner.pop(key, None)
             chosen = any(item["loc"] == ("precision", "structure") for item in items)
+            undeclared = any(item["loc"][-1] == "domain" for item in items)
             problems = Report(report.locate)
             try:
-                check(validate(rest, problems), problems, unused=False)
+                check(validate(rest, problems), problems, unused=False, domains=not undeclared)
             except SpecError:
                 wrong = ("precision.structure", "precision.evidence") if chosen else ()
                 report.problems += [p for p in problems.problems if p.where not in wrong]
@@ -315,6 +316,8 @@ def _translate(item: Any, report: Report) -> None:
         report(place, str(item["ctx"]["error"]), 1, cure=_CURES.get(key, "") or _CURES.get(path[0], ""))
     else:
         shape = _SHAPES.get(kind, "another value")
+        if kind == "model_type" and len(path) == 2:
+            shape = "axes in quotes, or a table,"
         report(place, f"{shape} is expected here", 1, cure=_CURES.get(path[0] if path else "", f"write {shape}"))
 
 
