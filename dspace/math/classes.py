@@ -123,13 +123,21 @@ def _affine(recurrence: Recurrence, affine: tuple[AffineState, ...], trail: _Tra
         trail.note(
             f"{_list(small)} {'is' if len(small) == 1 else 'are'} small (free of v or k) and {'enters' if len(small) == 1 else 'enter'} the {_list(places)}"
         )
+        share = "divides" if _divides(recurrence, readout) else "enters"
         reason = (
-            f"all states are affine and the decay is {decay}; the precision varies only "
-            f"{_along(recurrence)}, so it divides the {_list(places)} and what remains is class {letter}"
+            f"all states are affine and the decay is {decay}; {_list(small)} varies only {_along(recurrence)}, "
+            f"so it {share} the {_list(places)} and what remains is class {letter}"
         )
         return trail.decide("fold", reason, affine, readout)
     reason = f"every state is affine, its decay is {decay}, its writes are products key * value, the readout is linear"
     return trail.decide(letter, reason, affine, readout)
+
+
+def _divides(recurrence: Recurrence, readout: Readout) -> bool:
+    """Whether a small state occurs in a divisor of the readout."""
+    small = {s.symbol for s in recurrence.states if s.axes != "kv"}
+    parts = [readout.output, *(q for r in readout.reads for q in (r.queries or {}).values())]
+    return any(p.exp.is_negative and p.free_symbols & small for e in parts for p in e.atoms(sympy.Pow))
 
 
 def _along(recurrence: Recurrence) -> str:
