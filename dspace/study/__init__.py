@@ -14,23 +14,22 @@ _HOMES = {
     "run": "engine",
     "heal": "engine",
     "Summary": "engine",
-    "load": "load",
-    "loads": "load",
+    "load": "reading",
+    "loads": "reading",
     "StudyFile": "schema",
     "collect": "results",
     "open_home": "results",
-    "report": "report",
-    "export": "export",
+    "report": "page",
+    "export": "winner",
     "Job": "trial",
     "Outcome": "trial",
 }
 
 __all__ = sorted(_HOMES)
 
-
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # A function may bear the name of its module (report, export, load): the function is what users mean.
+
         value = getattr(importlib.import_module(f"dspace.study.{_HOMES[name]}"), name)
         globals()[name] = value
         return value

@@ -19,7 +19,7 @@ from typing import Any
 from dspace.errors import DspaceError, UserError
 from dspace.study import ledger
 from dspace.study.ledger import Healed, Phase
-from dspace.study.load import find, load
+from dspace.study.reading import find, load
 from dspace.study.progress import Progress
 from dspace.study.schema import StudyFile
 from dspace.study.space import Composer

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspace.errors import UserError
 from dspace.study.ledger import Phase, best_of, retries
-from dspace.study.load import load, nearest
+from dspace.study.reading import load, nearest
 from dspace.study.schema import METRICS, StudyFile
 from dspace.study.storage import Home, connect, home_of
 
@@ -47,6 +47,7 @@ class Results:
     trials: list[Record]
     comparisons: dict[str, list[Record]]
     best: Record | None
+    jobs: int = 1
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
     """Objective -> axis -> share of the variance that it explains."""
     front: list[int] = field(default_factory=list)
@@ -100,6 +101,7 @@ def collect(home: Home, *, importances: bool = True) -> Results:
         _records(found),
         comparisons,
         next((r for r in _records(found) if best is not None and r.number == best.number), None),
+        int(search.user_attrs.get("jobs", 1)),
     )
     results.front = pareto(results.trials, study)
     if importances:

@@ -23,7 +23,7 @@ from typing import Any
 
 from dspace.errors import DspaceError, UserError
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
-from dspace.study.load import load
+from dspace.study.reading import load
 from dspace.study.space import Composer, suggest
 from dspace.study.storage import Home, connect, explain, worker_lock
 from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped, derive_seed, should_prune, values_of

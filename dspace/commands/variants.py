@@ -1,0 +1,156 @@
+"""list, show, generate, verify, bench, map, doctor: everything about one variant or about this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dspace.commands.common import Json, command, show, show_json
+from dspace.errors import UserError
+
+Source = Annotated[str, typer.Argument(help="A spec file, or the name of a built-in spec.", metavar="SPEC")]
+
+
+@command
+def list_(
+    as_json: Json = False,
+) -> None:
+    """Every built-in variant: class, state size, cost per token."""
+    from dspace.math import analyse
+    from dspace.spec import builtin_names, load
+
+    rows = []
+    for name in builtin_names():
+        spec = load(name)
+        analysis = analyse(spec)
+        cost = {k: str(v) for k, v in analysis.cost.items()}
+        kind = analysis.classification
+        rows.append({"name": name, "class": kind.letter, "kind": kind.name, "title": spec.title, "hash": spec.hash, **cost})
+    if as_json:
+        show_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "class", "state bytes", "flops a token", "title"):
+        table.add_column(column, no_wrap=column != "title")
+    for row in rows:
+        table.add_row(row["name"], row["class"], row.get("state_bytes", ""), row.get("flops", ""), row["title"])
+    show(table)
+
+
+@command
+def show_(
+    source: Source,
+    latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX.")] = False,
+    passes: Annotated[bool, typer.Option("--passes", help="Also what each pass did.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The mathematics of a variant: normal form, class and why, gradients, ranges, cost."""
+    from dspace import math
+    from dspace.spec import load
+
+    analysis = math.analyse(load(source))
+    if as_json:
+        show_json(math.show.as_dict(analysis))
+    elif latex:
+        show(math.show.latex(analysis))
+    else:
+        show(math.show.text(analysis, passes=passes))
+
+
+@command
+def generate(
+    source: Annotated[str, typer.Argument(help="A spec file, or the name of a built-in spec.", metavar="[SPEC]")] = "",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write into.")] = Path("kernels"),
+    all_: Annotated[bool, typer.Option("--all", help="All built-in specs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; compare the folder, exit 1 if it is stale.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the self-contained module of a variant: readable, importable, torch and triton only."""
+    from dspace.runtime import generation
+
+    if bool(source) == (all_ or (check and not source)):
+        raise UserError("give one SPEC, or --all\n  cure: dspace generate palimpsa") if not source else UserError(
+            "give either one SPEC or --all, not both"
+        )
+    if check:
+        stale = generation.check(out, [source] if source else None)
+        if as_json:
+            show_json([{"path": str(d.path), "kind": d.kind, "diff": d.diff} for d in stale])
+        else:
+            for d in stale:
+                show(f"{d.path}: {d.kind}\n{d.diff}".rstrip())
+            show(f"{out}: {len(stale)} files differ from what the compiler writes now" if stale else f"{out}: up to date")
+        raise typer.Exit(1 if stale else 0)
+    paths = generation.generate_all(out) if all_ else [generation.generate(source, out)]
+    show_json([str(p) for p in paths]) if as_json else show("\n".join(str(p) for p in paths))
+
+
+@command
+def verify(
+    source: Source,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is taken where there is one.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds instead of the whole matrix.")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only these, e.g. --dtype float32.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the inputs; fresh ones each time by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every form of a variant, with all gradients, against the float64 oracle on this machine."""
+    from dspace.runtime.certify import verify
+    from dspace.runtime.compiler import default_device
+
+    progress = None if as_json or not sys.stderr.isatty() else lambda line: print(f"  {line}", file=sys.stderr)
+    certificate = verify(source, device or default_device(), dtype or None, quick, seed=seed, progress=progress)
+    show_json(certificate.as_dict()) if as_json else show(certificate.table())
+    raise typer.Exit(0 if certificate.passed else 3)
+
+
+@command
+def bench(
+    source: Source,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 16,
+    steps: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
+    heads: Annotated[int, typer.Option()] = 4,
+    keys: Annotated[int, typer.Option(help="Key channels of a head.")] = 16,
+    values: Annotated[int, typer.Option(help="Value channels of a head.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "",
+    dtype: Annotated[str, typer.Option()] = "float32",
+    repeats: Annotated[int, typer.Option()] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time a variant against the token-by-token loop, after certifying it."""
+    from dspace.runtime.bench import bench
+
+    sizes = {"batch": batch, "steps": steps, "heads": heads, "keys": keys, "values": values}
+    result = bench(source, **sizes, device=device or None, dtype=dtype, repeats=repeats)
+    show_json(result.as_dict()) if as_json else show(result.table())
+
+
+@command
+def map_(
+    as_json: Json = False,
+) -> None:
+    """Which variant reduces to which, each edge proven."""
+    if importlib.util.find_spec("dspace.math.map") is None:
+        raise UserError("this version has no map of reductions yet\n  cure: dspace show SPEC explains one variant")
+    reductions: Any = importlib.import_module("dspace.math.map")
+    found = reductions.reductions()
+    show_json([vars(edge) for edge in found]) if as_json else show("\n".join(str(edge) for edge in found))
+
+
+@command
+def doctor(
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Run small kernels on the GPU.")] = True,
+    as_json: Json = False,
+) -> None:
+    """What this machine can run, what is broken in it, what to do."""
+    from dspace.runtime import doctor
+
+    report = doctor(probe)
+    show_json(report.as_dict()) if as_json else show(report.table())
+    raise typer.Exit(0 if report.healthy else 1)
