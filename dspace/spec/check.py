@@ -14,7 +14,7 @@ from dspace.spec.domains import counterexample
 from dspace.spec.expressions import ARITY, Meaning, Scope, interpret, listed
 from dspace.spec.layer import check_layer
 from dspace.spec.model import STRUCTURES, Spec
-from dspace.spec.syntax import FormulaError, Node, parse
+from dspace.spec.syntax import FormulaError, Name, Node, Number, parse, walk
 
 RESERVED = {
     "mean": "it is the posterior's mean",
@@ -36,6 +36,8 @@ class Meanings:
     formulas: Mapping[str, Meaning]
     axes: Mapping[str, Axes]
     layer: Mapping[str, Node]
+    used: frozenset[str] = frozenset()
+    """Names that the formulas spell out."""
 
 
 @dataclass
@@ -77,7 +79,8 @@ class _Checker:
         self.formulas: dict[str, Meaning] = {}
         self.axes: dict[str, Axes] = {}
         self.defines: dict[str, Node] = {}
-        self.sizes: dict[str, int] = {}
+        self.extents: dict[str, tuple[int, int]] = {}
+        self.broken: set[str] = set()
         self.used: set[str] = set()
 
     def run(self, unused: bool) -> Meanings:
@@ -94,7 +97,7 @@ class _Checker:
         layer = check_layer(spec, self.report)
         self.check_inits()
         self.report.finish()
-        return Meanings(self.formulas, self.axes, layer)
+        return Meanings(self.formulas, self.axes, layer, frozenset(self.used))
 
     # Names ------------------------------------------------------------------------------------------------
 
@@ -156,14 +159,17 @@ class _Checker:
         for name, text in self.spec.define.items():
             place = f"define.{name}"
             node = self.parse(place, text)
-            if node is None:
-                node = parse("0")
-            elif not self.report.problems:
+            if node is not None:
                 symbols = self.symbols("input", "parameter", "state", "scale")
                 later = {n: "a definition may use those above it only: change the order" for n in self.spec.define}
                 hidden = {n: cure for n, cure in later.items() if n not in self.defines}
-                interpret(node, Scope(symbols, self.defines, hidden, self.sizes), self.report.at(place))
-            self.defines[name] = node
+                scope = Scope(symbols, self.defines, hidden, self.broken, self.extents)
+                clash = name in symbols or name in ("mean", "precision")  # reported with the names
+                if interpret(node, scope, self.report.at(place)) is None or clash:
+                    self.broken.add(name)
+            else:
+                self.broken.add(name)
+            self.defines[name] = node if name not in self.broken else Number(0, 1)
 
     def symbols(self, *roles: str) -> dict[str, tuple[sympy.Symbol, Axes]]:
         spec = self.spec
@@ -194,7 +200,7 @@ class _Checker:
         if self.spec.structure == "full" and "state" in roles:
             hidden["precision"] = "under structure = 'full' it is a K x K matrix; read the mean only"
             visible.pop("precision", None)
-        return Scope(visible, self.defines, hidden, self.sizes)
+        return Scope(visible, self.defines, hidden, self.broken, self.extents)
 
     def parse(self, place: str, text: str) -> Node | None:
         try:
@@ -206,10 +212,18 @@ class _Checker:
     def formula(self, place: str, *roles: str) -> Meaning | None:
         node = self.parse(place, self.spec.formulas[place])
         meaning = None if node is None else interpret(node, self.scope(*roles), self.report.at(place))
-        if meaning:
+        if node is not None and meaning:
             self.formulas[place] = meaning
-            self.used |= {s.name for s in meaning.expr.free_symbols}
+            self.mention(node)
         return meaning
+
+    def mention(self, node: Node) -> None:
+        """Note the names that a formula spells out, itself or through definitions (even where they cancel)."""
+        for part in walk(node):
+            if isinstance(part, Name) and part.id not in self.used:
+                self.used.add(part.id)
+                if part.id in self.defines:
+                    self.mention(self.defines[part.id])
 
     # Domains ----------------------------------------------------------------------------------------------
 

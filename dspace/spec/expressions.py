@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ import sympy
 
 from dspace.math.functions import FUNCTIONS
 from dspace.math.ir import CONTRACTIONS, Axes, drop_axis, join_axes
-from dspace.spec.syntax import Binary, Call, Name, Node, Number, Unary, children
+from dspace.spec.syntax import MAX_DEPTH, Binary, Call, Name, Node, Number, Unary, children
 
 ARITY = {name: 1 for name in FUNCTIONS} | {"minimum": 2, "maximum": 2, "sum_k": 1, "sum_v": 1}
 """Every function of the formula language with its number of arguments."""
@@ -60,7 +60,9 @@ class Scope:
     defines: Mapping[str, Node] = field(default_factory=dict)
     hidden: Mapping[str, str] = field(default_factory=dict)
     """Names that exist but not here, with the reason and cure."""
-    sizes: dict[str, int] = field(default_factory=dict)
+    broken: Set[str] = frozenset()
+    """Defined names whose own mistakes are reported already: a formula that uses one has no meaning."""
+    extents: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -85,9 +87,10 @@ def listed(names: Iterable[str], limit: int = 14) -> str:
 
 def interpret(node: Node, scope: Scope, report: Reporter) -> Meaning | None:
     """Meaning of ``node`` in ``scope``, or None when something was reported."""
-    if expanded_size(node, scope) > MAX_NODES:
+    size, depth = extent(node, scope)
+    if size > MAX_NODES or depth > MAX_DEPTH:
         report(
-            f"the formula has more than {MAX_NODES} terms once its defined names are replaced",
+            f"the formula has more than {MAX_NODES} terms, or {MAX_DEPTH} levels, once its defined names are replaced",
             node.column,
             cure="shorten the chain of [define] entries",
         )
@@ -95,13 +98,14 @@ def interpret(node: Node, scope: Scope, report: Reporter) -> Meaning | None:
     return _Interpreter(scope, report).visit(node)
 
 
-def expanded_size(node: Node, scope: Scope) -> int:
-    """Number of nodes once defined names are replaced (bounded work: each definition is counted once)."""
-    if isinstance(node, Name) and node.id in scope.defines:
-        if node.id not in scope.sizes:
-            scope.sizes[node.id] = expanded_size(scope.defines[node.id], scope)
-        return scope.sizes[node.id]
-    return 1 + sum(expanded_size(child, scope) for child in children(node))
+def extent(node: Node, scope: Scope) -> tuple[int, int]:
+    """Nodes and depth once defined names are replaced (each definition is measured once)."""
+    if isinstance(node, Name) and node.id in scope.defines and node.id not in scope.broken:
+        if node.id not in scope.extents:
+            scope.extents[node.id] = extent(scope.defines[node.id], scope)
+        return scope.extents[node.id]
+    below = [extent(child, scope) for child in children(node)]
+    return 1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0)
 
 
 class _Interpreter:
@@ -127,6 +131,8 @@ class _Interpreter:
 
     def name(self, node: Name) -> Meaning | None:
         name = node.id
+        if name in self.scope.broken:
+            return None
         if name in self.scope.symbols:
             return Meaning(*self.scope.symbols[name])
         if name in self.scope.hidden:

@@ -26,6 +26,9 @@ MAX_BYTES = 100_000
 """Largest spec file; the longest built-in one has about 2,000 bytes."""
 
 
+_LONG_KEY = re.compile(r"(?:[A-Za-z0-9_'\"-]{1,40}[ \t]{0,4}\.[ \t]{0,4}){32}")
+
+
 @dataclass(frozen=True)
 class Source:
     """One text that contributed tables to a spec."""
@@ -120,6 +123,11 @@ def parse_text(text: str, file: str) -> tuple[dict[str, Any], Source]:
     """TOML text -> tables and their source. Raises SpecError for what is not TOML."""
     if len(text) > MAX_BYTES:
         raise SpecError([_too_long(len(text), file)])
+    dotted = _LONG_KEY.search(text)
+    if dotted:  # tomllib takes a time quadratic in the number of dots
+        line = text.count("\n", 0, dotted.start()) + 1
+        problem = Problem("a key with too many dots", file, line, 1, cure="the deepest key is state.NAME.update")
+        raise SpecError([problem])
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -230,7 +238,7 @@ def _formula_texts(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def pruned(spec: Spec, report: Report) -> dict[str, Any]:
     """Tables of ``spec`` without the inputs, parameters and recipes that nothing uses."""
     meanings = check(spec, report, unused=False)
-    used = {s.name for m in meanings.formulas.values() for s in m.expr.free_symbols}
+    used = meanings.used
     tables = spec.to_dict()
     for table in ("inputs", "parameters"):
         tables[table] = {n: d for n, d in tables.get(table, {}).items() if n in used}

@@ -23,7 +23,7 @@ from itertools import accumulate
 MAX_LENGTH = 4_000
 """Longest formula, in characters."""
 
-MAX_DEPTH = 100
+MAX_DEPTH = 60
 """Deepest syntax tree; a chain of n sums has depth n."""
 
 

@@ -175,7 +175,7 @@ def _axes(expr: sympy.Expr, spec: Spec) -> str:
 
 def _free_name(spec: Spec, wanted: str, table: str) -> str:
     """``wanted``, unless the formulas already use that name for something else."""
-    used = {s.name for m in spec.meanings.formulas.values() for s in m.expr.free_symbols}
+    used = spec.meanings.used
     candidates = [wanted, f"{wanted}_meta", f"{wanted}_meta2"]
     taken = {*spec.inputs, *spec.parameters, *spec.define, *spec.state, *spec.layer}
     for name in candidates:
