@@ -101,6 +101,7 @@ def spec_table(spec: Identity, analysis: Analysis, targets: dict[str, str]) -> d
         "read": r.read,
         "forms": targets,
         "double_backward": ["reference"],
+        "layer": dict(getattr(spec, "layer", {})),
         "versions": {"emitter": EMITTER_VERSION},
     }
 

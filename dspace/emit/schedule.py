@@ -95,9 +95,19 @@ class LoopWriter:
 
     def nest(self, loop: Loop) -> list[str]:
         """Rows over k, lanes over v: everything on kv of one level."""
-        names: dict[str, str] = {}
         rows: list[str] = []
         lanes: list[str] = []
+        before: list[str] = []
+        after: list[str] = []
+        stores: list[str] = []
+
+        def row_of(array: str) -> str:
+            name = self.local(array, "row")
+            if (line := f"{name} = {array}[i]") not in rows:
+                rows.append(line)
+            return name
+
+        names: dict[str, str] = {}
         made = {s.symbol for s in (*loop.head, *loop.body) if isinstance(s, Assign)}
         used = {x for s in (*loop.head, *loop.body) for x in s.expr.free_symbols}
         for x in sorted(used, key=lambda s: s.name):
@@ -110,13 +120,10 @@ class LoopWriter:
                 names[x.name] = self.local(x.name, "i")
                 rows.append(f"{names[x.name]} = {self.source(x)}[i]")
             else:
-                row = self.local(self.source(x), "row")
-                rows.append(f"{row} = {self.source(x)}[i]")
                 names[x.name] = self.local(x.name, "ij")
-                lanes.append(f"{names[x.name]} = {row}[j]")
+                lanes.append(f"{names[x.name]} = {row_of(self.source(x))}[j]")
         show = NumbaPrinter(names)
-        rows += [f"{names.get(s.symbol.name, s.symbol.name)} = {show(s.expr)}" for s in loop.head]
-        before, after, stores = [], [], []
+        rows += [f"{s.symbol.name} = {show(s.expr)}" for s in loop.head]
         for s in loop.body:
             value = show(s.expr)
             if isinstance(s, Assign):
@@ -130,11 +137,7 @@ class LoopWriter:
                 before.append(f"{s.symbol.name}[j] = zero")
                 lanes.append(f"{s.symbol.name}[j] += {value}")
             else:
-                row = self.local(self.arrays.stores[s.name], "row")
-                line = f"{row} = {self.arrays.stores[s.name]}[i]"
-                if line not in rows:
-                    rows.append(line)
-                stores.append(f"{row}[j] {'+=' if s.add else '='} {value}")
+                stores.append(f"{row_of(self.arrays.stores[s.name])}[j] {'+=' if s.add else '='} {value}")
         out = ["for j in range(size_v):", *(INDENT + line for line in before)] if before else []
         out += ["for i in range(size_k):", *(INDENT + line for line in rows)]
         out += [INDENT + "for j in range(size_v):", *(2 * INDENT + line for line in lanes + stores)]

@@ -118,6 +118,28 @@ def _reciprocals(expr: sympy.Expr) -> sympy.Expr:
     return expr.replace(negative, turn)
 
 
+def _full_sums(expr: sympy.Expr) -> sympy.Expr:
+    """``c * sum_kv(a) + c * sum_kv(b)`` as ``c * sum_kv(a + b)``: one accumulator instead of two."""
+
+    def is_full(e: sympy.Expr) -> bool:
+        return isinstance(e, SumV) and isinstance(e.args[0], SumK)
+
+    def merge(e: sympy.Expr) -> sympy.Expr:
+        bodies: dict[sympy.Expr, list[sympy.Expr]] = {}
+        rest = []
+        for term in e.args:
+            factors = sympy.Mul.make_args(term)
+            full = [f for f in factors if is_full(f)]
+            if len(full) == 1:
+                number, others = sympy.Mul(*(f for f in factors if f is not full[0])).as_coeff_Mul()
+                bodies.setdefault(others, []).append(number * full[0].args[0].args[0])
+            else:
+                rest.append(term)
+        return sympy.Add(*rest, *(c * SumV(SumK(sympy.Add(*b))) for c, b in bodies.items()))
+
+    return expr.replace(lambda e: e.is_Add and sum(e_.has(SumV) for e_ in e.args) > 1, merge)
+
+
 class Flattener:
     """Turns formulas into named statements; the same subexpression is named once."""
 
@@ -227,7 +249,7 @@ def flatten(token: Token, namer: Namer) -> tuple[Flattener, list[Store], dict[st
     wanted += [("write", n, axes, e) for n, (axes, e) in token.outputs.items()]
     wanted += [("add", n, axes, e) for n, (axes, e) in token.accumulated.items()]
     named = list(token.defined.items())
-    formulas = [_reciprocals(sympy.sympify(e)) for _, e in named] + [_reciprocals(sympy.sympify(w[3])) for w in wanted]
+    formulas = [_full_sums(_reciprocals(sympy.sympify(e))) for e in [*(e for _, e in named), *(w[3] for w in wanted)]]
     shared, reduced = sympy.cse(formulas, symbols=(sympy.Dummy("shared") for _ in iter(int, 1)), order="canonical")
 
     f = Flattener(token, namer)

@@ -33,27 +33,33 @@ def _native(loop):
         return numba.njit(**options)(loop)
 
 
+@functools.cache
+def _native_pool(process, threads):
+    """Worker threads of this process (a fork has none of its parent's, hence the process in the key)."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "native")
+
+
 def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors):
     """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
 
-    Plain threads rather than numba's: they survive a fork, and calls from several threads at once.
+    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once.
     """
     loop = _native(loop)
     arrays = [t.detach().numpy() for t in tensors]
     threads = max(1, min(torch.get_num_threads(), tasks))
+    shares = threads if threads == 1 else min(tasks, 4 * threads)
+    turn = itertools.count()  # whoever is free takes the next share
 
-    def work(i):
-        first, last = tasks * i // threads, tasks * (i + 1) // threads
+    def work():
         scratch = [numpy.empty(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
-        loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
+        while (i := next(turn)) < shares:
+            first, last = tasks * i // shares, tasks * (i + 1) // shares
+            loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
 
-    if threads == 1:
-        work(0)
-        return
-    with concurrent.futures.ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work, i) for i in range(1, threads)]
-        work(0)
-        for other in others:
+    others = [_native_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        if not other.cancel():  # not even started: all is done
             other.result()
 
 
@@ -246,7 +252,14 @@ def section(analysis: Analysis) -> Section:
     code = [loop.code for loop in made.values()]
     return Section(
         device="cpu",
-        imports=("import concurrent.futures", "import functools", "import math", "import numpy"),
+        imports=(
+            "import concurrent.futures",
+            "import functools",
+            "import itertools",
+            "import math",
+            "import os",
+            "import numpy",
+        ),
         code="\n\n".join([*code, _table(made), RUNTIME.strip("\n") + "\n"]),
         chunk=None,
         recurrent="_native_core",
