@@ -169,7 +169,7 @@ class _Checker:
                     self.broken.add(name)
             else:
                 self.broken.add(name)
-            self.defines[name] = node if name not in self.broken else Number(0, 1)
+            self.defines[name] = node if node is not None and name not in self.broken else Number(0, 1)
 
     def symbols(self, *roles: str) -> dict[str, tuple[sympy.Symbol, Axes]]:
         spec = self.spec
