@@ -87,3 +87,23 @@ def _names(names: Iterable[str] | None) -> list[str]:
     from dspace.spec import builtin_names
 
     return sorted(builtin_names() if names is None else names)
+
+
+def main() -> int:
+    """``python -m dspace.runtime.generation [--check] [DIR]``: write the built-in modules, or compare them."""
+    import sys
+
+    arguments = [a for a in sys.argv[1:] if a != "--check"]
+    folder = arguments[0] if arguments else "kernels"
+    if "--check" in sys.argv:
+        differences = check(folder)
+        for difference in differences:
+            print(difference)
+        return 1 if differences else 0
+    for path in generate_all(folder):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Generated modules of the built-in specs, one a variant: `dspace generate NAME` writes them again."""

@@ -1,0 +1,1399 @@
+"""Lightning attention: a constant slope per head
+
+References: arXiv:2401.04658, arXiv:2405.17381
+
+One token, per head (k: key channel, v: value channel):
+
+    S[k,v] <- S*exp(-slope) + k*v    (decayed sum of v k^T)
+              starts at 0
+    output[v] = scale*SumK(S*q)    (read after the update)
+
+Class a: affine, scalar decay.
+every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
+
+Generated from the spec 'lightning_attention', hash 97c4542b9c85418e, by emitter 1.
+Made by a program: change the spec and generate again rather than editing this file.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import math
+import numpy
+import os
+import torch
+
+
+SPEC = {'name': 'lightning_attention',
+ 'title': 'Lightning attention: a constant slope per head',
+ 'references': ['arXiv:2401.04658', 'arXiv:2405.17381'],
+ 'hash': '97c4542b9c85418efb56f2cf2d3f2e01c547dbc20e837dfe54de382593173c35',
+ 'class': 'a',
+ 'class_name': 'affine, scalar decay',
+ 'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
+           'linear',
+ 'inputs': [{'name': 'q', 'axes': 'k', 'domain': 'real', 'doc': ''},
+            {'name': 'k', 'axes': 'k', 'domain': 'real', 'doc': ''},
+            {'name': 'v', 'axes': 'v', 'domain': 'real', 'doc': ''}],
+ 'parameters': [{'name': 'slope',
+                 'axes': '',
+                 'domain': 'nonnegative',
+                 'doc': 'decay rate per token of the head',
+                 'init': 0.05}],
+ 'states': [{'name': 'S', 'axes': 'kv', 'domain': 'real', 'doc': 'decayed sum of v k^T', 'init': '0'}],
+ 'variance': False,
+ 'read': 'after',
+ 'forms': {'cpu/chunk': '_chunk_torch_core', 'cpu/recurrent': '_native_core', 'cuda/chunk': '_chunk_triton_core'},
+ 'double_backward': ['reference'],
+ 'layer': {'q': 'silu(linear)', 'k': 'silu(linear)', 'v': 'silu(linear)'},
+ 'versions': {'emitter': '1'}}
+_OPS = 'dspace_lightning_attention_97c4542b'  # namespace of this module's PyTorch operators
+
+
+_NAME = 'lightning_attention'
+_INPUTS = (('q', 'k'), ('k', 'k'), ('v', 'v'))
+_PARAMETERS = (('slope', ''),)
+_STATES = (('S', 'kv'),)
+_HAS_VARIANCE = False
+
+
+def _initial_states(slope, sequences, heads, size_k, size_v, dtype, device):
+    """States before the first token, ``[N, HV, *axes]``."""
+    return (
+        torch.zeros(sequences, heads, size_k, size_v, dtype=dtype, device=device),  # S = 0
+    )
+
+
+def _sizes(*tensors):
+    """Number of key and value channels, read from the first tensor that has the axis (1 where none has it)."""
+    size_k = size_v = 1
+    for tensor, (_, axes) in zip(reversed(tensors), reversed(_INPUTS + _PARAMETERS + _STATES)):
+        if "v" in axes:
+            size_v = tensor.shape[-1]
+        if "k" in axes:
+            size_k = tensor.shape[-2 if "v" in axes else -1]
+    return size_k, size_v
+
+
+def _shape_text(axes, *lead):
+    return "[" + ", ".join([*lead, *axes.upper()]) + "]"
+
+
+def _check(inputs, parameters, states):
+    """Device, kind and shape of every tensor; returns (B, T, HV, K, V)."""
+    first = inputs[0]
+    groups = (("input", _INPUTS, inputs, 3), ("parameter", _PARAMETERS, parameters, 1), ("state", _STATES, states, 2))
+    named = [
+        (kind, name, axes, tensor, lead)
+        for kind, table, tensors, lead in groups
+        for (name, axes), tensor in zip(table, tensors)
+    ]
+    for kind, name, axes, tensor, lead in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{_NAME}: {kind} {name!r} must be a tensor, not {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{_NAME}: {kind} {name!r} must be floating point, not {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{_NAME}: {kind} {name!r} is on {tensor.device} but {_INPUTS[0][0]!r} is on {first.device}"
+            )
+        if tensor.dim() != lead + len(axes):
+            letters = ("B", "T", "H") if lead == 3 else ("H",) if lead == 1 else ("N", "HV")
+            raise ValueError(
+                f"{_NAME}: {kind} {name!r} must have shape {_shape_text(axes, *letters)}, got {tuple(tensor.shape)}"
+            )
+    batch, steps = first.shape[0], first.shape[1]
+    heads = max([t.shape[2] for t in inputs] + [t.shape[0] for t in parameters])
+    known = {}
+    for kind, name, axes, tensor, lead in named:
+        if kind == "input" and (tensor.shape[0] != batch or tensor.shape[1] != steps):
+            raise ValueError(
+                f"{_NAME}: input {name!r} has batch and time {tuple(tensor.shape[:2])}, "
+                f"but {_INPUTS[0][0]!r} has {(batch, steps)}"
+            )
+        own = tensor.shape[lead - 1]
+        if (kind == "state" and own != heads) or own < 1 or heads % own:
+            raise ValueError(f"{_NAME}: {kind} {name!r} has {own} heads, which do not divide into {heads} heads")
+        for axis, size in zip(axes, tensor.shape[lead:]):
+            owner, seen = known.setdefault(axis, (name, size))
+            if size != seen:
+                raise ValueError(f"{_NAME}: {name!r} has {axis.upper()} = {size}, but {owner!r} has {seen}")
+    return batch, steps, heads, known.get("k", ("", 1))[1], known.get("v", ("", 1))[1]
+
+
+def _offsets(cu_seqlens, batch, steps, device):
+    """Checked int64 offsets of packed sequences."""
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{_NAME}: cu_seqlens must be an int32 or int64 tensor")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{_NAME}: cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"{_NAME}: packed sequences (cu_seqlens) need batch size 1, got {batch}")
+    if not torch.compiler.is_compiling() and not (
+        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):  # the values are only read where reading them costs no graph break
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != steps:
+            raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
+        if any(a > b for a, b in zip(values[:-1], values[1:])):
+            raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
+    return cu_seqlens.to(device=device, dtype=torch.int64)
+
+
+def _expand_heads(tensor, dim, heads):
+    """Grouped heads: head h of ``heads`` reads head ``h // (heads / own)`` of the tensor."""
+    return tensor if tensor.shape[dim] == heads else tensor.repeat_interleave(heads // tensor.shape[dim], dim)
+
+
+def _call(form, inputs, parameters, scale, initial_state, output_final_state, output_variance, cu_seqlens):
+    """Checks the arguments, fills in defaults, runs the core ``form`` for the device, shapes the results."""
+    if output_variance and not _HAS_VARIANCE:
+        raise ValueError(f"{_NAME} has no predictive variance: its spec states none, so output_variance must be False")
+    given = ()
+    if initial_state is not None:
+        given = (initial_state,) if isinstance(initial_state, torch.Tensor) else tuple(initial_state)
+        if len(given) != len(_STATES):
+            raise ValueError(
+                f"{_NAME}: initial_state must hold {len(_STATES)} tensor(s) "
+                f"({', '.join(name for name, _ in _STATES)}), got {len(given)}"
+            )
+    batch, steps, heads, size_k, size_v = _check(inputs, parameters, given)
+    first, device = inputs[0], inputs[0].device
+    offsets, sequences = None, batch
+    if cu_seqlens is not None:
+        offsets = _offsets(cu_seqlens, batch, steps, device)
+        sequences = offsets.shape[0] - 1
+    for (name, _), state in zip(_STATES, given):
+        if state.shape[0] != sequences:
+            raise ValueError(
+                f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
+            )
+    scale = float(size_k) ** -0.5 if scale is None else float(scale)
+    double = any(t.dtype == torch.float64 for t in inputs)
+    work = torch.float64 if double else torch.float32
+    with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
+        inputs = tuple(_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs)
+        parameters = tuple(_expand_heads(t.to(work), 0, heads) for t in parameters)
+        if given:
+            states = tuple(t.to(work) for t in given)
+        else:
+            states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, device)
+        if steps == 0 or batch == 0:
+            o = first.new_zeros(batch, steps, heads, size_v)
+            variance, final = o, states
+        else:
+            core = _CORES.get((device.type, form), _reference_core)
+            o, variance, *final = core(*inputs, *parameters, *states, scale, offsets, output_variance)
+    state = None
+    if output_final_state:
+        state = final[0] if len(_STATES) == 1 else tuple(final)
+    if output_variance:
+        return o.to(first.dtype), variance.to(first.dtype), state
+    return o.to(first.dtype), state
+
+
+def _reference_core(q, k, v, slope, S, scale, offsets, want_variance):
+    """Token by token, as the formulas of the header stand: slow, simple, the measure of the rest."""
+    if offsets is not None:  # packed: one sequence after the other
+        bounds = offsets.tolist()
+        parts = [
+            _reference_core(
+                q[:, begin:end],
+                k[:, begin:end],
+                v[:, begin:end],
+                slope,
+                S[count : count + 1],
+                scale, None, want_variance,
+            )
+            for count, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:]))
+        ]
+        output = torch.cat([rows[0] for rows in parts], 1)
+        variance = torch.cat([rows[1] for rows in parts], 1) if want_variance else None
+        return (output, variance, *(torch.cat([rows[2 + i] for rows in parts]) for i in range(1)))
+    dtype = S.dtype
+    like = q
+    size_k, size_v = _sizes(q, k, v, slope, S)
+    # Every tensor is aligned to [sequence, head, K, V], with size 1 where it has no such axis.
+    q_all = q.to(dtype)[..., :, None]
+    k_all = k.to(dtype)[..., :, None]
+    v_all = v.to(dtype)[..., None, :]
+    slope = slope[..., None, None]
+    outputs, variances = [], []
+    for token in range(like.shape[1]):
+        q = q_all[:, token]
+        k = k_all[:, token]
+        v = v_all[:, token]
+        S = S * torch.exp(-slope) + k * v
+        outputs.append((scale * (S * q).sum(-2, keepdim=True)).expand(like.shape[0], like.shape[2], 1, size_v))
+    empty = like.new_zeros(like.shape[0], 0, like.shape[2], size_v)
+    output = torch.stack(outputs, 1)[:, :, :, 0].to(like.dtype) if outputs else empty
+    variance = None
+    if want_variance:
+        variance = torch.stack(variances, 1)[:, :, :, 0].to(like.dtype) if variances else empty
+    return output, variance, S
+
+
+def _native_forward_loop(
+    first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, slope, S, o, saved_S, sum0,
+):
+    """Tasks ``first`` to ``last`` forward, token by token."""
+    real = q.dtype.type
+    zero = real(0.0)
+    one = real(1.0)
+    scale = real(scale)
+    count_k = real(size_k)
+    count_v = real(size_v)
+    for task in range(first, last):
+        sequence = task // heads
+        head = task - sequence * heads
+        begin = offsets[sequence]
+        end = offsets[sequence + 1]
+        slope_h = slope[head]
+        S_h = S[sequence, head]
+        for token in range(begin, end):
+            if every and (token - begin) % every == 0:  # the backward pass restarts from here
+                segment = begin // every + sequence + (token - begin) // every
+                for i in range(size_k):
+                    for j in range(size_v):
+                        saved_S[segment, head][i, j] = S_h[i, j]
+            q_t = q[token, head]
+            k_t = k[token, head]
+            v_t = v[token, head]
+            o_t = o[token, head]
+            c0 = math.exp(-slope_h)
+            for j in range(size_v):
+                sum0[j] = zero
+            for i in range(size_k):
+                S_h_row = S_h[i]
+                k_i = k_t[i]
+                q_i = q_t[i]
+                for j in range(size_v):
+                    S_ij = S_h_row[j]
+                    S_new = S_ij * c0 + k_i * v_t[j]
+                    sum0[j] += S_new * q_i
+                    S_h_row[j] = S_new
+            for j in range(size_v):
+                o_t[j] = scale * sum0[j]
+
+
+def _native_backward_loop(
+    first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, slope, saved_S, d_output, d_S, d_q,
+    d_k, d_v, d_slope, S, past_S, sum0, sum1, sum2, sum3,
+):
+    """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
+    real = q.dtype.type
+    zero = real(0.0)
+    one = real(1.0)
+    scale = real(scale)
+    count_k = real(size_k)
+    count_v = real(size_v)
+    for task in range(first, last):
+        sequence = task // heads
+        head = task - sequence * heads
+        begin = offsets[sequence]
+        end = offsets[sequence + 1]
+        slope_h = slope[head]
+        d_S_h = d_S[sequence, head]
+        count = (end - begin + every - 1) // every
+        for back in range(count):
+            start = begin + (count - 1 - back) * every
+            stop = min(start + every, end)
+            segment = begin // every + sequence + (count - 1 - back)
+            for i in range(size_k):
+                for j in range(size_v):
+                    S[i, j] = saved_S[segment, head][i, j]
+            for i in range(size_k):
+                for j in range(size_v):
+                    past_S[0][i, j] = S[i, j]
+            # The states of this segment once more.
+            for token in range(start, stop):
+                q_t = q[token, head]
+                k_t = k[token, head]
+                v_t = v[token, head]
+                S_next = past_S[token - start + 1]
+                c0 = math.exp(-slope_h)
+                for i in range(size_k):
+                    S_row = S[i]
+                    k_i = k_t[i]
+                    S_next_row = S_next[i]
+                    for j in range(size_v):
+                        S_ij = S_row[j]
+                        S_new = S_ij * c0 + k_i * v_t[j]
+                        S_row[j] = S_new
+                        S_next_row[j] = S_new
+            # Cotangents, last token first.
+            for token in range(stop - 1, start - 1, -1):
+                q_t = q[token, head]
+                k_t = k[token, head]
+                v_t = v[token, head]
+                S_old = past_S[token - start]
+                S_now = past_S[token - start + 1]
+                d_output_t = d_output[token, head]
+                d_q_t = d_q[token, head]
+                d_k_t = d_k[token, head]
+                d_v_t = d_v[token, head]
+                c0_ = math.exp(-slope_h)
+                for j in range(size_v):
+                    sum2[j] = zero
+                    sum3[j] = zero
+                for i in range(size_k):
+                    S_old_row = S_old[i]
+                    S_now_row = S_now[i]
+                    d_S_h_row = d_S_h[i]
+                    k_i_ = k_t[i]
+                    q_i = q_t[i]
+                    row0 = q_i * scale
+                    sum0_i = zero
+                    sum1_i = zero
+                    for j in range(size_v):
+                        S_ij_ = S_old_row[j]
+                        S_new_ij = S_now_row[j]
+                        d_S_ij = d_S_h_row[j]
+                        x0 = d_S_ij + d_output_t[j] * row0
+                        x1 = c0_ * x0
+                        sum0_i += S_new_ij * d_output_t[j]
+                        sum1_i += v_t[j] * x0
+                        sum2[j] += k_i_ * x0
+                        sum3[j] += S_ij_ * x0
+                        d_S_h_row[j] = x1
+                    sum0[i] = sum0_i
+                    sum1[i] = sum1_i
+                sum4 = zero
+                for j in range(size_v):
+                    sum4 += sum3[j]
+                    d_v_t[j] = sum2[j]
+                for i in range(size_k):
+                    d_q_t[i] = scale * sum0[i]
+                    d_k_t[i] = sum1[i]
+                d_slope[sequence, head] += -c0_ * sum4
+
+
+# Loop, and the shapes of its scratch arrays, by (pass, with variance).
+_NATIVE = {
+    ('forward', False): (
+        _native_forward_loop,
+        lambda size_k, size_v, every: [(size_v,)],
+    ),
+    ('backward', False): (
+        _native_backward_loop,
+        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_v,), (size_v,)],
+    ),
+}
+
+
+@functools.cache
+def _native(loop):
+    """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
+    import numba
+    from numba.core.compiler import CompilerBase, DefaultPassBuilder
+
+    class DistinctArrays(CompilerBase):
+        """The usual compiler, told that no two arrays overlap: without it the inner loops do not vectorise."""
+
+        def define_pipelines(self):
+            self.state.flags.noalias = True
+            return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+    options = {
+        "nogil": True,
+        "error_model": "numpy",  # a division by zero is inf or nan, as in PyTorch
+        "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
+        "pipeline_class": DistinctArrays,
+    }
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # nowhere to keep the compiled code
+        return numba.njit(**options)(loop)
+
+
+@functools.cache
+def _native_pool(process, threads):
+    """Worker threads of this process (a fork has none of its parent's, hence the process in the key)."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "native")
+
+
+def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors):
+    """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
+
+    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once.
+    """
+    loop = _native(loop)
+    arrays = [t.detach().numpy() for t in tensors]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    shares = threads if threads == 1 else min(tasks, 4 * threads)
+    turn = itertools.count()  # whoever is free takes the next share
+
+    def work():
+        scratch = [numpy.empty(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
+        while (i := next(turn)) < shares:
+            first, last = tasks * i // shares, tasks * (i + 1) // shares
+            loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
+
+    others = [_native_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        if not other.cancel():  # not even started: all is done
+            other.result()
+
+
+def _native_split(args, *counts):
+    """``args`` cut into tuples of the given lengths, and the rest."""
+    parts = []
+    for count in counts:
+        parts.append(args[:count])
+        args = args[count:]
+    return *parts, args
+
+
+def _native_offsets(offsets, batch, steps):
+    """Bounds of each sequence in the flat list of tokens, checked once more where the values are at hand."""
+    if offsets is None:
+        return numpy.arange(batch + 1, dtype=numpy.int64) * steps
+    offsets = offsets.numpy()
+    if offsets[0] != 0 or offsets[-1] != steps or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{_NAME}: cu_seqlens must rise from 0 to T = {steps}")
+    return numpy.ascontiguousarray(offsets)
+
+
+def _native_layout(inputs, states, every, offsets):
+    """Sizes of everything a call allocates; also what the fake implementations need."""
+    batch, steps, heads = inputs[0].shape[:3]
+    sequences = batch if offsets is None else offsets.shape[0] - 1
+    # Sequence n saves from slot begin // every + n on: room for all, whatever their lengths.
+    segments = (batch * steps) // every + sequences if every else 0
+    return batch, steps, heads, sequences, segments
+
+
+def _native_flat(tensors, dtype):
+    return [t.to(dtype).contiguous().flatten(0, 1) for t in tensors]
+
+
+def _native_forward(*args):
+    inputs, parameters, states, (offsets, scale, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES)
+    )
+    batch, steps, heads, sequences, segments = _native_layout(inputs, states, every, offsets)
+    sizes = _sizes(*inputs, *parameters, *states)
+    dtype = _native_dtype(inputs)
+    readouts = [torch.empty(batch * steps, heads, sizes[1], dtype=dtype) for _ in range(2 if want_variance else 1)]
+    states = [s.to(dtype, copy=True, memory_format=torch.contiguous_format) for s in states]
+    saved = [torch.empty(segments, heads, *s.shape[2:], dtype=dtype) for s in states]
+    loop, shapes = _NATIVE["forward", want_variance]
+    tensors = [*_native_flat(inputs, dtype), *(p.to(dtype).contiguous() for p in parameters), *states, *readouts, *saved]
+    bounds = _native_offsets(offsets, batch, steps)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    readouts = [r.view(batch, steps, heads, sizes[1]).to(inputs[0].dtype) for r in readouts]
+    variance = readouts[1] if want_variance else inputs[0].new_empty(0)
+    return readouts[0], variance, *states, *saved
+
+
+def _native_backward(*args):
+    count = len(_STATES)
+    inputs, parameters, saved, (d_o, d_variance), d_states, (offsets, scale, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), count, 2, count
+    )
+    batch, steps, heads, sequences, _ = _native_layout(inputs, d_states, every, offsets)
+    sizes = _sizes(*inputs, *parameters, *saved)
+    dtype = _native_dtype(inputs)
+    flat = _native_flat(inputs, dtype)
+    given = _native_flat([d_o, d_variance] if want_variance else [d_o], dtype)
+    d_states = [d.to(dtype, copy=True, memory_format=torch.contiguous_format) for d in d_states]
+    d_inputs = [torch.empty_like(x) for x in flat]
+    d_parameters = [torch.zeros(sequences, *p.shape, dtype=dtype) for p in parameters]
+    loop, shapes = _NATIVE["backward", want_variance]
+    tensors = [*flat, *(p.to(dtype).contiguous() for p in parameters), *saved, *given, *d_states]
+    tensors += [*d_inputs, *d_parameters]
+    bounds = _native_offsets(offsets, batch, steps)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    return (
+        *(d.view(x.shape).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *d_states,
+    )
+
+
+def _native_dtype(tensors):
+    return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+
+
+def _native_schema(tensors, results):
+    given = "".join(f"Tensor x{i}, " for i in range(tensors))
+    made = ", ".join(["Tensor"] * results)
+    return f"({given}Tensor? offsets, float scale, int every, bool want_variance) -> ({made})"
+
+
+_native_forward_op = torch.library.custom_op(
+    f"{_OPS}::native_forward",
+    _native_forward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=_native_schema(len(_INPUTS + _PARAMETERS + _STATES), 2 + 2 * len(_STATES)),
+)
+_native_backward_op = torch.library.custom_op(
+    f"{_OPS}::native_backward",
+    _native_backward,
+    mutates_args=(),
+    device_types="cpu",
+    schema=_native_schema(len(_INPUTS + _PARAMETERS) + 2 * len(_STATES) + 2, len(_INPUTS + _PARAMETERS + _STATES)),
+)
+
+
+@_native_forward_op.register_fake
+def _native_forward_fake(*args):
+    inputs, parameters, states, (offsets, _, every, want_variance) = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES)
+    )
+    batch, steps, heads, _, segments = _native_layout(inputs, states, every, offsets)
+    size_v = _sizes(*inputs, *parameters, *states)[1]
+    o = inputs[0].new_empty(batch, steps, heads, size_v)
+    variance = torch.empty_like(o) if want_variance else inputs[0].new_empty(0)
+    dtype = _native_dtype(inputs)
+    final = [s.new_empty(s.shape, dtype=dtype) for s in states]
+    return o, variance, *final, *(s.new_empty(segments, heads, *s.shape[2:], dtype=dtype) for s in states)
+
+
+@_native_backward_op.register_fake
+def _native_backward_fake(*args):
+    inputs, parameters, _, _, d_states, _ = _native_split(
+        args, len(_INPUTS), len(_PARAMETERS), len(_STATES), 2, len(_STATES)
+    )
+    dtype = _native_dtype(inputs)
+    return (
+        *(x.new_empty(x.shape) for x in (*inputs, *parameters)),
+        *(d.new_empty(d.shape, dtype=dtype) for d in d_states),
+    )
+
+
+def _native_save(ctx, inputs, output):
+    count = len(_INPUTS) + len(_PARAMETERS)
+    *_, offsets, ctx.scale, ctx.every, ctx.want_variance = inputs
+    ctx.state_shapes = [s.shape for s in inputs[count : count + len(_STATES)]]
+    ctx.o_shape = output[0].shape
+    ctx.save_for_backward(*inputs[:count], *output[2 + len(_STATES) :], offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _native_gradient(ctx, d_o, d_variance, *d_rest):
+    *tensors, offsets = ctx.saved_tensors
+    like = tensors[0]
+    if d_o is None:
+        d_o = like.new_zeros(ctx.o_shape)
+    if not ctx.want_variance:
+        d_variance = like.new_empty(0)
+    elif d_variance is None:
+        d_variance = like.new_zeros(ctx.o_shape)
+    dtype = _native_dtype(tensors)
+    d_states = [
+        like.new_zeros(shape, dtype=dtype) if d is None else d for d, shape in zip(d_rest, ctx.state_shapes)
+    ]
+    gradients = _native_backward_op(
+        *tensors, d_o, d_variance, *d_states, offsets, ctx.scale, ctx.every, ctx.want_variance
+    )
+    return *gradients, None, None, None, None
+
+
+_native_forward_op.register_autograd(_native_gradient, setup_context=_native_save)
+
+
+def _native_core(*args):
+    """The sequential plan in compiled loops; the backward pass restarts from states saved every few tokens."""
+    *tensors, scale, offsets, want_variance = args
+    every = 0
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        every = 16 if tensors[0].shape[1] <= 1024 else 64
+    o, variance, *rest = _native_forward_op(*tensors, offsets, scale, every, want_variance)
+    return (o, variance if want_variance else None, *rest[: len(_STATES)])
+
+
+# Blocks of the chunkwise form; this variant's decay is one number per token.
+_LOG_DECAY_FLOOR = -30.0
+
+
+def _spread(x: torch.Tensor | float, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A feature as a tensor of ``shape``; it may be a constant, or lack tokens, heads or channels."""
+    return torch.as_tensor(x, dtype=like.dtype, device=like.device).expand(shape)
+
+
+def _packed_rows(offsets: torch.Tensor, tokens: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of packed tokens as a padded batch: ``(rows [N, L], places [tokens])``; ``rows == tokens`` is padding."""
+    lengths = offsets[1:] - offsets[:-1]
+    longest = int(lengths.max()) if lengths.numel() else 0
+    padded = max(chunk, -(-longest // chunk) * chunk)
+    steps = torch.arange(padded, device=offsets.device)
+    rows = torch.where(steps[None] < lengths[:, None], offsets[:-1, None] + steps[None], tokens)
+    token = torch.arange(tokens, device=offsets.device)
+    sequence = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
+    return rows, sequence * padded + token - offsets[sequence]
+
+
+def _to_chunks(x: torch.Tensor, rows: torch.Tensor | None, chunk: int) -> torch.Tensor:
+    """``[B, T, H, ...]`` to ``[N, H, NT, C, ...]``, padded with zeros."""
+    if rows is None:
+        padding = max(-x.shape[1] % chunk, chunk - x.shape[1])  # at least one chunk, even of nothing
+        if padding:
+            x = torch.cat([x, x.new_zeros(x.shape[0], padding, *x.shape[2:])], 1)
+    else:
+        x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[rows]
+    return x.unflatten(1, (-1, chunk)).movedim(3, 1)
+
+
+def _from_chunks(x: torch.Tensor, places: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """``[N, H, NT, C, ...]`` back to ``[B, T, H, ...]``."""
+    x = x.movedim(1, 3).flatten(1, 2)
+    return x[:, :tokens] if places is None else x.flatten(0, 1)[places][None]
+
+
+def _shift(x: torch.Tensor, dim: int, first: float) -> torch.Tensor:
+    """Move every entry one token later along ``dim``; the first token sees ``first``."""
+    start = torch.full_like(x.narrow(dim, 0, 1), first)
+    return torch.cat([start, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+
+
+def _decays(g: torch.Tensor, exclusive: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decays inside a chunk from log decays ``g [N, H, NT, C]``, one number per token.
+
+    Returns ``within [.., C, C]`` (from the write at s to the read at t, 0 where s is not yet seen), ``since [.., C]``
+    (from the chunk's start to the read at t), ``until [.., C]`` (from the write at s to the chunk's end) and
+    ``total [..]``. ``exclusive`` reads before the token's own decay and write.
+    """
+    size = g.shape[-1]
+    lower = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()
+    later = g[..., :, None].expand(*g.shape, size).masked_fill(~lower.tril(-1), 0.0)
+    within = later.cumsum(-2).masked_fill(~lower, -torch.inf).exp()
+    since = g.cumsum(-1).exp()
+    until, total = within[..., -1, :], since[..., -1]
+    if exclusive:
+        within, since = _shift(within, -2, 0.0), _shift(since, -1, 1.0)
+    return within, since, until, total
+
+
+def _channel_decays(g: torch.Tensor, exclusive: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`_decays` for log decays per channel, ``g [N, H, NT, C, X]``; ``within`` is ``[.., C, C, X]``."""
+    size = g.shape[-2]
+    total_log = g.clamp(min=_LOG_DECAY_FLOOR).cumsum(-2)
+    read_log = _shift(total_log, -2, 0.0) if exclusive else total_log
+    seen = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1 if exclusive else 0)[..., None]
+    log_within = read_log[..., :, None, :] - total_log[..., None, :, :]
+    within = log_within.masked_fill(~seen, -torch.inf).exp()
+    until = (total_log[..., -1:, :] - total_log).exp()
+    return within, read_log.exp(), until, total_log[..., -1, :].exp()
+
+
+def _carry(local: torch.Tensor, total: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States at the start of each chunk ``[N, H, NT, ...]`` and after the last, from each chunk's own writes."""
+    state, starts = start, []
+    for c in range(local.shape[2]):
+        starts.append(state)
+        state = total[:, :, c] * state + local[:, :, c]
+    return torch.stack(starts, 2), state
+
+
+def _matrix_state(
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    queries: list[torch.Tensor],
+    g: torch.Tensor,
+    start: torch.Tensor,
+    channel: str,
+    exclusive: bool,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Reads ``sum_k S * query`` of ``S = decay * S + sum_j key_j value_j`` at every token, and the final state.
+
+    Keys and queries ``[N, H, NT, C, K]``, values ``[N, H, NT, C, V]``, ``start [N, H, K, V]``. ``channel`` says where
+    the decay lives: "" (``g [N, H, NT, C]``), "k" or "v" (one more axis). Reads are ``[N, H, NT, C, V]``.
+    """
+    within, since, until, total = (_channel_decays if channel else _decays)(g, exclusive)
+    if channel == "k":
+        total = total[..., :, None]
+    elif channel == "v":
+        total = total[..., None, :]
+    else:
+        since, until, total = since[..., None], until[..., None], total[..., None, None]
+    local = sum(
+        (key * until if channel != "v" else key).transpose(-1, -2) @ (value * until if channel == "v" else value)
+        for key, value in zip(keys, values, strict=True)
+    )
+    starts, final = _carry(local, total, start)
+    reads = []
+    for query in queries:
+        read = since * (query @ starts) if channel == "v" else (query * since) @ starts
+        for key, value in zip(keys, values, strict=True):
+            if channel == "k":
+                read = read + torch.einsum("...tk,...sk,...tsk->...ts", query, key, within) @ value
+            elif channel == "v":
+                read = read + torch.einsum("...ts,...tsv,...sv->...tv", query @ key.transpose(-1, -2), within, value)
+            else:
+                read = read + (query @ key.transpose(-1, -2) * within) @ value
+        reads.append(read)
+    return reads, final
+
+
+def _chunk_torch_core(q, k, v, slope, S, scale, offsets, want_variance):
+    """Chunks of 64 tokens: matmuls inside a chunk, states carried from chunk to chunk."""
+    like, like_state = q, S
+    dtype = like_state.dtype
+    size_k, size_v = _sizes(q, k, v, slope, S)
+    batch, steps, heads = like.shape[:3]
+    rows, places = (None, None) if offsets is None else _packed_rows(offsets, steps, 64)
+
+    def feature(x, channels):
+        return _spread(x, (batch, steps, heads, *channels), like_state)
+
+    # Every input is aligned to [B, T, H, K, V], with size 1 where it has no such axis.
+    q = q.to(dtype)[..., :, None]
+    k = k.to(dtype)[..., :, None]
+    v = v.to(dtype)[..., None, :]
+    slope = slope[..., None, None]
+
+    # S_t = exp(-slope) * S_(t-1) + (k) * (v)
+    reads, _final_S = _matrix_state(
+        [_to_chunks(feature(k, (size_k, 1,))[..., 0], rows, 64)],
+        [_to_chunks(feature(v, (1, size_v,))[..., 0, :], rows, 64)],
+        [_to_chunks(feature(q, (size_k, 1,))[..., 0], rows, 64)],
+        _to_chunks(feature(-slope, (1, 1,))[..., 0, 0], rows, 64),
+        S,
+        "",
+        False,
+    )
+    (_read_read_0_S,) = reads
+
+    # read_0 = sum_k S*q
+    read_0 = _from_chunks(_read_read_0_S, places, steps)[..., None, :]
+    output = feature(read_0 * scale, (1, size_v))[..., 0, :].to(like.dtype)
+    variance = None
+    return output, variance, _final_S
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton here: the forms for the CPU work without it
+    triton = tl = None
+
+
+def _kernel(function=None, **options):
+    """triton.jit, or nothing where there is no Triton."""
+    if function is None:
+        return lambda f: _kernel(f, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def _plan(T, offsets, N, C):
+    """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
+    if offsets is None:
+        NT = -(-T // C)
+        return None, None, NT, N * NT
+    counts = (offsets[1:] - offsets[:-1] + C - 1) // C
+    ends = counts.cumsum(0)
+    bases = ends - counts
+    chunks = T // C + N
+    index = torch.arange(chunks, device=offsets.device)
+    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
+    begin = offsets[sequence] + (index - bases[sequence]) * C
+    end = torch.minimum(begin + C, offsets[sequence + 1])
+    spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
+    return spans.contiguous(), bases, 0, chunks
+
+
+def _operands(dtype):
+    """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "tf32"
+    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def _tile(size, most):
+    return max(16, min(triton.next_power_of_2(size), most))
+
+
+@_kernel
+def _sequence(offsets, bases, i_n, T, NT, PACKED: tl.constexpr):
+    """First token, end token and first chunk of sequence ``i_n``."""
+    if PACKED:
+        begin = tl.load(offsets + i_n).to(tl.int64)
+        end = tl.load(offsets + i_n + 1).to(tl.int64)
+        base = tl.load(bases + i_n).to(tl.int64)
+    else:
+        begin = i_n.to(tl.int64) * T
+        end = begin + T
+        base = i_n.to(tl.int64) * NT
+    return begin, end, base
+
+
+@_kernel
+def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
+    """First and end token of chunk ``i_c``; empty for the spare chunks of a packed batch."""
+    if PACKED:
+        begin = tl.load(spans + 2 * i_c).to(tl.int64)
+        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
+    else:
+        sequence = (i_c // NT).to(tl.int64)
+        begin = sequence * T + (i_c % NT).to(tl.int64) * C
+        end = tl.minimum(begin + C, sequence * T + T)
+    return begin, end
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, PACKED: tl.constexpr):
+    """G[t] = sum of log decays from the start of t's chunk to t, float32; W values a head."""
+    i_c = tl.program_id(0)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    column = tl.program_id(1) * BW + tl.arange(0, BW)
+    row = begin + tl.arange(0, C)
+    here = (row < end)[:, None] & (column < H * W)[None, :]
+    at = row[:, None] * (H * W) + column[None, :]
+    step = tl.load(g + at, mask=here, other=0.0).to(tl.float32)
+    # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits.
+    step = tl.minimum(tl.maximum(step, -40.0), 0.0)
+    tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _states_scalar_kernel(
+    k, v,
+    G,
+    initial, states, final, offsets, bases, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s, one tile of S a program."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_k = (pid // NV) % NK
+    i_nh = (pid // (NV * NK)).to(tl.int64)
+    i_h = i_nh % H
+    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    o_c = tl.arange(0, C)
+    m_k = o_k < K
+    m_v = o_v < V
+    tile = o_k[:, None] * V + o_v[None, :]
+    m_tile = m_k[:, None] & m_v[None, :]
+    S = tl.load(initial + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    for i_c in range(0, tl.cdiv(end - begin, C)):
+        tl.store(states + ((base + i_c) * H + i_h) * K * V + tile, S.to(states.dtype.element_ty), mask=m_tile)
+        row = begin + i_c * C + o_c
+        live = row < end
+        last = tl.minimum(begin + i_c * C + C, end) - 1
+        at = row * H + i_h
+        key = tl.load(k + at[None, :] * K + o_k[:, None], mask=m_k[:, None] & live[None, :], other=0.0)
+        value = tl.load(v + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
+        whole = tl.load(G + last * H + i_h)
+        part = tl.load(G + at, mask=live, other=0.0)
+        weight = tl.exp(tl.minimum(whole - part, 0.0))
+        S = S * tl.exp(whole)
+        key = key * weight[None, :]
+        S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
+    tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _cotangents_scalar_kernel(
+    q, d_o,
+    G,
+    d_final, d_states, d_initial, offsets, bases, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """dS at the end of every chunk, backwards: dS' = exp(G_C) dS + scale sum_t exp(Gq_t) q_t do_t."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_k = (pid // NV) % NK
+    i_nh = (pid // (NV * NK)).to(tl.int64)
+    i_h = i_nh % H
+    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    o_c = tl.arange(0, C)
+    m_k = o_k < K
+    m_v = o_v < V
+    tile = o_k[:, None] * V + o_v[None, :]
+    m_tile = m_k[:, None] & m_v[None, :]
+    dS = tl.load(d_final + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(end - begin, C)
+    for i_r in range(0, chunks):
+        i_c = chunks - 1 - i_r
+        tl.store(d_states + ((base + i_c) * H + i_h) * K * V + tile, dS.to(d_states.dtype.element_ty), mask=m_tile)
+        row = begin + i_c * C + o_c
+        live = row < end
+        last = tl.minimum(begin + i_c * C + C, end) - 1
+        at = row * H + i_h
+        query = tl.load(q + at[None, :] * K + o_k[:, None], mask=m_k[:, None] & live[None, :], other=0.0)
+        d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
+        seen = live
+        at_q = at
+        whole = tl.load(G + last * H + i_h)
+        part = tl.load(G + at_q, mask=seen, other=0.0)
+        weight = tl.exp(part) * scale
+        dS = dS * tl.exp(whole)
+        query = query * weight[None, :]
+        dS = tl.dot(query.to(OT), d_out.to(OT), dS, input_precision=PRECISION)
+    tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _outputs_scalar_kernel(
+    q, k, v,
+    G,
+    states, o, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """o_t = scale (sum_s (q_t exp(Gq_t - G_s) k_s) v_s + (q_t exp(Gq_t)) S), one chunk and value tile a program."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_h = (pid // NV) % H
+    i_c = pid // (NV * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        row = begin + o_c
+        live = row < end
+        at = row * H + i_h
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        scores = tl.zeros([C, C], dtype=tl.float32)
+        out = tl.zeros([C, BV], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            tile = o_k[:, None] * V + o_v[None, :]
+            S = tl.load(states + (i_c.to(tl.int64) * H + i_h) * K * V + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            key = tl.load(k + at[None, :] * K + o_k[:, None], mask=m_k[:, None] & live[None, :], other=0.0)
+            scores = tl.dot(query.to(OT), key.to(OT), scores, input_precision=PRECISION)
+            out = tl.dot(query.to(OT), S.to(OT), out, input_precision=PRECISION)
+        value = tl.load(v + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
+        causal = o_c[:, None] >= o_c[None, :]
+        part = tl.load(G + at, mask=live, other=0.0)
+        seen = part
+        out = out * tl.exp(seen)[:, None]
+        gap = tl.minimum(seen[:, None] - part[None, :], 0.0)
+        scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
+        out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
+        tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _gradients_scalar_kernel(
+    q, k, v, d_o,
+    G, dg,
+    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """dq, dk, dv and the log-decay gradient of one chunk, from S at its start and dS at its end.
+
+    dg_r is a sum over the pairs (t, s) whose decay contains r, and is added up as such: terms of queries after
+    r, of keys before r, and of pairs around r. Nothing large is subtracted.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_c = pid // H
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        row = begin + o_c
+        live = row < end
+        at = row * H + i_h
+        at_state = (i_c.to(tl.int64) * H + i_h) * K * V
+        last = (end - 1) * H + i_h
+        inner = live & (o_c > 0)
+        # d_scores[t, s] = do_t . v_s, and its transpose [s, t] by a dot of its own (a transposed dot result
+        # as operand is what Triton before 3.7.1 miscompiles on Hopper).
+        d_scores = tl.zeros([C, C], dtype=tl.float32)
+        d_scores_t = tl.zeros([C, C], dtype=tl.float32)
+        for i_v in range(NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            m_cv = live[:, None] & m_v[None, :]
+            d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(OT)
+            value = tl.load(v + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(OT)
+            d_scores = tl.dot(d_out, tl.trans(value), d_scores, input_precision=PRECISION)
+            d_scores_t = tl.dot(value, tl.trans(d_out), d_scores_t, input_precision=PRECISION)
+        # scores_t[s, t] = q_t . k_s with its decay
+        scores_t = tl.zeros([C, C], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            query_t = tl.load(q + at[None, :] * K + o_k[:, None], mask=m_k[:, None] & live[None, :], other=0.0)
+            scores_t = tl.dot(key.to(OT), query_t.to(OT), scores_t, input_precision=PRECISION)
+        causal = o_c[:, None] >= o_c[None, :]
+        causal_t = o_c[None, :] >= o_c[:, None]
+        part = tl.load(G + at, mask=live, other=0.0)
+        whole = tl.load(G + last)
+        seen = part
+        gap = tl.minimum(seen[:, None] - part[None, :], 0.0)
+        gap_t = tl.minimum(seen[None, :] - part[:, None], 0.0)
+        decay = tl.exp(tl.where(causal & live[:, None], gap, -float("inf"))) * scale
+        decay_t = tl.exp(tl.where(causal_t & live[None, :], gap_t, -float("inf"))) * scale
+        to_query = tl.exp(seen) * scale
+        to_end = tl.exp(tl.minimum(whole - part, 0.0))
+        scores_t *= decay_t
+        # pairs around r: sum over t from r on and s before r of scores * d_scores
+        around = tl.where(o_c[None, :] > o_c[:, None], scores_t * d_scores_t, 0.0)
+        of_queries = tl.sum(around, axis=0)
+        of_keys = tl.sum(around, axis=1)
+        d_scores *= decay
+        d_scores_t *= decay_t
+        d_scores = d_scores.to(OT)
+        d_scores_t = d_scores_t.to(OT)
+        scores_t = scores_t.to(OT)
+        # dv_s = sum_t scores[t, s] do_t + (k_s exp(G_C - G_s)) dS
+        for i_v in range(NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = o_v < V
+            m_cv = live[:, None] & m_v[None, :]
+            acc = tl.zeros([C, BV], dtype=tl.float32)
+            for i_k in range(NK):
+                o_k = i_k * BK + tl.arange(0, BK)
+                m_k = o_k < K
+                m_ck = live[:, None] & m_k[None, :]
+                key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+                tile = o_k[:, None] * V + o_v[None, :]
+                dS = tl.load(d_states + at_state + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+                acc = tl.dot(key.to(OT), dS.to(OT), acc, input_precision=PRECISION)
+            acc *= to_end[:, None]
+            d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
+            acc = tl.dot(scores_t, d_out.to(OT), acc, input_precision=PRECISION)
+            tl.store(dv + at[:, None] * V + o_v[None, :], acc.to(dv.dtype.element_ty), mask=m_cv)
+        # dq_t = sum_s d_scores[t, s] k_s + exp(Gq_t) do_t S';  dk_s = sum_t d_scores[t, s] q_t + exp(G_C - G_s) v_s dS'
+        carried = 0.0
+        along_query = tl.zeros([C], dtype=tl.float32)
+        along_key = tl.zeros([C], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            acc_q = tl.zeros([C, BK], dtype=tl.float32)
+            acc_k = tl.zeros([C, BK], dtype=tl.float32)
+            for i_v in range(NV):
+                o_v = i_v * BV + tl.arange(0, BV)
+                m_v = o_v < V
+                m_cv = live[:, None] & m_v[None, :]
+                tile = o_k[None, :] * V + o_v[:, None]
+                m_tile = m_v[:, None] & m_k[None, :]
+                S = tl.load(states + at_state + tile, mask=m_tile, other=0.0)
+                dS = tl.load(d_states + at_state + tile, mask=m_tile, other=0.0)
+                d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
+                value = tl.load(v + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
+                acc_q = tl.dot(d_out.to(OT), S.to(OT), acc_q, input_precision=PRECISION)
+                acc_k = tl.dot(value.to(OT), dS.to(OT), acc_k, input_precision=PRECISION)
+                carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0), axis=0)
+            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            acc_q *= to_query[:, None]
+            acc_k *= to_end[:, None]
+            along_query += tl.sum(acc_q * query, axis=1)
+            along_key += tl.sum(acc_k * key, axis=1)
+            acc_q = tl.dot(d_scores, key.to(OT), acc_q, input_precision=PRECISION)
+            acc_k = tl.dot(d_scores_t, query.to(OT), acc_k, input_precision=PRECISION)
+            tl.store(dq + at[:, None] * K + o_k[None, :], acc_q.to(dq.dtype.element_ty), mask=m_ck)
+            tl.store(dk + at[:, None] * K + o_k[None, :], acc_k.to(dk.dtype.element_ty), mask=m_ck)
+        of_queries += along_query
+        from_here = tl.cumsum(of_queries - of_keys, axis=0, reverse=True)
+        until_here = tl.cumsum(along_key, axis=0) - along_key
+        tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
+
+
+def _config_scalar(K, V, dtype):
+    """Chunk and tile sizes, warps and stages of each kernel, from the shared memory and registers they take."""
+    if dtype != torch.bfloat16:  # float32 operands take twice the shared memory, and three products each
+        return 32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1)
+    k, v = _tile(K, 64), _tile(V, 64)
+    # Two warps keep to the older matrix instructions: with operands narrower than 64, Triton 3.6 miscompiles the
+    # gradients for the warp-group ones.
+    warps = 4 if min(k, v) >= 64 else 2
+    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
+
+
+def _decay_sums_scalar(g, spans, T, NT, chunks, C):
+    H = g.shape[2]
+    W = g[0, 0, 0].numel()
+    G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    BW = _tile(H * W, 64)
+    grid = (chunks, triton.cdiv(H * W, BW))
+    _decay_sums_scalar_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
+    return G
+
+
+def _states_scalar(k, v,
+    G,
+    initial, offsets, bases, NT, chunks, config):
+    C, (BK, BV, warps, stages), _, _ = config
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    OT, precision = _operands(k.dtype)
+    states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
+    final = torch.empty_like(initial)
+    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    _states_scalar_kernel[grid](
+        k, v,
+        G,
+        initial, states, final, offsets, bases, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return states, final
+
+
+def _forward_scalar(q, k, v,
+    g,
+    initial, scale, offsets):
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    config = _config_scalar(K, V, k.dtype)
+    C, _, (BK, BV, warps, stages), _ = config
+    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+    G = _decay_sums_scalar(g, spans, T, NT, chunks, C)
+    states, final = _states_scalar(k, v,
+        G,
+        initial, offsets, bases, NT, chunks, config)
+    o = torch.empty_like(v)
+    OT, precision = _operands(k.dtype)
+    _outputs_scalar_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+        q, k, v,
+        G,
+        states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return o, final
+
+
+def _backward_scalar(q, k, v,
+    g,
+    initial, d_o, d_final, scale, offsets):
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    config = _config_scalar(K, V, k.dtype)
+    C, (BK, BV, warps, stages), _, gradients = config
+    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+    G = _decay_sums_scalar(g, spans, T, NT, chunks, C)
+    dg = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    states, _ = _states_scalar(k, v,
+        G,
+        initial, offsets, bases, NT, chunks, config)
+    OT, precision = _operands(k.dtype)
+    d_states = torch.empty_like(states)
+    d_initial = torch.empty_like(initial)
+    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    _cotangents_scalar_kernel[grid](
+        q, d_o,
+        G,
+        d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    BK, BV, warps, stages = gradients
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _gradients_scalar_kernel[(H * chunks,)](
+        q, k, v, d_o,
+        G, dg,
+        states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return (
+        dq, dk, dv,
+        dg,
+        d_initial,
+    )
+
+
+_linear_scalar_op = torch.library.custom_op(
+    f"{_OPS}::linear_scalar",
+    lambda *arguments: _forward_scalar(*arguments),
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, float scale, Tensor? offsets) -> (Tensor, Tensor)",
+)
+_linear_scalar_backward_op = torch.library.custom_op(
+    f"{_OPS}::linear_scalar_backward",
+    lambda *arguments: _backward_scalar(*arguments),
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, Tensor d_o, Tensor d_final, float scale, Tensor? offsets)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_linear_scalar_op.register_fake
+def _linear_scalar_fake(q, k, v, *rest):
+    initial = rest[-3]
+    return torch.empty_like(v), torch.empty_like(initial)
+
+
+@_linear_scalar_backward_op.register_fake
+def _linear_scalar_backward_fake(*tensors):
+    return tuple(torch.empty_like(t) for t in tensors[:-4])
+
+
+def _linear_scalar_save(ctx, inputs, output):
+    *tensors, scale, offsets = inputs
+    ctx.scale = scale
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _linear_scalar_gradient(ctx, d_o, d_final):
+    *tensors, offsets = ctx.saved_tensors
+    grads = _linear_scalar_backward_op(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets)
+    return (*grads, None, None)
+
+
+_linear_scalar_op.register_autograd(_linear_scalar_gradient, setup_context=_linear_scalar_save)
+
+
+def _linear_scalar(*arguments):
+    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
+    *tensors, scale, offsets = arguments
+    return _linear_scalar_op(*(t.contiguous() for t in tensors), scale, offsets)
+
+
+def _chunk_triton_core(q, k, v, slope, S, scale, offsets, want_variance):
+    """Features of every token, then matmuls over chunks with the states at their borders."""
+    if q.dtype == torch.float64:  # no tensor cores for it
+        return _reference_core(q, k, v, slope, S, scale, offsets, want_variance)
+    size_k, size_v = _sizes(q, k, v, slope, S)
+    batch, steps, heads = q.shape[:3]
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)  # operands of the matmuls
+    # aligned to [B, T, H, K, V], with size 1 where there is no such axis
+    slope_ = slope.float()[..., None, None]
+
+    # S_t = exp(-slope) * S_(t-1) + (k) (v)
+    S_decay = (-slope_).expand(batch, steps, heads, 1, 1)[..., 0, 0].to(torch.float32)
+    S_key = k.to(dtype)
+    S_value = v.to(dtype)
+    part, last = _linear_scalar(q.to(dtype), S_key, S_value, S_decay, S, scale, offsets)
+    read_0_S = part
+    S_final = last
+
+    output = (read_0_S).to(q.dtype)
+    variance = None
+    return output, variance, S_final
+
+
+_CORES = {
+    ('cpu', 'chunk'): _chunk_torch_core,
+    ('cpu', 'recurrent'): _native_core,
+    ('cuda', 'chunk'): _chunk_triton_core,
+}
+
+
+def chunk_lightning_attention(
+    q,
+    k,
+    v,
+    slope,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    output_variance=False,
+    cu_seqlens=None,
+):
+    """The fastest form for whole sequences: training and prefill.
+
+    Args:
+        q: ``[B, T, H, K]``.
+        k: ``[B, T, H, K]``.
+        v: ``[B, T, H, V]``.
+        slope: ``[HV]``, nonnegative. decay rate per token of the head
+        scale: factor of the readout, ``K**-0.5`` unless given.
+        initial_state: S ``[N, HV, K, V]``, float32; the prior unless given.
+        output_final_state: return the states after the last token, to carry on from.
+        output_variance: return the predictive variance too (this variant has none).
+        cu_seqlens: ``[N + 1]`` int32 or int64, offsets of N sequences packed along T; then B must be 1.
+
+    H may be any divisor of HV, the largest number of heads given: heads are then shared in groups.
+
+    Returns:
+        ``(o, final_state)``, or ``(o, variance, final_state)`` with ``output_variance``; o and variance are
+        ``[B, T, HV, V]`` in the dtype of ``q``, final_state is None unless asked for.
+    """
+    return _call(
+        "chunk", (q, k, v,), (slope,),
+        scale, initial_state, output_final_state, output_variance, cu_seqlens,
+    )
+
+
+def recurrent_lightning_attention(
+    q,
+    k,
+    v,
+    slope,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    output_variance=False,
+    cu_seqlens=None,
+):
+    """Token by token in a compiled loop, with its own backward: decoding, and a check of the other forms.
+
+    Args:
+        q: ``[B, T, H, K]``.
+        k: ``[B, T, H, K]``.
+        v: ``[B, T, H, V]``.
+        slope: ``[HV]``, nonnegative. decay rate per token of the head
+        scale: factor of the readout, ``K**-0.5`` unless given.
+        initial_state: S ``[N, HV, K, V]``, float32; the prior unless given.
+        output_final_state: return the states after the last token, to carry on from.
+        output_variance: return the predictive variance too (this variant has none).
+        cu_seqlens: ``[N + 1]`` int32 or int64, offsets of N sequences packed along T; then B must be 1.
+
+    H may be any divisor of HV, the largest number of heads given: heads are then shared in groups.
+
+    Returns:
+        ``(o, final_state)``, or ``(o, variance, final_state)`` with ``output_variance``; o and variance are
+        ``[B, T, HV, V]`` in the dtype of ``q``, final_state is None unless asked for.
+    """
+    return _call(
+        "recurrent", (q, k, v,), (slope,),
+        scale, initial_state, output_final_state, output_variance, cu_seqlens,
+    )
+
+
+def reference_lightning_attention(
+    q,
+    k,
+    v,
+    slope,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    output_variance=False,
+    cu_seqlens=None,
+):
+    """Plain PyTorch, any dtype, differentiable any number of times: slow and simple.
+
+    Args:
+        q: ``[B, T, H, K]``.
+        k: ``[B, T, H, K]``.
+        v: ``[B, T, H, V]``.
+        slope: ``[HV]``, nonnegative. decay rate per token of the head
+        scale: factor of the readout, ``K**-0.5`` unless given.
+        initial_state: S ``[N, HV, K, V]``, float32; the prior unless given.
+        output_final_state: return the states after the last token, to carry on from.
+        output_variance: return the predictive variance too (this variant has none).
+        cu_seqlens: ``[N + 1]`` int32 or int64, offsets of N sequences packed along T; then B must be 1.
+
+    H may be any divisor of HV, the largest number of heads given: heads are then shared in groups.
+
+    Returns:
+        ``(o, final_state)``, or ``(o, variance, final_state)`` with ``output_variance``; o and variance are
+        ``[B, T, HV, V]`` in the dtype of ``q``, final_state is None unless asked for.
+    """
+    return _call(
+        "reference", (q, k, v,), (slope,),
+        scale, initial_state, output_final_state, output_variance, cu_seqlens,
+    )
