@@ -307,15 +307,11 @@ def _with_gradients(results: Results, cotangents: Results, arguments: Arguments)
     """``results`` and the gradients ``d NAME`` of every leaf, for the given cotangents of the results."""
     leaves = arguments.leaves()
     pairs = [(results[n], cotangents[n].to(results[n].dtype)) for n in results if results[n].requires_grad]
+    found = {f"d {n}": torch.zeros_like(x) for n, x in leaves.items()}
     if pairs:
-        gradients = torch.autograd.grad(
-            [r for r, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True
-        )
-    else:
-        gradients = tuple(None for _ in leaves)
-    found = {
-        f"d {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), gradients, strict=True)
-    }
+        outputs, given = [r for r, _ in pairs], [c for _, c in pairs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+        found |= {f"d {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
     return {n: r.detach() for n, r in results.items()} | found
 
 

@@ -66,8 +66,9 @@ def check(out_dir: str | Path = "kernels", names: Iterable[str] | None = None) -
     differences = []
     wanted = _names(names)
     for name in wanted:
-        path = folder / f"{name}.py"
-        text = module_text(name)
+        spec = as_spec(name)
+        path = folder / f"{spec.name}.py"
+        text = module_text(spec)
         if not path.is_file():
             differences.append(Difference(path, "missing"))
             continue
@@ -86,7 +87,7 @@ def check(out_dir: str | Path = "kernels", names: Iterable[str] | None = None) -
 def _names(names: Iterable[str] | None) -> list[str]:
     from dspace.spec import builtin_names
 
-    return sorted(builtin_names() if names is None else names)
+    return sorted(builtin_names()) if names is None else list(names)
 
 
 def main() -> int:

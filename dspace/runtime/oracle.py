@@ -230,8 +230,10 @@ def _translate(
     values = {s.name: place(t, s.axes) for s, t in zip(have.states, states, strict=True)}
     values |= {p.name: place(t.to(states[0].dtype), p.axes) for p, t in zip(have.parameters, parameters, strict=True)}
     sizes: dict[str, int] = {}
-    for variable, tensor in [*zip(have.states, states, strict=True), *zip(have.parameters, parameters, strict=True)]:
-        sizes.update(zip(reversed(variable.axes), reversed(tensor.shape), strict=False))
+    named = [(s.axes, t) for s, t in zip(have.states, states, strict=True)]
+    named += [(p.axes, t) for p, t in zip(have.parameters, parameters, strict=True)]
+    for axes, tensor in named:
+        sizes.update(zip(reversed(axes), reversed(tensor.shape), strict=False))
     sizes.setdefault("k", 1)
     sizes.setdefault("v", 1)
     results = Tape([expressions[s.name] for s in want.states], sizes).run(values, states[0])

@@ -66,11 +66,11 @@ def probe_chained_products(device: str = "cuda", quick: bool = False) -> list[Pr
     A launch that fails at run time (an illegal access) is a finding, too, and ends the probe, since the process
     can no longer use the GPU.
     """
-    sizes, warps, stages, dtypes = (64, 128), (2, 4, 8), (2, 3), (torch.bfloat16, torch.float16)
-    if quick:
-        sizes, warps, stages, dtypes = (16,), (4,), (2,), (torch.float16,)
+    configurations = [(torch.float16, 16, 4, 2)]
+    if not quick:
+        configurations = list(itertools.product((torch.bfloat16, torch.float16), (64, 128), (2, 4, 8), (2, 3)))
     results = []
-    for dtype, size, warp, stage in itertools.product(dtypes, sizes, warps, stages):
+    for dtype, size, warp, stage in configurations:
         result = _run(device, dtype, size, warp, stage)
         if result.raised.startswith("OutOfResources"):  # a small GPU: this tile says nothing about the compiler
             continue

@@ -56,7 +56,7 @@ def test_text_does_not_depend_on_the_hash_seed(ratio_file: Path):
         "print(hashlib.sha256('\\0'.join(texts).encode()).hexdigest())\n"
     )
     found = set()
-    for seed in ("0", "1", "4711"):
+    for seed in ("0", "4711"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", program, str(ratio_file), *builtin_names()[-3:]]
         found.add(subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True).stdout)
