@@ -78,7 +78,7 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     """Launches made by ``call``, one for each distinct kernel and configuration."""
     with recording(module) as launches:
         call()
-    distinct = {}
+    distinct: dict = {}
     for launch in launches:
         distinct.setdefault(repr((launch.name, _signature(launch)[:3], launch.options)), launch)
     return list(distinct.values())
@@ -122,7 +122,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
 
     kernel = launch.kernel
     given = dict(zip((p.name for p in kernel.params), launch.args, strict=False))
-    options = {}
+    options: dict = {}
     names = {p.name for p in kernel.params}
     for name, value in launch.options.items():
         (given if name in names else options)[name] = value

@@ -1,0 +1,287 @@
+"""The core function of classes a, b and fold: features of tokens in PyTorch, matmuls in the chunkwise kernels.
+
+A feature that is an input is that tensor; one that needs vector states comes out of their kernel
+(:mod:`dspace.emit.triton.vector`); any other is a few elementwise PyTorch operations, differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+
+import sympy
+
+from dspace.emit.base import Section
+from dspace.emit.naming import INTERNAL, Namer, internal_names
+from dspace.emit.printers import TorchPrinter
+from dspace.emit.triton import boundary, chunkwise, host, vector
+from dspace.emit.triton.printer import specialise
+from dspace.math.functions import Softplus
+from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, axes_of
+from dspace.plan.affine import AffinePlan, affine_plan
+
+_ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
+_STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
+_SHAPE: dict[Axes, str] = {"": "", "k": ", size_k", "v": ", size_v"}
+_LOCAL = frozenset({"like", "dtype", "batch", "reads", "features", "values", "final", "raw", "zeros", "triton", "tl"})
+
+
+class _Printer(TorchPrinter):
+    functions = {**TorchPrinter.functions, Softplus: "-torch.nn.functional.logsigmoid(-({}))"}
+
+
+def section(analysis: Analysis) -> Section | None:
+    """The chunkwise Triton section, or None where the recurrence has no such form."""
+    plan = affine_plan(analysis)
+    if plan is None or not plan.matrix_states or any(s.decay_axes == "v" for s in plan.matrix_states):
+        return None
+    writer = _Core(analysis.recurrence, plan)
+    core = writer.lines()
+    return Section(
+        device="cuda",
+        imports=("import torch",),
+        code="\n\n".join([*writer.parts(), "\n".join(core) + "\n"]),
+        chunk="_chunk_triton_core",
+        recurrent=None,
+    )
+
+
+def core_source(decay: str, exclusive: bool) -> str:
+    """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key"."""
+    flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
+    texts = [boundary.DECAY_SUMS] if flags["decay"] else []
+    texts += [boundary.STATES, boundary.COTANGENTS, chunkwise.OUTPUTS, chunkwise.GRADIENTS, host.CORE, host.OPERATORS]
+    return host.renamed("\n".join(specialise(t, flags) for t in texts), decay).replace("_TAG", f"_{decay}")
+
+
+def kind(state: AffineState) -> str:
+    if state.log_decay == 0 or state.decay == 1:
+        return "none"
+    return "key" if state.decay_axes == "k" else "scalar"
+
+
+class _Core:
+    """Writes ``_chunk_triton_core`` and collects what it calls."""
+
+    def __init__(self, recurrence: Recurrence, plan: AffinePlan) -> None:
+        self.recurrence = recurrence
+        self.plan = plan
+        reserved = INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"}
+        self.names = internal_names(recurrence, Namer(reserved))
+        self.table = recurrence.axes_table() | {r.symbol: "v" for r in plan.readout.reads}
+        aligned = {v.name: f"{self.names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
+        # Aligned to [B, T, H, K, V] under a name with "_" behind; vector states and reads have such names only.
+        self.show = _Printer({**{s.name: f"{self.names[s.name]}_all" for s in recurrence.states}, **aligned}, self.table)
+        self.symbols = {s.name: s.symbol for s in recurrence.states}
+        self.vector_symbols = {self.symbols[s.name] for s in plan.vector_states}
+        self.groups: list[vector.VectorGroup] = []
+        self.features: dict[sympy.Expr, str] = {}
+        self.out: list[str] = []
+
+    def parts(self) -> list[str]:
+        """Everything but the core function, in order."""
+        kinds = sorted({kind(s) for s in self.plan.matrix_states})
+        parts = [host.COMMON, host.TABLES, boundary.SPAN]
+        if self.groups:
+            parts.append(vector.COMPOSE)
+            if self.plan.exclusive:
+                parts.append(vector.BEFORE)
+        kernel_names = {v.name: self.names[v.name] for v in self.recurrence.variables}
+        kernel_names |= {s.name: self.names[s.name] for s in self.recurrence.states}
+        parts += [vector.source(group, kernel_names) for group in self.groups]
+        return [p.strip("\n") + "\n" for p in (*parts, *(core_source(k, self.plan.exclusive) for k in kinds))]
+
+    def lines(self) -> list[str]:
+        write = self.out.append
+        r, names, plan = self.recurrence, self.names, self.plan
+        every = [names[v.name] for v in (*r.inputs, *r.parameters, *r.states)]
+        like = names[r.inputs[0].name]
+        write(f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):")
+        write('    """Features of every token, then matmuls over chunks with the states at their borders."""')
+        write(f"    if {like}.dtype == torch.float64:  # no tensor cores for it")
+        write(f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)")
+        write(f"    size_k, size_v = _sizes({', '.join(every)})")
+        write(f"    batch, steps, heads = {like}.shape[:3]")
+        write(f"    dtype = {self._common_type()}  # operands of the matmuls")
+        body = len(self.out)
+        self._vector_states()
+        for state in plan.matrix_states:
+            self._matrix_state(state)
+        self._results(like)
+        # Aligned float32 copies, only of what expressions mention.
+        text = "\n".join(self.out[body:])
+        views = []
+        for v in (*r.inputs, *r.parameters):
+            if f"{names[v.name]}_" in _words(text):
+                views.append(f"    {names[v.name]}_ = {names[v.name]}.float(){_ALIGN[v.axes]}")
+        if views:
+            views.insert(0, "    # aligned to [B, T, H, K, V], with size 1 where there is no such axis")
+        self.out[body:body] = views
+        return self.out
+
+    def _common_type(self) -> str:
+        plain = []
+        for state in self.plan.matrix_states:
+            for w in state.writes:
+                plain += [w.key, w.value]
+        for read in self.plan.readout.reads:
+            plain += list((read.queries or {}).values())
+        used = [self.names[v.name] for v in self.recurrence.inputs if v.symbol in plain]
+        if not used:
+            return f"{self.names[self.recurrence.inputs[0].name]}.dtype"
+        text = f"{used[0]}.dtype"
+        for other in used[1:]:
+            text = f"torch.promote_types({text}, {other}.dtype)"
+        return text
+
+    def _feature(self, expr: sympy.Expr, axes: Axes, cast: str) -> str:
+        """``expr`` as a tensor ``[B, T, H, *axes]`` of type ``cast``."""
+        if expr in self.features and axes:
+            return self.features[expr]
+        for v in self.recurrence.inputs:
+            if v.symbol == expr and v.axes == axes:
+                return f"{self.names[v.name]}.to({cast})"
+        own = axes_of(expr, self.table)
+        text = self.show(expr)
+        if not expr.free_symbols:
+            return f"torch.full((batch, steps, heads{_SHAPE[axes]}), {float(expr)!r}, dtype={cast}, device={self.names[self.recurrence.inputs[0].name]}.device)"
+        if own != axes or not any(self.table.get(s) is not None and self._per_token(s) for s in expr.free_symbols):
+            text = f"({text}).expand(batch, steps, heads, {'size_k' if axes == 'k' else 1}, {'size_v' if axes == 'v' else 1})"
+        else:
+            text = f"({text})"
+        return f"{text}{_STRIP[axes]}.to({cast})"
+
+    def _per_token(self, symbol: sympy.Symbol) -> bool:
+        return any(symbol == v.symbol for v in self.recurrence.inputs) or symbol in self.vector_symbols
+
+    def _vector_states(self) -> None:
+        """One group for each axis; queries on that axis that need its states only are computed with them."""
+        plan, r = self.plan, self.recurrence
+        queries = [q for read in plan.readout.reads for q in (read.queries or {}).values()]
+        outside = [plan.readout.output, plan.readout.variance or sympy.S.Zero]
+        for axes in ("", "v", "k"):
+            states = tuple(s for s in plan.vector_states if s.axes == axes)
+            if not states:
+                continue
+            own = {self.symbols[s.name] for s in states}
+            features: dict[str, sympy.Expr] = {}
+            for query in queries:
+                uses = query.free_symbols & self.vector_symbols
+                local = not query.atoms(SumK, SumV) and axes_of(query, self.table) == axes
+                if not uses & own:
+                    continue
+                if local and uses <= own and not plan.exclusive:
+                    features.setdefault(f"feature_{len(features)}", query)
+                else:
+                    outside.append(query)
+            exprs = [*features.values(), *(s.decay for s in states), *(w.key * w.value for s in states for w in s.writes)]
+            used = set().union(*(e.free_symbols for e in exprs))
+            group = vector.VectorGroup(
+                axes=axes,
+                states=states,
+                symbols=self.symbols,
+                inputs=tuple(v for v in r.inputs if v.symbol in used),
+                parameters=tuple(p for p in r.parameters if p.symbol in used),
+                features=features,
+            )
+            self.groups.append(group)
+            self._call_group(group, own, outside)
+
+    def _call_group(self, group: vector.VectorGroup, own: set, outside: list[sympy.Expr]) -> None:
+        names, plan, write = self.names, self.plan, self.out.append
+        always = any(e.free_symbols & own for e in (*outside[:1], *outside[2:]))
+        sometimes = bool(outside[1].free_symbols & own)
+        raw = "True" if always else "want_variance" if sometimes else "False"
+        states = [names[s.name] for s in group.states]
+        arguments = [names[v.name] for v in (*group.inputs, *group.parameters)] + states
+        write("")
+        for s in group.states:
+            write(f"    # {s.name}_t = {s.decay} * {s.name}_(t-1) + {group.write(s)}, at every token")
+        for f, e in group.features.items():
+            write(f"    # {group.tag}_{f} = {e}")
+        write(f"    features, values, final = _vector_{group.tag}(")
+        write(f"        {', '.join(arguments)}, scale, {raw}, offsets, {names[self.recurrence.inputs[0].name]}.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)")
+        write("    )")
+        for i, (f, e) in enumerate(group.features.items()):
+            write(f"    {group.tag}_{f} = features[{i}]")
+            self.features[e] = f"{group.tag}_{f}"
+        align = _ALIGN[group.axes]
+        for i, state in enumerate(states):
+            write(f"    {state}_final = final[{i}]")
+            if raw == "False":
+                continue
+            guard = "" if always else f"if {raw}:\n        "
+            value = f"values[{i}]"
+            if plan.exclusive:
+                value = f"_before({value}, {state}, offsets)"
+            write(f"    {guard}{state}_all = {value}{align}")
+
+    def _matrix_state(self, state: AffineState) -> None:
+        names, write = self.names, self.out.append
+        name, tag = names[state.name], kind(state)
+        decay = "" if tag == "none" else f"{self._feature(state.log_decay, state.decay_axes, 'torch.float32')}, "
+        reads = [r for r in self.plan.readout.reads if r.queries is not None and state.name in r.queries]
+        self.scaled = self._scale_of_reads()
+        added = " + ".join(f"({w.key}) ({w.value})" for w in state.writes)
+        write("")
+        write(f"    # {state.name}_t = {state.decay} * {state.name}_(t-1) + {added}")
+        if decay:
+            write(f"    {name}_decay = {decay[:-2]}")
+            decay = f"{name}_decay, "
+        for i, w in enumerate(state.writes):
+            suffix = f"_{i}" if len(state.writes) > 1 else ""
+            key, value = f"{name}_key{suffix}", f"{name}_value{suffix}"
+            write(f"    {key} = {self._feature(w.key, 'k', 'dtype')}")
+            write(f"    {value} = {self._feature(w.value, 'v', 'dtype')}")
+            initial = name if i == 0 else f"torch.zeros_like({name})"
+            ending = f"{name}_final" if i == 0 else "last"
+            for j, read in enumerate(reads):
+                assert read.queries is not None
+                query = self._feature(read.queries[state.name], "k", "dtype")
+                target = f"{read.symbol.name}_{name}"
+                results = f"{target if i == 0 else 'part'}, {ending if j == 0 else '_'}"
+                write(f"    {results} = _linear_{tag}({query}, {key}, {value}, {decay}{initial}, {self.scaled}, offsets)")
+                if i:
+                    write(f"    {target} = {target} + part")
+            if not reads:
+                write(f"    _, {ending} = _linear_{tag}({key}, {key}, {value}, {decay}{initial}, 1.0, offsets)")
+            if i:
+                write(f"    {name}_final = {name}_final + last")
+
+    def _scale_of_reads(self) -> str:
+        """A factor that the kernel applies: when the output is a constant times the only read."""
+        reads = self.plan.readout.reads
+        if len(reads) == 1 and (self.plan.readout.variance is None or not self._in_variance(reads[0].symbol)):
+            factor = self.plan.readout.output / reads[0].symbol
+            if factor.free_symbols <= {SCALE.symbol}:
+                return self.show(factor) if factor != 1 else "1.0"
+        return "1.0"
+
+    def _in_variance(self, symbol: sympy.Symbol) -> bool:
+        return self.plan.readout.variance is not None and symbol in self.plan.readout.variance.free_symbols
+
+    def _results(self, like: str) -> None:
+        write, plan, names = self.out.append, self.plan, self.names
+        write("")
+        direct = self.scaled != "1.0" or (
+            len(plan.readout.reads) == 1 and plan.readout.output == plan.readout.reads[0].symbol
+        )
+        sums = {}
+        for read in plan.readout.reads:
+            sums[read.symbol.name] = " + ".join(f"{read.symbol.name}_{names[s]}" for s in read.queries or {})
+        if direct:
+            write(f"    output = ({sums[plan.readout.reads[0].symbol.name]}).to({like}.dtype)")
+        else:
+            for read in plan.readout.reads:
+                write(f"    {read.symbol.name} = ({sums[read.symbol.name]}).float()[..., None, :]  # sum_k {read.body}")
+            write(f"    output = {self._feature(plan.readout.output, 'v', f'{like}.dtype')}")
+        write("    variance = None")
+        if plan.readout.variance is not None:
+            write("    if want_variance:")
+            write(f"        variance = {self._feature(plan.readout.variance, 'v', f'{like}.dtype')}")
+        final = [f"{names[s.name]}_final" for s in self.recurrence.states]
+        write(f"    return {', '.join(['output', 'variance', *final])}")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))

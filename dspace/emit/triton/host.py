@@ -1,0 +1,250 @@
+"""Source of the host side of a linear-attention core: configuration, launches, custom operators.
+
+Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`. ``COMMON`` and ``TABLES`` go into a module
+once, ``CORE`` and ``OPERATORS`` once for each kind of decay, with names told apart by :func:`renamed`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LOCAL = re.compile(r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients)(?=(?:_kernel|_op|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)")
+
+
+def renamed(text: str, tag: str) -> str:
+    """``text`` with the names of one core made its own: ``_forward`` becomes ``_forward_TAG``."""
+    return _LOCAL.sub(rf"_\1_{tag}", text)
+
+
+COMMON = '''
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton here: the forms for the CPU work without it
+    triton = tl = None
+
+
+def _kernel(function=None, **options):
+    """triton.jit, or nothing where there is no Triton."""
+    if function is None:
+        return lambda f: _kernel(f, **options)
+    return function if triton is None else triton.jit(function, **options)
+'''
+
+TABLES = '''
+def _plan(T, offsets, N, C):
+    """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
+    if offsets is None:
+        NT = -(-T // C)
+        return None, None, NT, N * NT
+    counts = (offsets[1:] - offsets[:-1] + C - 1) // C
+    ends = counts.cumsum(0)
+    bases = ends - counts
+    chunks = T // C + N
+    index = torch.arange(chunks, device=offsets.device)
+    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
+    begin = offsets[sequence] + (index - bases[sequence]) * C
+    end = torch.minimum(begin + C, offsets[sequence + 1])
+    spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
+    return spans.contiguous(), bases, 0, chunks
+
+
+def _operands(dtype):
+    """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "tf32"
+    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def _tile(size, most):
+    return max(16, min(triton.next_power_of_2(size), most))
+'''
+
+CORE = '''
+def _config(K, V, dtype):
+    """Chunk and tile sizes, warps and stages of each kernel, from the shared memory and registers they take."""
+    if dtype != torch.bfloat16:  # float32 operands take twice the shared memory, and three products each
+        return 32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1)
+    k, v = _tile(K, 64), _tile(V, 64)
+    # Two warps keep to the older matrix instructions: with operands narrower than 64, Triton 3.6 miscompiles the
+    # gradients for the warp-group ones.
+    warps = 4 if min(k, v) >= 64 else 2
+#if key
+    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 1), (k, v, 8 if warps == 4 else 2, 1)
+#else
+    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
+#endif
+
+
+#if decay
+def _decay_sums(g, spans, T, NT, chunks, C):
+    H = g.shape[2]
+    W = g[0, 0, 0].numel()
+    G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    BW = _tile(H * W, 64)
+    grid = (chunks, triton.cdiv(H * W, BW))
+    _decay_sums_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
+    return G
+
+
+#endif
+def _states(k, v,
+#if decay
+    G,
+#endif
+    initial, offsets, bases, NT, chunks, config):
+    C, (BK, BV, warps, stages), _, _ = config
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    OT, precision = _operands(k.dtype)
+    states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
+    final = torch.empty_like(initial)
+    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    _states_kernel[grid](
+        k, v,
+#if decay
+        G,
+#endif
+        initial, states, final, offsets, bases, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return states, final
+
+
+def _forward(q, k, v,
+#if decay
+    g,
+#endif
+    initial, scale, offsets):
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    config = _config(K, V, k.dtype)
+    C, _, (BK, BV, warps, stages), _ = config
+    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+#if decay
+    G = _decay_sums(g, spans, T, NT, chunks, C)
+#endif
+    states, final = _states(k, v,
+#if decay
+        G,
+#endif
+        initial, offsets, bases, NT, chunks, config)
+    o = torch.empty_like(v)
+    OT, precision = _operands(k.dtype)
+    _outputs_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+        q, k, v,
+#if decay
+        G,
+#endif
+        states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return o, final
+
+
+def _backward(q, k, v,
+#if decay
+    g,
+#endif
+    initial, d_o, d_final, scale, offsets):
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    config = _config(K, V, k.dtype)
+    C, (BK, BV, warps, stages), _, gradients = config
+    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+#if decay
+    G = _decay_sums(g, spans, T, NT, chunks, C)
+    dg = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+#endif
+    states, _ = _states(k, v,
+#if decay
+        G,
+#endif
+        initial, offsets, bases, NT, chunks, config)
+    OT, precision = _operands(k.dtype)
+    d_states = torch.empty_like(states)
+    d_initial = torch.empty_like(initial)
+    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    _cotangents_kernel[grid](
+        q, d_o,
+#if decay
+        G,
+#endif
+        d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    BK, BV, warps, stages = gradients
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _gradients_kernel[(H * chunks,)](
+        q, k, v, d_o,
+#if decay
+        G, dg,
+#endif
+        states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    return (
+        dq, dk, dv,
+#if decay
+        dg,
+#endif
+        d_initial,
+    )
+'''
+
+OPERATORS = '''
+_linear_op = torch.library.custom_op(
+    f"{_OPS}::linear_TAG",
+    lambda *arguments: _forward(*arguments),
+    mutates_args=(),
+#if decay
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, float scale, Tensor? offsets) -> (Tensor, Tensor)",
+#else
+    schema="(Tensor q, Tensor k, Tensor v, Tensor initial, float scale, Tensor? offsets) -> (Tensor, Tensor)",
+#endif
+)
+_linear_backward_op = torch.library.custom_op(
+    f"{_OPS}::linear_TAG_backward",
+    lambda *arguments: _backward(*arguments),
+    mutates_args=(),
+#if decay
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, Tensor d_o, Tensor d_final, float scale, Tensor? offsets)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+#else
+    schema="(Tensor q, Tensor k, Tensor v, Tensor initial, Tensor d_o, Tensor d_final, float scale, Tensor? offsets)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+#endif
+)
+
+
+@_linear_op.register_fake
+def _linear_fake(q, k, v, *rest):
+    initial = rest[-3]
+    return torch.empty_like(v), torch.empty_like(initial)
+
+
+@_linear_backward_op.register_fake
+def _linear_backward_fake(*tensors):
+    return tuple(torch.empty_like(t) for t in tensors[:-4])
+
+
+def _linear_save(ctx, inputs, output):
+    *tensors, scale, offsets = inputs
+    ctx.scale = scale
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _linear_gradient(ctx, d_o, d_final):
+    *tensors, offsets = ctx.saved_tensors
+    grads = _linear_backward_op(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets)
+    return (*grads, None, None)
+
+
+_linear_op.register_autograd(_linear_gradient, setup_context=_linear_save)
+
+
+def _linear(*arguments):
+    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
+    *tensors, scale, offsets = arguments
+    return _linear_op(*(t.contiguous() for t in tensors), scale, offsets)
+'''

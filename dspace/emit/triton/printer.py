@@ -1,0 +1,72 @@
+"""Source text for Triton sections: expressions, and resolution of conditional lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+
+from dspace.emit.printers import MUL, Printer
+from dspace.errors import CompilerBug
+from dspace.math.functions import Sigmoid, Softplus
+
+
+class TritonPrinter(Printer):
+    """Elementwise Triton on float32 tiles. Functions of which several copies are printed expect names as arguments."""
+
+    functions = {
+        sympy.exp: "tl.exp({})",
+        sympy.log: "tl.log({})",
+        sympy.sqrt: "tl.sqrt({})",
+        sympy.tanh: "(2.0 * tl.sigmoid(2.0 * ({})) - 1.0)",
+        sympy.Abs: "tl.abs({})",
+        sympy.sign: "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))",
+        sympy.Heaviside: "(tl.where({0} > 0, 0.5, 0.0) + tl.where({0} >= 0, 0.5, 0.0))",
+        Sigmoid: "tl.sigmoid({})",
+        Softplus: "(tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0}))))",
+    }
+
+    def number(self, value: sympy.Expr) -> tuple[str, int]:
+        return super().number(sympy.Float(value))
+
+    def power(self, base: sympy.Expr, exponent: sympy.Expr) -> tuple[str, int]:
+        if exponent.is_Integer and 2 <= exponent <= 8:
+            return " * ".join([self.at(base, 5)] * int(exponent)), MUL
+        if exponent == sympy.Rational(1, 2) or exponent.is_number and exponent.is_negative:
+            return super().power(base, exponent)
+        return f"tl.exp({self.at(exponent, MUL)} * tl.log({self(base)}))", 5
+
+    def call(self, function: type, args: tuple[sympy.Expr, ...]) -> tuple[str, int]:
+        if function in (sympy.Max, sympy.Min):
+            name = "tl.maximum" if function is sympy.Max else "tl.minimum"
+            ordered = sorted(args, key=sympy.default_sort_key)
+            text = self(ordered[0])
+            for other in ordered[1:]:
+                text = f"{name}({text}, {self(other)})"
+            return text, 5
+        return super().call(function, args)
+
+
+def specialise(text: str, flags: Mapping[str, bool]) -> str:
+    """Keep the lines of ``text`` whose ``#if FLAG`` / ``#else`` / ``#endif`` conditions hold under ``flags``.
+
+    >>> specialise("a\\n#if x\\nb\\n#else\\nc\\n#endif\\n", {"x": False})
+    'a\\nc\\n'
+    """
+    kept: list[str] = []
+    stack: list[bool] = []
+    for line in text.splitlines(keepends=True):
+        word, _, flag = line.strip().partition(" ")
+        if word == "#if":
+            if flag not in flags:
+                raise CompilerBug(f"unknown flag {flag!r} in a kernel text")
+            stack.append(flags[flag])
+        elif word == "#else":
+            stack[-1] = not stack[-1]
+        elif word == "#endif":
+            stack.pop()
+        elif all(stack):
+            kept.append(line)
+    if stack:
+        raise CompilerBug("a kernel text has an #if without #endif")
+    return "".join(kept)
