@@ -6,7 +6,7 @@ import builtins
 import keyword
 from collections.abc import Iterable
 
-from dspace.math.ir import Recurrence
+from dspace.math.ir import Recurrence, State, Variable
 
 ARGUMENTS = frozenset({"scale", "initial_state", "output_final_state", "output_variance", "cu_seqlens"})
 """Keyword arguments of every public function."""
@@ -42,5 +42,5 @@ def public_names(recurrence: Recurrence) -> dict[str, str]:
 def internal_names(recurrence: Recurrence, namer: Namer | None = None) -> dict[str, str]:
     """Local name of each input, parameter and state inside core functions; ``scale`` keeps its own."""
     namer = namer or Namer(INTERNAL | set(dir(builtins)) | {"scale"})
-    named = (*recurrence.inputs, *recurrence.parameters, *recurrence.states)
+    named: tuple[Variable | State, ...] = (*recurrence.inputs, *recurrence.parameters, *recurrence.states)
     return {v.name: namer(v.name) for v in named} | {"scale": "scale"}

@@ -6,7 +6,7 @@ import sympy
 
 from dspace.emit.naming import internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.math.ir import Axes, Recurrence, axes_of
+from dspace.math.ir import Axes, Recurrence, State, Variable, axes_of
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]", "kv": ""}
@@ -66,9 +66,10 @@ def section(recurrence: Recurrence) -> str:
     write("    # Every tensor is aligned to [sequence, head, K, V], with size 1 where it has no such axis.")
     for v in recurrence.inputs:
         write(f"    {names[v.name]}_all = {names[v.name]}.to(dtype){_ALIGN[v.axes]}".rstrip())
-    for v in (*recurrence.parameters, *recurrence.states):
-        if _ALIGN[v.axes]:
-            write(f"    {names[v.name]} = {names[v.name]}{_ALIGN[v.axes]}")
+    aligned: tuple[Variable | State, ...] = (*recurrence.parameters, *recurrence.states)
+    for known in aligned:
+        if _ALIGN[known.axes]:
+            write(f"    {names[known.name]} = {names[known.name]}{_ALIGN[known.axes]}")
     write("    outputs, variances = [], []")
     write("    for token in range(like.shape[1]):")
     for name in inputs:

@@ -226,7 +226,8 @@ class Flattener:
         if isinstance(body, (SumK, SumV)) and over == "k":  # sum_k sum_v = sum_v sum_k: rows add up, lanes last
             return self.flat_sum(SumK(body.args[0]), "v")
         body = self.flat(body)
-        outside, inside = [], []
+        outside: list[sympy.Expr] = []
+        inside: list[sympy.Expr] = []
         for factor in sympy.Mul.make_args(body):
             (inside if over in self.axes_of(factor) else outside).append(factor)
         if not inside:

@@ -309,7 +309,7 @@ def _with_gradients(results: Results, cotangents: Results, arguments: Arguments)
     pairs = [(results[n], cotangents[n].to(results[n].dtype)) for n in results if results[n].requires_grad]
     found = {f"d {n}": torch.zeros_like(x) for n, x in leaves.items()}
     if pairs:
-        outputs, given = [r for r, _ in pairs], [c for _, c in pairs]
+        outputs, given = [r for r, _ in pairs], [c for _, c in pairs if c is not None]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
         found |= {f"d {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
     return {n: r.detach() for n, r in results.items()} | found

@@ -135,10 +135,12 @@ def _matrix_state(
         total = total[..., None, :]
     else:
         since, until, total = since[..., None], until[..., None], total[..., None, None]
-    local = sum(
-        (key * until if channel != "v" else key).transpose(-1, -2) @ (value * until if channel == "v" else value)
-        for key, value in zip(keys, values, strict=True)
-    )
+    local = torch.zeros_like(start)[:, :, None]
+    for key, value in zip(keys, values, strict=True):
+        if channel == "v":
+            local = local + key.transpose(-1, -2) @ (value * until)
+        else:
+            local = local + (key * until).transpose(-1, -2) @ value
     starts, final = _carry(local, total, start)
     reads = []
     for query in queries:

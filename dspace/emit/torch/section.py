@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+from collections.abc import Callable
 
 import sympy
 
@@ -38,7 +39,14 @@ def _block_source(plan: AffinePlan) -> str:
     """Source of the blocks that the plan calls."""
     axes = {s.decay_axes for s in (*plan.vector_states, *plan.matrix_states)}
     # A block mentions both kinds of decay, so both are emitted wherever the states could need them.
-    wanted = [blocks._spread, blocks._packed_rows, blocks._to_chunks, blocks._from_chunks, blocks._shift, blocks._decays]
+    wanted: list[Callable] = [
+        blocks._spread,
+        blocks._packed_rows,
+        blocks._to_chunks,
+        blocks._from_chunks,
+        blocks._shift,
+        blocks._decays,
+    ]
     wanted += [blocks._channel_decays, blocks._carry]
     if plan.vector_states:
         wanted.append(blocks._vector_state)
@@ -56,7 +64,7 @@ def _core(analysis: Analysis, plan: AffinePlan) -> str:
     table = recurrence.axes_table() | {read.symbol: "v" for read in plan.readout.reads}
     show = _Printer(names, table)
     inputs = [names[v.name] for v in recurrence.inputs]
-    every = [*inputs, *(names[v.name] for v in (*recurrence.parameters, *recurrence.states))]
+    every = [*inputs, *(names[p.name] for p in recurrence.parameters), *(names[s.name] for s in recurrence.states)]
     # The matrix states' names stand for initial states; vector states are replaced by their values at every token.
     out: list[str] = []
     write = out.append
