@@ -132,7 +132,7 @@ class _Search:
             self.values[s.symbol] = full(draw(s, self.rng), s.axes)
         for s in source.states:
             self.values[unread(s)] = full(draw(s, self.rng), s.axes)
-        self._furthest = "no state of the one can be the state of the other: their axes differ"
+        self._furthest = f"{source.name} has not a state for each of {target.name}, on its axes at least"
         self._reached = -1.0
         self._nearest: Claim | None = None
 

@@ -1,0 +1,210 @@
+"""The map of a design space: variants, and every proven reduction between them.
+
+drawn = build_map({name: analyse(load(name)) for name in builtin_names()})
+drawn.svg("map.svg")
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from dspace.math.cost import K, V
+from dspace.math.explain import as_dict
+from dspace.math.ir import Analysis
+from dspace.math.reductions import reduce
+
+if TYPE_CHECKING:
+    import networkx
+
+VERSION = "1"
+"""Part of the key of stored maps: raise it when the search or the proofs change."""
+
+COLOURS = {
+    "a": "#4c78a8",
+    "b": "#72b7b2",
+    "fold": "#54a24b",
+    "c": "#e45756",
+    "d": "#f58518",
+    "e": "#b279a2",
+    "bp": "#9d755d",
+    "f": "#eeca3b",
+    "g": "#8c8c8c",
+}
+"""Colour of each class in pictures."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A variant on the map."""
+
+    name: str
+    title: str
+    letter: str
+    state_bytes: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A proven reduction: ``source`` becomes ``target``; ``proof`` is one a reader can follow."""
+
+    source: str
+    target: str
+    kind: str
+    text: str
+    proof: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """All variants and all proven edges; pictures show those that do not follow from others."""
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    seconds: float
+
+    def graph(self) -> networkx.MultiDiGraph:
+        """Every edge, as a networkx graph with the fields of nodes and edges as attributes."""
+        import networkx
+
+        graph = networkx.MultiDiGraph()
+        for n in self.nodes:
+            graph.add_node(n.name, **asdict(n))
+        for e in self.edges:
+            graph.add_edge(e.source, e.target, key=e.kind, **asdict(e))
+        return graph
+
+    def families(self) -> tuple[tuple[str, ...], ...]:
+        """Variants that become each other exactly, together."""
+        import networkx
+
+        exact = networkx.DiGraph()
+        exact.add_nodes_from(n.name for n in self.nodes)
+        exact.add_edges_from((e.source, e.target) for e in self.edges if e.kind == "exact")
+        return tuple(sorted(tuple(sorted(c)) for c in networkx.strongly_connected_components(exact)))
+
+    def skeleton(self) -> tuple[Edge, ...]:
+        """The edges that do not follow from others: one for each pair of families, none that a path implies."""
+        import networkx
+
+        family = {name: f for f in self.families() for name in f}
+        exact = networkx.DiGraph()
+        exact.add_nodes_from(set(family.values()))
+        between = {
+            (family[e.source], family[e.target])
+            for e in self.edges
+            if e.kind == "exact" and family[e.source] != family[e.target]
+        }
+        exact.add_edges_from(between)
+        needed = set(networkx.transitive_reduction(exact).edges)
+        best: dict[tuple, Edge] = {}
+        for e in self.edges:
+            pair = (family[e.source], family[e.target])
+            if e.kind == "exact" and pair in needed and (pair not in best or len(e.text) < len(best[pair].text)):
+                best[pair] = e
+        inner = [e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]]
+        limits = self._limits(exact, family)
+        return (*best.values(), *inner, *limits)
+
+    def _limits(self, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
+        """Limits whose end is not reached by another limit of the same source and then exactly."""
+        import networkx
+
+        after = {f: networkx.descendants(exact, f) for f in exact}
+        before = {f: networkx.ancestors(exact, f) for f in exact}
+        found: dict[tuple, Edge] = {}
+        for e in self.edges:
+            if e.kind == "limit":
+                pair = (family[e.source], family[e.target])
+                if pair not in found or len(e.text) < len(found[pair].text):
+                    found[pair] = e
+        kept = []
+        for (source, target), e in found.items():
+            through_target = any(s == source and t != target and target in after[t] for s, t in found)
+            through_source = any(
+                t == target and s != source and s not in before[source] and s in after[source] for s, t in found
+            )
+            if not through_target and not through_source:
+                kept.append(e)
+        return tuple(kept)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            "nodes": [asdict(n) for n in self.nodes],
+            "edges": [asdict(e) for e in self.edges],
+            "families": [list(f) for f in self.families()],
+            "skeleton": [[e.source, e.target, e.kind] for e in self.skeleton()],
+            "seconds": self.seconds,
+        }
+
+    def dot(self) -> str:
+        """The skeleton in Graphviz's language: exact edges solid, limits dashed."""
+        lines = ["digraph dspace {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
+        for n in self.nodes:
+            lines.append(f'  "{n.name}" [fillcolor="{COLOURS[n.letter]}", tooltip="{n.title}"];')
+        for e in self.skeleton():
+            style = "dashed" if e.kind == "limit" else "solid"
+            lines.append(f'  "{e.source}" -> "{e.target}" [label="{e.text}", style={style}];')
+        return "\n".join([*lines, "}"]) + "\n"
+
+    def svg(self, path: Path | str) -> None:
+        """Draw the skeleton (see :mod:`dspace.math.drawing`)."""
+        from dspace.math.drawing import draw
+
+        draw(self, Path(path))
+
+
+def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True) -> Map:
+    """Try every ordered pair; keep what is proven."""
+    start = time.perf_counter()
+    nodes = tuple(
+        Node(name, a.source.title, a.classification.letter, str(a.cost["state_bytes"])) for name, a in analyses.items()
+    )
+    edges: list[Edge] = []
+    for source, a in analyses.items():
+        for target, b in analyses.items():
+            if source == target:
+                continue
+            told = as_dict(reduce(a.recurrence, b.recurrence, limits=limits))
+            for kind in ("exact", "limit"):
+                if told[kind] is not None:
+                    edges.append(Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"])))
+    return Map(nodes, tuple(edges), time.perf_counter() - start)
+
+
+def load_or_build(analyses: Mapping[str, Analysis], store: Path) -> Map:
+    """The map from ``store`` if it was built from the same variants, else built and stored there."""
+    import hashlib
+
+    content = [VERSION, *(f"{name} {a.recurrence!r}" for name, a in analyses.items())]
+    key = hashlib.sha256("\n".join(content).encode()).hexdigest()
+    try:
+        stored = json.loads(store.read_text())
+        if stored["key"] == key:
+            nodes = tuple(Node(**n) for n in stored["nodes"])
+            edges = tuple(Edge(**{**e, "proof": tuple(e["proof"])}) for e in stored["edges"])
+            return Map(nodes, edges, stored["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent, unreadable or of another version: build it anew
+    built = build_map(analyses)
+    text = json.dumps({"key": key, **built.as_dict()})
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        partial = store.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(store)
+    except OSError:
+        pass  # a map that cannot be stored is still a map
+    return built
+
+
+def state_bytes_at(node: Node, k: int, v: int) -> int:
+    """State bytes of a variant at ``K = k``, ``V = v``."""
+    return int(sympy.sympify(node.state_bytes, locals={"K": K, "V": V}).subs({K: k, V: v}))
