@@ -711,10 +711,12 @@ def _matrix_state(
         total = total[..., None, :]
     else:
         since, until, total = since[..., None], until[..., None], total[..., None, None]
-    local = sum(
-        (key * until if channel != "v" else key).transpose(-1, -2) @ (value * until if channel == "v" else value)
-        for key, value in zip(keys, values, strict=True)
-    )
+    local = torch.zeros_like(start)[:, :, None]
+    for key, value in zip(keys, values, strict=True):
+        if channel == "v":
+            local = local + key.transpose(-1, -2) @ (value * until)
+        else:
+            local = local + (key * until).transpose(-1, -2) @ value
     starts, final = _carry(local, total, start)
     reads = []
     for query in queries:
@@ -1272,9 +1274,7 @@ def _chunk_triton_core(q, k, v, slope, S, scale, offsets, want_variance):
     S_decay = (-slope_).expand(batch, steps, heads, 1, 1)[..., 0, 0].to(torch.float32)
     S_key = k.to(dtype)
     S_value = v.to(dtype)
-    part, last = _linear_scalar(q.to(dtype), S_key, S_value, S_decay, S, scale, offsets)
-    read_0_S = part
-    S_final = last
+    read_0_S, S_final = _linear_scalar(q.to(dtype), S_key, S_value, S_decay, S, scale, offsets)
 
     output = (read_0_S).to(q.dtype)
     variance = None

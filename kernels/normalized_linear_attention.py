@@ -770,10 +770,12 @@ def _matrix_state(
         total = total[..., None, :]
     else:
         since, until, total = since[..., None], until[..., None], total[..., None, None]
-    local = sum(
-        (key * until if channel != "v" else key).transpose(-1, -2) @ (value * until if channel == "v" else value)
-        for key, value in zip(keys, values, strict=True)
-    )
+    local = torch.zeros_like(start)[:, :, None]
+    for key, value in zip(keys, values, strict=True):
+        if channel == "v":
+            local = local + key.transpose(-1, -2) @ (value * until)
+        else:
+            local = local + (key * until).transpose(-1, -2) @ value
     starts, final = _carry(local, total, start)
     reads = []
     for query in queries:
@@ -901,6 +903,226 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
         begin = sequence * T + (i_c % NT).to(tl.int64) * C
         end = tl.minimum(begin + C, sequence * T + T)
     return begin, end
+
+
+@_kernel
+def _compose(decay_a, write_a, decay_b, write_b):
+    """One step S -> decay S + write after another."""
+    return decay_a * decay_b, write_a * decay_b + write_b
+
+
+@_kernel(do_not_specialize=["T", "NT"])
+def _vector_k_kernel(
+    k_in, z_initial, z_out, z_border, z_final,
+    offsets, bases, scale, T, NT, H,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+):
+    """z = 1 z + k; features of every token."""
+    NW: tl.constexpr = (W + BW - 1) // BW
+    pid = tl.program_id(0)
+    i_w = pid % NW
+    i_nh = (pid // NW).to(tl.int64)
+    i_h = i_nh % H
+    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    z_start = tl.load(z_initial + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    for i_c in range(0, tl.cdiv(end - begin, C)):
+        tl.store(z_border + ((base + i_c) * H + i_h) * W + o_w, z_start, mask=m_w)
+        row = begin + i_c * C + o_c
+        live = row < end
+        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
+        at = row * H + i_h
+        wide = at[:, None] * W + o_w[None, :]
+        m_cw = live[:, None] & m_w[None, :]
+        # the decays and writes of the token before, so that the scan ends just before each token
+        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        decay = 1.0
+        write = k_
+        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
+        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose)
+        z_before = decay * z_start[None, :] + write
+        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        z_decay = 1.0
+        write = k
+        z_decay = tl.where(live[:, None] & m_w[None, :], z_decay, 1.0)
+        z = z_decay * z_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
+        if RAW:
+            tl.store(z_out + wide, z, mask=m_cw)
+        z_start = tl.sum(tl.where(o_c[:, None] == C - 1, z, 0.0), axis=0)
+    tl.store(z_final + i_nh * W + o_w, z_start, mask=m_w)
+
+@_kernel(do_not_specialize=["T", "NT", "TOTAL"])
+def _vector_k_backward_kernel(
+    k_in, z_border, d_z_in, d_z_final, d_k_out, d_z_initial, TOTAL,
+    offsets, bases, scale, T, NT, H,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of the inputs, parameters and initial states, chunks in reverse."""
+    NW: tl.constexpr = (W + BW - 1) // BW
+    pid = tl.program_id(0)
+    i_w = pid % NW
+    i_nh = (pid // NW).to(tl.int64)
+    i_h = i_nh % H
+    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    z_carry = tl.load(d_z_final + i_nh * W + o_w, mask=m_w, other=0.0)
+    chunks = tl.cdiv(end - begin, C)
+    for i_r in range(0, chunks):
+        i_c = chunks - 1 - i_r
+        row = begin + i_c * C + o_c
+        live = row < end
+        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
+        at = row * H + i_h
+        wide = at[:, None] * W + o_w[None, :]
+        m_cw = live[:, None] & m_w[None, :]
+        z_start = tl.load(z_border + ((base + i_c) * H + i_h) * W + o_w, mask=m_w, other=0.0)
+        # the decays and writes of the token before, so that the scan ends just before each token
+        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        decay = 1.0
+        write = k_
+        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
+        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose)
+        z_before = decay * z_start[None, :] + write
+        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        z_decay = 1.0
+        write = k
+        z_decay = tl.where(live[:, None] & m_w[None, :], z_decay, 1.0)
+        z = z_decay * z_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
+        z_in_token = 0.0
+        if RAW:
+            z_in_token = tl.load(d_z_in + wide, mask=m_cw, other=0.0)
+        # cotangent of a state = its own part of this token + next token's decay times next cotangent
+        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        decay = 1.0
+        follows = live & (o_c < C - 1) & (row + 1 < end)
+        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
+        write = tl.where(m_cw, z_in_token, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
+        d_z = decay * z_carry[None, :] + write
+        z_carry = tl.sum(tl.where(o_c[:, None] == 0, z_decay * d_z, 0.0), axis=0)
+        grad_k = d_z
+        tl.store(d_k_out + wide, tl.where(m_cw, grad_k, 0.0).to(d_k_out.dtype.element_ty), mask=m_cw)
+    tl.store(d_z_initial + i_nh * W + o_w, z_carry, mask=m_w)
+
+
+_VECTOR_k = (True,)  # which inputs and parameters have channels
+
+
+def _vector_k_tile(W):
+    """Tokens a chunk, channels a program, warps."""
+    return 64, 1 if W == 1 else _tile(W, 32), 4
+
+
+def _vector_k_forward(*arguments):
+    *tensors, scale, raw, offsets, dtype = arguments
+    inputs, parameters, initial = tensors[:1], tensors[1:1], tensors[1:]
+    B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
+    W = tensors[1].shape[2]
+    N = initial[0].shape[0]
+    C, BW, warps = _vector_k_tile(W)
+    _, bases, NT, chunks = _plan(T, offsets, N, C)
+    like = initial[0]
+    channels = (W,) if True else ()
+    features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range(0)]
+    values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
+    borders = [like.new_empty((chunks, H, *channels)) for _ in initial]
+    final = [torch.empty_like(t) for t in initial]
+    grid = (triton.cdiv(W, BW) * N * H,)
+    _vector_k_kernel[grid](
+        *inputs, *parameters, *initial, *features, *values, *borders, *final, offsets, bases, scale, T, NT, H,
+        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+    )
+    return (*features, *values, *borders, *final)
+
+
+def _vector_k_backward(*arguments):
+    *tensors, scale, raw, offsets = arguments
+    inputs, parameters = tensors[:1], tensors[1:1]
+    borders = tensors[1:2]
+    d_features = tensors[2:2]
+    d_values = tensors[2:3]
+    d_final = tensors[3:]
+    like = d_final[0]
+    N, H = like.shape[:2]
+    B, T = inputs[0].shape[:2] if inputs else d_features[0].shape[:2]
+    W = like.shape[2] if True else 1
+    C, BW, warps = _vector_k_tile(W)
+    _, bases, NT, chunks = _plan(T, offsets, N, C)
+    tiles = triton.cdiv(W, BW)
+    grid = (tiles * N * H,)
+    d_inputs = [
+        torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_k)
+    ]
+    d_parameters = [like.new_empty((N, H, W)) for _ in parameters]
+    d_initial = [torch.empty_like(t) for t in d_final]
+    _vector_k_backward_kernel[grid](
+        *inputs, *parameters, *borders, *d_features, *d_values, *d_final, *d_inputs, *d_parameters, *d_initial,
+        B * T * H, offsets, bases, scale, T, NT, H,
+        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+    )
+    d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_k)]
+    d_parameters = [
+        d.sum(0).reshape(t.shape) if wide else d.sum((0, 2)) for d, t, wide in zip(d_parameters, parameters, _VECTOR_k[1:])
+    ]
+    return (*d_inputs, *d_parameters, *d_initial)
+
+
+_vector_k_op = torch.library.custom_op(
+    f"{_OPS}::vector_k", _vector_k_forward, mutates_args=(),
+    schema="(Tensor t0, Tensor t1, float scale, bool raw, Tensor? offsets, Tensor dtype) -> (Tensor, Tensor, Tensor)",
+)
+_vector_k_backward_op = torch.library.custom_op(
+    f"{_OPS}::vector_k_backward", _vector_k_backward, mutates_args=(),
+    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor)",
+)
+
+
+@_vector_k_op.register_fake
+def _vector_k_fake(*arguments):
+    *tensors, scale, raw, offsets, dtype = arguments
+    initial = tensors[1:]
+    B, T, H = dtype.shape[:3]
+    chunks = -(-T // 64) * B if offsets is None else T // 64 + initial[0].shape[0]
+    channels = initial[0].shape[2:]
+    features = [dtype.new_empty((B, T, H, *channels)) for _ in range(0)]
+    values = [t.new_empty((B, T, H, *channels) if raw else (0,)) for t in initial]
+    borders = [t.new_empty((chunks, H, *channels)) for t in initial]
+    return (*features, *values, *borders, *(torch.empty_like(t) for t in initial))
+
+
+@_vector_k_backward_op.register_fake
+def _vector_k_backward_fake(*arguments):
+    tensors = arguments[:-3]
+    return (*(torch.empty_like(t) for t in tensors[:1]), *(torch.empty_like(t) for t in tensors[-1:]))
+
+
+def _vector_k_save(ctx, inputs, output):
+    *tensors, scale, raw, offsets, dtype = inputs
+    ctx.scale, ctx.raw = scale, raw
+    ctx.save_for_backward(*tensors[:1], *output[1:2], offsets)
+
+
+def _vector_k_gradient(ctx, *cotangents):
+    *saved, offsets = ctx.saved_tensors
+    used = [*cotangents[:1], *cotangents[2:]]
+    grads = _vector_k_backward_op(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
+    return (*grads, None, None, None, None)
+
+
+_vector_k_op.register_autograd(_vector_k_gradient, setup_context=_vector_k_save)
+
+
+def _vector_k(*arguments):
+    """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
+    *tensors, scale, raw, offsets, like = arguments
+    out = _vector_k_op(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
+    return out[:0], out[0:1], out[2:]
 
 
 @_kernel(do_not_specialize=["T", "NT"])
@@ -1263,9 +1485,7 @@ def _chunk_triton_core(q, k, v, eps, S, z, scale, offsets, want_variance):
     # S_t = 1 * S_(t-1) + (k) (v)
     S_key = k.to(dtype)
     S_value = v.to(dtype)
-    part, last = _linear_none(q.to(dtype), S_key, S_value, S, 1.0, offsets)
-    read_0_S = part
-    S_final = last
+    read_0_S, S_final = _linear_none(q.to(dtype), S_key, S_value, S, 1.0, offsets)
 
     read_0 = (read_0_S).float()[..., None, :]  # sum_k S*q
     output = (read_0 / (eps_ + (q_ * z_all).sum(-2, keepdim=True)))[..., 0, :].to(q.dtype)
