@@ -159,7 +159,8 @@ class Mixer(nn.Module):
         """
         run = _Run(self, x, state, cu_seqlens)
         inputs, value, gate = run.inputs()
-        function = self.operator.recurrent if recurrent else self.operator.chunk
+        by_token = recurrent or (self.operator.native and x.device.type == "cpu")
+        function = self.operator.recurrent if by_token else self.operator.chunk
         o, final = function(
             *inputs,
             *(self.constants[p.name]() for p in self.operator.parameters),

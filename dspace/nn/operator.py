@@ -35,6 +35,8 @@ class Operator:
     state_axes: tuple[str, ...]
     layer: Mapping[str, Node | str] = field(default_factory=dict)
     hash: str = ""
+    native: bool = False
+    """Whether ``recurrent`` is a native loop on a CPU: it then beats the chunkwise form there at every size tried."""
 
     def state_numbers(self, heads: int, key_dim: int, value_dim: int) -> int:
         """Numbers that one sequence carries from token to token, all heads."""
@@ -86,6 +88,7 @@ def _from_module(module: ModuleType, spec: Any = None) -> Operator:
         state_axes=tuple(d["axes"] for _, d in _entries(facts["states"])),
         layer=layer,
         hash=facts.get("hash", ""),
+        native="cpu/recurrent" in facts.get("forms", {}),
     )
 
 
