@@ -99,15 +99,19 @@ def draw(drawn: Map, path: Path) -> None:
     for i, e in enumerate(drawn.skeleton()):
         start, end = places[e.source], places[e.target]
         level = start[1] == end[1]
-        bend = 0.35 if level else 0.06 * (1 if start[0] <= end[0] else -1)
+        side = 1 if start[0] <= end[0] else -1
+        bend = 0.35 if level else (-0.22 if e.kind == "limit" else 0.06) * side
         style = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.1, "shrinkA": 17, "shrinkB": 17}
         style |= {"linestyle": (0, (4, 3)) if e.kind == "limit" else "solid"}
         style |= {"connectionstyle": f"arc3,rad={bend}"}
         axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
-        share = 0.5 + 0.09 * (i % 3 - 1)
+        share = (0.34 if e.kind == "limit" else 0.56) + 0.05 * (i % 3 - 1)
         x = start[0] + share * (end[0] - start[0])
         y = start[1] + share * (end[1] - start[1])
-        if level:
+        if not level:  # halfway out along the bend
+            x += bend * (end[1] - start[1]) / 2
+            y -= bend * (end[0] - start[0]) / 2
+        else:
             y += (-0.5 if start[0] < end[0] else 0.5) * bend * abs(end[0] - start[0])
         label = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         axes.text(x, y, e.text, ha="center", va="center", fontsize=6.5, color="#333333", zorder=2, bbox=label)
