@@ -1,8 +1,8 @@
 """Studies: a TOML file -> trials run by worker processes -> a report and the winning spec.
 
-    dspace.study.run("studies/quickstart.toml", jobs=2)     # or: go on where it stopped
-    dspace.study.report("quickstart")                       # path of one self-contained HTML page
-    dspace.study.export("quickstart")                       # the winning spec as TOML
+dspace.study.run("studies/quickstart.toml", jobs=2)     # or: go on where it stopped
+dspace.study.report("quickstart")                       # path of one self-contained HTML page
+dspace.study.export("quickstart")                       # the winning spec as TOML
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-
         value = getattr(importlib.import_module(f"dspace.study.{_HOMES[name]}"), name)
         globals()[name] = value
         return value

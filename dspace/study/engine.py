@@ -19,8 +19,8 @@ from typing import Any
 from dspace.errors import DspaceError, UserError
 from dspace.study import ledger
 from dspace.study.ledger import Healed, Phase
-from dspace.study.reading import find, load
 from dspace.study.progress import Progress
+from dspace.study.reading import find, load
 from dspace.study.schema import StudyFile
 from dspace.study.space import Composer
 from dspace.study.storage import Home, StorageError, check_url, connect, home_of, prepare, storage_errors
@@ -269,4 +269,3 @@ def heal(name: str | Path, *, folder: str | Path | None = None, storage: str | N
     study = load(home.definition)
     phases = [Phase(study), *(Phase(study, c) for c in study.compare)]
     return done, ledger.heal(home, phases, connect(home))
-

@@ -43,7 +43,9 @@ def groups(results: Results) -> dict[str, Group]:
 
 def tip(record: Record, study: StudyFile) -> str:
     """What hovering over a trial says."""
-    numbers = [f"{k} = {v:.3g}" for k, v in record.params.items() if isinstance(v, float | int) and not isinstance(v, bool)]
+    numbers = [
+        f"{k} = {v:.3g}" for k, v in record.params.items() if isinstance(v, float | int) and not isinstance(v, bool)
+    ]
     metrics = [f"{k} {v:.4g}" for k, v in record.metrics.items()]
     return "\n".join([f"trial {record.number}: {structure_of(record, study)}", ", ".join(numbers), ", ".join(metrics)])
 
@@ -57,7 +59,11 @@ def front(results: Results, colours: Mapping[str, Group]) -> str:
     largest = max((t.metrics.get("state_bytes", 1) for t in shown), default=1) or 1
     xs, ys = [t.metrics["plasticity"] for t in shown], [t.metrics["stability"] for t in shown]
     plot = Plot(
-        _range(xs), _range(ys), "plasticity: recall of re-bound keys", "stability: recall of the oldest bindings", height=420
+        _range(xs),
+        _range(ys),
+        "plasticity: recall of re-bound keys",
+        "stability: recall of the oldest bindings",
+        height=420,
     )
     plot.title = "Stability against plasticity"
     points = [(t.metrics["plasticity"], t.metrics["stability"]) for t in shown]
@@ -74,7 +80,9 @@ def front(results: Results, colours: Mapping[str, Group]) -> str:
         plot.dot(b.metrics["plasticity"], b.metrics["stability"], radius + 4, "ring")
         late = plot.px(b.metrics["plasticity"]) > plot.width * 0.75
         side: tuple[str, float] = ("end", -(radius + 9)) if late else ("start", radius + 9)
-        plot.text(b.metrics["plasticity"], b.metrics["stability"], f"winner, trial {b.number}", "note", side[0], side[1], 4)
+        plot.text(
+            b.metrics["plasticity"], b.metrics["stability"], f"winner, trial {b.number}", "note", side[0], side[1], 4
+        )
     return plot.render()
 
 

@@ -14,7 +14,15 @@ _GREEK = {
     "mu": "μ", "nu": "ν", "phi": "φ", "psi": "ψ", "rho": "ρ", "sigma": "σ", "tau": "τ", "omega": "ω",
     "Lambda": "Λ", "Sigma": "Σ", "Omega": "Ω",
 }  # fmt: skip
-_FUNCTIONS = {"exp": "exp", "log": "log", "tanh": "tanh", "Sigmoid": "σ", "Softplus": "softplus", "Min": "min", "Max": "max"}
+_FUNCTIONS = {
+    "exp": "exp",
+    "log": "log",
+    "tanh": "tanh",
+    "Sigmoid": "σ",
+    "Softplus": "softplus",
+    "Min": "min",
+    "Max": "max",
+}
 
 
 def math(inner: str, block: bool = True) -> str:
@@ -112,7 +120,9 @@ class _Printer:
             top, bottom = self.visit(numerator)[0], self.visit(denominator)[0]
             return f"<mfrac><mrow>{top}</mrow><mrow>{bottom}</mrow></mfrac>", _ATOM
         factors = sorted(e.args, key=self.rank)
-        return "<mrow>" + "<mspace width='0.14em'/>".join(self.wrapped(f, _PRODUCT) for f in factors) + "</mrow>", _PRODUCT
+        return "<mrow>" + "<mspace width='0.14em'/>".join(
+            self.wrapped(f, _PRODUCT) for f in factors
+        ) + "</mrow>", _PRODUCT
 
     def rank(self, f: Any) -> tuple[int, str]:
         kind = type(f).__name__

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspace.study.schema import METRICS, StudyFile
+from dspace.study.schema import METRICS, Direction, StudyFile
 from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
@@ -36,7 +36,7 @@ class Phase:
         return self.study.name if self.comparison is None else f"{self.study.name}/{self.comparison}"
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         if self.comparison is None:
             return list(self.study.directions)
         return [METRICS[self.study.compare[self.comparison].metric][0]]
@@ -231,7 +231,9 @@ def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
             return
         wanted: list[dict[str, str]] = [dict(a) for c in study.compare.values() for a in c.arms.values()]
         for name, axis in study.structural_axes.items():
-            wanted += [{name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)]
+            wanted += [
+                {name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)
+            ]
         seen: list[dict[str, str]] = []
         for choices in wanted:
             if choices not in seen and len(seen) < study.budget.trials:

@@ -134,7 +134,9 @@ def verdict(arms: list[Arm], metric: str) -> str:
         if same
         else f"with {bytes_text(first.state_bytes)} against {bytes_text(second.state_bytes)} of state (not equal)"
     )
-    scores = f"{first.name} {first.mean:.3f} ± {first.spread:.3f}, {second.name} {second.mean:.3f} ± {second.spread:.3f}"
+    scores = (
+        f"{first.name} {first.mean:.3f} ± {first.spread:.3f}, {second.name} {second.mean:.3f} ± {second.spread:.3f}"
+    )
     if min(n, m) < 2:
         trust = "one seed cannot say whether that is chance"
     elif difference > 2 * error:
@@ -248,7 +250,7 @@ def bytes_text(value: float) -> str:
     if value >= 1 << 20:
         return f"{value / (1 << 20):.3g} MiB"
     if value >= 1 << 10:
-        return f"{value / (1 << 10):.4g} KiB"
+        return f"{value / (1 << 10):.3g} KiB"
     return f"{value:.0f} B"
 
 

@@ -50,7 +50,11 @@ class Progress:
             if t.state.name in _DONE and t.number not in self.told:
                 self.told.add(t.number)
                 done = f"[{len(self.told)}/{self._total(trials)}]"
-                print(f"{time.time() - self.started:7.1f} s  {done:>9}  {describe(t, self.phase)}", file=sys.stderr, flush=True)
+                print(
+                    f"{time.time() - self.started:7.1f} s  {done:>9}  {describe(t, self.phase)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _total(self, trials: list[Any]) -> int:
         if self.phase.comparison is None:
@@ -62,7 +66,9 @@ class Progress:
         from rich.table import Table
         from rich.text import Text
 
-        counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}
+        counts = {
+            state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")
+        }
         elapsed = time.time() - self.started
         left = f", at most {max(self.deadline - time.time(), 0) / 60:.0f} min left" if self.deadline < 1e300 else ""
         title = (

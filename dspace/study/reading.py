@@ -36,9 +36,7 @@ class _Report:
                 break
         line, column = place or (0, 0)
         source = self.positions.line_text(line) if line else ""
-        self.problems.append(
-            Problem(message, self.file, line, column, ".".join(path), suggestion, cure, source[:200])
-        )
+        self.problems.append(Problem(message, self.file, line, column, ".".join(path), suggestion, cure, source[:200]))
 
 
 def load(source: str | Path) -> StudyFile:
@@ -149,7 +147,9 @@ def _check(study: StudyFile, report: _Report) -> None:
             _unknown(report, "objective", name, METRICS, "objectives", name)
     if not study.objectives:
         report.add("a study needs at least one objective", "objectives", cure='accuracy = "maximize"')
-    for metric, path in [(study.best.by, ("best", "by"))] + ([(study.prune.on, ("prune", "on"))] if study.prune else []):
+    for metric, path in [(study.best.by, ("best", "by"))] + (
+        [(study.prune.on, ("prune", "on"))] if study.prune else []
+    ):
         if metric not in METRICS:
             _unknown(report, "metric", metric, METRICS, *path)
     for name, axis in study.axes.items():

@@ -132,31 +132,30 @@ def pareto(trials: list[Record], study: StudyFile) -> list[int]:
     points = [(t.number, [s * t.metrics[n] for n, s in signs.items()]) for t in trials if t.state == "complete"]
 
     def dominated(mine: list[float]) -> bool:
-        return any(
-            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine for _, other in points
-        )
+        return any(all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine for _, other in points)
 
     return [number for number, values in points if not dominated(values)]
 
 
 def _importances(search: Any, study: StudyFile) -> dict[str, dict[str, float]]:
     """PED-ANOVA per objective; axes that exist only under some choices are left out by Optuna."""
+    import warnings
+
     import optuna
 
-    targets = {n: (lambda t, i=i: t.values[i]) for i, n in enumerate(study.objectives)}
-    if study.best.by not in targets:
-        targets[study.best.by] = lambda t: t.user_attrs["metrics"][study.best.by]
+    ways = {study.best.by: METRICS[study.best.by][0], **study.objectives}
     found: dict[str, dict[str, float]] = {}
-    for name, target in targets.items():
+    for name, way in ways.items():
+        sign = -1.0 if way == "maximize" else 1.0  # the evaluator asks what makes the target small
+
+        def target(t: Any, name: str = name, sign: float = sign) -> float:
+            return sign * t.user_attrs["metrics"][name]
+
         try:
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=study.seed)
-        except ImportError:  # needs scikit-learn
-            lower = METRICS[name][0] == "minimize"
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=True, target_quantile=0.3)
-            if not lower:
-                target = (lambda f: lambda t: -f(t))(target)
-        try:
-            values = optuna.importance.get_param_importances(search, evaluator=evaluator, target=target)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+                values = optuna.importance.get_param_importances(search, evaluator=evaluator, target=target)
         except (RuntimeError, ValueError):  # fewer than two trials, or an objective that is the same everywhere
             continue
         if values and sum(values.values()) > 0:

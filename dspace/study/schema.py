@@ -181,9 +181,7 @@ class StudyFile(Table):
     model: ModelTable = ModelTable()
     train: TrainTable = TrainTable()
     budget: BudgetTable = BudgetTable()
-    objectives: dict[str, Direction] = Field(
-        default_factory=lambda: {"stability": "maximize", "plasticity": "maximize", "state_bytes": "minimize"}
-    )
+    objectives: dict[str, Direction] = {"stability": "maximize", "plasticity": "maximize", "state_bytes": "minimize"}
     sampler: SamplerTable = SamplerTable()
     prune: PruneTable | None = None
     best: BestTable = BestTable()

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
@@ -48,7 +48,7 @@ class Point:
         """The validated spec. Raises SpecError when the patches do not fit together."""
         from dspace.spec import from_dict
 
-        return from_dict(self.spec, name=self.spec["name"])
+        return from_dict(self.spec, name=self.spec["name"], prune=True)
 
 
 def exists(axis: Axis, params: Params) -> bool:
@@ -76,7 +76,7 @@ def suggest(study: StudyFile, trial: optuna.Trial) -> dict[str, Scalar]:
         if axis.choices is not None:
             params[name] = trial.suggest_categorical(name, list(axis.choices))
         elif axis.values is not None:
-            params[name] = trial.suggest_categorical(name, list(axis.values))
+            params[name] = cast(Scalar, trial.suggest_categorical(name, list(axis.values)))
         elif axis.integer:
             params[name] = trial.suggest_int(name, int(axis.low or 0), int(axis.high or 0), log=axis.log)
         else:

@@ -71,7 +71,9 @@ class Plot:
         x1, y1, x2, y2 = self.px(a[0]), self.py(a[1]), self.px(b[0]), self.py(b[1])
         self.marks.append(f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
-    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start", dx: float = 0, dy: float = 0) -> None:
+    def text(
+        self, x: float, y: float, text: str, css: str = "", anchor: str = "start", dx: float = 0, dy: float = 0
+    ) -> None:
         at = f'x="{self.px(x) + dx:.1f}" y="{self.py(y) + dy:.1f}"'
         self.marks.append(f'<text class="{css}" {at} text-anchor="{anchor}">{html.escape(text)}</text>')
 
@@ -82,7 +84,9 @@ class Plot:
         for value in ticks(*self.y) if self.y_ticks is None else self.y_ticks:
             y = self.py(value)
             out.append(f'<line class="grid" x1="{self.left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-            out.append(f'<text class="tick" x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+            out.append(
+                f'<text class="tick" x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
+            )
         for value in ticks(*self.x, count=6) if self.x_ticks is None else self.x_ticks:
             x = self.px(value)
             out.append(f'<line class="grid" x1="{x:.1f}" y1="{self.top}" x2="{x:.1f}" y2="{bottom}"/>')
@@ -91,7 +95,9 @@ class Plot:
         middle_x, middle_y = (self.left + right) / 2, (self.top + bottom) / 2
         if self.x_label:
             label = html.escape(self.x_label)
-            out.append(f'<text class="label" x="{middle_x:.0f}" y="{self.height - 8}" text-anchor="middle">{label}</text>')
+            out.append(
+                f'<text class="label" x="{middle_x:.0f}" y="{self.height - 8}" text-anchor="middle">{label}</text>'
+            )
         if self.y_label:
             label = html.escape(self.y_label)
             turn = f'transform="translate(14 {middle_y:.0f}) rotate(-90)"'

@@ -75,7 +75,9 @@ class Job:
         self.on_report(step, total, metrics)
 
 
-def should_prune(rule: PruneTable, curve: list[dict[str, float]], total: int, others: list[list[dict[str, float]]]) -> str:
+def should_prune(
+    rule: PruneTable, curve: list[dict[str, float]], total: int, others: list[list[dict[str, float]]]
+) -> str:
     """The reason to stop a trial with this curve, or empty: its best so far is worse than most others' at this step.
 
     ``curve`` and each of ``others`` are lists of reports (``step`` and metrics); a curve that ended before this
@@ -85,16 +87,16 @@ def should_prune(rule: PruneTable, curve: list[dict[str, float]], total: int, ot
     if step < rule.after * total or step >= total:
         return ""
     sign = 1.0 if METRICS[rule.on][0] == "maximize" else -1.0
-    seen = sorted(
-        sign * row[rule.on] for other in others for row in other if row["step"] == step and rule.on in row
-    )
+    seen = sorted(sign * row[rule.on] for other in others for row in other if row["step"] == step and rule.on in row)
     mine = [sign * row[rule.on] for row in curve if rule.on in row]
     if len(seen) < rule.min_trials or not mine:
         return ""
     bar = seen[min(int(rule.quantile * len(seen)), len(seen) - 1)]
     if max(mine) >= bar:
         return ""
-    return f"{rule.on} {abs(max(mine)):.3f} at step {int(step)}, worse than the bar {abs(bar):.3f} of {len(seen)} trials"
+    return (
+        f"{rule.on} {abs(max(mine)):.3f} at step {int(step)}, worse than the bar {abs(bar):.3f} of {len(seen)} trials"
+    )
 
 
 def values_of(study: StudyFile, metrics: dict[str, float]) -> list[float]:

@@ -32,6 +32,13 @@ STOPPED = 75
 MAX_FAILURES = 4
 """Trials that may fail one after another before the worker gives up."""
 
+
+class TrialsFailed(DspaceError):
+    """Trial after trial fails: something is wrong that running more of them will not mend."""
+
+    exit_code = 5
+
+
 DEFAULT_OBJECTIVE = "dspace.study.objective:train_point"
 
 
@@ -76,7 +83,7 @@ class Worker:
                 return 0
             self.run_trial(trial)
             if self.failures >= MAX_FAILURES:
-                raise DspaceError(
+                raise TrialsFailed(
                     f"{self.failures} trials in a row failed; the last: {self.last_failure}\n"
                     f"  cure: mend the cause and give the same command again ({self.id} has the traceback)"
                 )
@@ -135,7 +142,9 @@ class Worker:
             trial.set_user_attr("point_hash", job.point.hash)
             twin = self.same_point(trial.number, job.point.hash) if self.phase.comparison is None else None
             if twin is not None:
-                kept = {k: v for k, v in twin.user_attrs.items() if k not in ("worker", "host", "seed", "test", "metrics")}
+                kept = {
+                    k: v for k, v in twin.user_attrs.items() if k not in ("worker", "host", "seed", "test", "metrics")
+                }
                 metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
                 return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
         return self.objective(job)
