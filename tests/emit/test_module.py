@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import keyword
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,3 +150,24 @@ def test_no_variance_is_named(native):
     a, b, _ = arguments(RECURRENCES["erase"])
     with pytest.raises(ValueError, match="no predictive variance"):
         native("erase").recurrent_erase(*a, *b, output_variance=True)
+
+
+def test_cpu_takes_the_faster_form():
+    """The choice between two CPU forms follows the size of the state and whether the decay is one number."""
+    from dspace.emit.module import cpu_choice
+    from dspace.math.ir import AffineState, Classification
+
+    recurrence = RECURRENCES["scalar_decay"]
+    analysis = analysis_of(recurrence)
+    for axes, large in (("", "_chunk"), ("k", "_loop")):
+        state = AffineState("S", "kv", recurrence.states[0].update, None, axes, ())
+        letter = Classification("a", "affine", "", affine=(state,))
+        source = "import importlib.util\n" + cpu_choice(replace(analysis, classification=letter), "_chunk", "_loop")
+        for sizes, expected in (((8, 8), "_loop"), ((128, 128), large)):
+            scope = {
+                "_sizes": lambda *a, sizes=sizes: sizes,
+                "_chunk": lambda *a: "_chunk",
+                "_loop": lambda *a: "_loop",
+            }
+            exec(source, scope)
+            assert scope["_cpu_chunk_core"](None, None, None, None) == expected
