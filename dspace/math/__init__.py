@@ -11,16 +11,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.math import ir, show
+    from dspace.math.canonical import canonical_hash
     from dspace.math.classes import classify
     from dspace.math.gradients import adjoint
     from dspace.math.lowering import lower
+    from dspace.math.map import build_map
     from dspace.math.pipeline import analyse
+    from dspace.math.reductions import reduce
 
 # No module is named like a function of this package: importing it would hide the function.
-_HOME = {"analyse": "pipeline", "lower": "lowering", "adjoint": "gradients", "classify": "classes"}
-_MODULES = ("coordinates", "cost", "functions", "ir", "ranges", "show", "simplify")
+_HOME = {
+    "analyse": "pipeline",
+    "lower": "lowering",
+    "adjoint": "gradients",
+    "classify": "classes",
+    "reduce": "reductions",
+    "build_map": "map",
+    "canonical_hash": "canonical",
+}
+_MODULES = (
+    "coordinates",
+    "cost",
+    "explain",
+    "functions",
+    "ir",
+    "map",
+    "ranges",
+    "reductions",
+    "show",
+    "simplify",
+    "stability",
+)
 
-__all__ = ["adjoint", "analyse", "classify", "ir", "lower", "show"]
+__all__ = ["adjoint", "analyse", "build_map", "canonical_hash", "classify", "ir", "lower", "reduce", "show"]
 
 
 def __getattr__(name: str) -> Any:

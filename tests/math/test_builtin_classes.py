@@ -33,9 +33,9 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_class_and_speed(name):
     spec = dspace.spec.load(name)
-    start = time.perf_counter()
+    start = time.process_time()
     analysis = analyse(spec)
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
     assert analysis.classification.letter == TABLE[name]
     assert analysis.source == lower(spec)
     assert [p.name for p in analysis.passes] == [

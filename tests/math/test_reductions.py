@@ -180,9 +180,9 @@ def test_answers_are_told(answers):
 def test_map_is_drawn_stored_and_quick_again(tmp_path):
     few = {n: ANALYSES[n] for n in ("palimpsa", "palimpsa_folded", "simple_gla", "mamba2", "linear_attention", "rwkv6")}
     drawn = load_or_build(few, tmp_path / "map.json")
-    start = time.perf_counter()
+    start = time.process_time()
     again = load_or_build(few, tmp_path / "map.json")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert again.edges == drawn.edges
     kept = {(e.source, e.target, e.kind) for e in drawn.skeleton()}
     assert ("palimpsa", "palimpsa_folded", "exact") in kept

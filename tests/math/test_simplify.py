@@ -56,6 +56,6 @@ def test_passes_are_recorded_and_the_search_saves_operations():
 
 def test_analysis_is_quick():
     for r in ALL.values():
-        start = time.perf_counter()
+        start = time.process_time()
         analyse(r)
-        assert time.perf_counter() - start < 1.5, r.name
+        assert time.process_time() - start < 1.5, r.name
