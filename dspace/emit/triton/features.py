@@ -14,7 +14,7 @@ import sympy
 from dspace.emit.base import Section
 from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import boundary, chunkwise, host, vector
+from dspace.emit.triton import boundary, channel, chunkwise, host, vector
 from dspace.emit.triton.printer import specialise
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, axes_of
@@ -50,7 +50,10 @@ def core_source(decay: str, exclusive: bool) -> str:
     """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key"."""
     flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
     texts = [boundary.DECAY_SUMS] if flags["decay"] else []
-    texts += [boundary.STATES, boundary.COTANGENTS, chunkwise.OUTPUTS, chunkwise.GRADIENTS, host.CORE, host.OPERATORS]
+    texts += [boundary.STATES, boundary.COTANGENTS]
+    texts += [channel.SCORES, chunkwise.OUTPUTS, channel.VALUES, channel.KEYS] if flags["key"] else []
+    texts += [chunkwise.OUTPUTS, chunkwise.GRADIENTS] if not flags["key"] else []
+    texts += [host.CORE, host.OPERATORS]
     return host.renamed("\n".join(specialise(t, flags) for t in texts), decay).replace("_TAG", f"_{decay}")
 
 
@@ -71,7 +74,9 @@ class _Core:
         self.table = recurrence.axes_table() | {r.symbol: "v" for r in plan.readout.reads}
         aligned = {v.name: f"{self.names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
         # Aligned to [B, T, H, K, V] under a name with "_" behind; vector states and reads have such names only.
-        self.show = _Printer({**{s.name: f"{self.names[s.name]}_all" for s in recurrence.states}, **aligned}, self.table)
+        self.show = _Printer(
+            {**{s.name: f"{self.names[s.name]}_all" for s in recurrence.states}, **aligned}, self.table
+        )
         self.symbols = {s.name: s.symbol for s in recurrence.states}
         self.vector_symbols = {self.symbols[s.name] for s in plan.vector_states}
         self.groups: list[vector.VectorGroup] = []
@@ -174,7 +179,11 @@ class _Core:
                     features.setdefault(f"feature_{len(features)}", query)
                 else:
                     outside.append(query)
-            exprs = [*features.values(), *(s.decay for s in states), *(w.key * w.value for s in states for w in s.writes)]
+            exprs = [
+                *features.values(),
+                *(s.decay for s in states),
+                *(w.key * w.value for s in states for w in s.writes),
+            ]
             used = set().union(*(e.free_symbols for e in exprs))
             group = vector.VectorGroup(
                 axes=axes,
@@ -200,7 +209,9 @@ class _Core:
         for f, e in group.features.items():
             write(f"    # {group.tag}_{f} = {e}")
         write(f"    features, values, final = _vector_{group.tag}(")
-        write(f"        {', '.join(arguments)}, scale, {raw}, offsets, {names[self.recurrence.inputs[0].name]}.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)")
+        write(
+            f"        {', '.join(arguments)}, scale, {raw}, offsets, {names[self.recurrence.inputs[0].name]}.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)"
+        )
         write("    )")
         for i, (f, e) in enumerate(group.features.items()):
             write(f"    {group.tag}_{f} = features[{i}]")
@@ -240,7 +251,9 @@ class _Core:
                 query = self._feature(read.queries[state.name], "k", "dtype")
                 target = f"{read.symbol.name}_{name}"
                 results = f"{target if i == 0 else 'part'}, {ending if j == 0 else '_'}"
-                write(f"    {results} = _linear_{tag}({query}, {key}, {value}, {decay}{initial}, {self.scaled}, offsets)")
+                write(
+                    f"    {results} = _linear_{tag}({query}, {key}, {value}, {decay}{initial}, {self.scaled}, offsets)"
+                )
                 if i:
                     write(f"    {target} = {target} + part")
             if not reads:

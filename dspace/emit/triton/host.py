@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
-_LOCAL = re.compile(r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients)(?=(?:_kernel|_op|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)")
+_LOCAL = re.compile(
+    r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
+)
 
 
 def renamed(text: str, tag: str) -> str:
@@ -111,6 +113,20 @@ def _states(k, v,
     return states, final
 
 
+#if key
+def _scores(q, k, G, spans, NT, chunks, config):
+    C, _, _, (BK, _, warps, stages) = config
+    B, T, H, K = k.shape
+    OT, precision = _operands(k.dtype)
+    A = torch.empty((B, T, H, C), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
+    _scores_kernel[(H * chunks,)](
+        q, k, G, A, spans, T, NT, H, K=K, C=C, BK=BK,
+        OT=OT, PRECISION=precision, PACKED=spans is not None, num_warps=warps, num_stages=stages,
+    )
+    return A
+
+
+#endif
 def _forward(q, k, v,
 #if decay
     g,
@@ -131,10 +147,16 @@ def _forward(q, k, v,
         initial, offsets, bases, NT, chunks, config)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
+#if key
+    A = _scores(q, k, G, spans, NT, chunks, config)
+#endif
     _outputs_kernel[(triton.cdiv(V, BV) * H * chunks,)](
         q, k, v,
 #if decay
         G,
+#endif
+#if key
+        A,
 #endif
         states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
@@ -173,8 +195,21 @@ def _backward(q, k, v,
         d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    BK, BV, warps, stages = gradients
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+#if key
+    _, _, (BK, BV, warps, stages), gradients = config
+    A = _scores(q, k, G, spans, NT, chunks, config)
+    _values_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+        k, d_o, G, A, d_states, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    BK, BV, warps, stages = gradients
+    _keys_kernel[(triton.cdiv(K, BK) * H * chunks,)](
+        q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+#else
+    BK, BV, warps, stages = gradients
     _gradients_kernel[(H * chunks,)](
         q, k, v, d_o,
 #if decay
@@ -183,6 +218,7 @@ def _backward(q, k, v,
         states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
+#endif
     return (
         dq, dk, dv,
 #if decay

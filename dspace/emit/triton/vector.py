@@ -81,7 +81,7 @@ def _load(group: VectorGroup, names: Mapping[str, str], variable: Variable, at: 
     return f"tl.load({name}_in + {at}, mask={mask}, other=0.0).to(tl.float32)[:, None]"
 
 
-_HEAD = '''    NW: tl.constexpr = (W + BW - 1) // BW
+_HEAD = """    NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_nh = (pid // NW).to(tl.int64)
@@ -89,7 +89,7 @@ _HEAD = '''    NW: tl.constexpr = (W + BW - 1) // BW
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_w = i_w * BW + tl.arange(0, BW)
     m_w = o_w < W
-    o_c = tl.arange(0, C)'''
+    o_c = tl.arange(0, C)"""
 
 
 def _parameters(group: VectorGroup, names: Mapping[str, str]) -> list[str]:
@@ -97,7 +97,9 @@ def _parameters(group: VectorGroup, names: Mapping[str, str]) -> list[str]:
     for p in group.parameters:
         name = names[p.name]
         if p.axes and group.axes:
-            lines.append(f"    {name} = tl.load({name}_in + i_h * W + o_w, mask=m_w, other=1.0).to(tl.float32)[None, :]")
+            lines.append(
+                f"    {name} = tl.load({name}_in + i_h * W + o_w, mask=m_w, other=1.0).to(tl.float32)[None, :]"
+            )
         else:
             lines.append(f"    {name} = tl.load({name}_in + i_h).to(tl.float32)")
     return lines
@@ -105,7 +107,9 @@ def _parameters(group: VectorGroup, names: Mapping[str, str]) -> list[str]:
 
 def _signature(kernel: str, arguments: list[str]) -> list[str]:
     return [
-        '@_kernel(do_not_specialize=["T", "NT", "TOTAL"])' if "TOTAL" in arguments else '@_kernel(do_not_specialize=["T", "NT"])',
+        '@_kernel(do_not_specialize=["T", "NT", "TOTAL"])'
+        if "TOTAL" in arguments
+        else '@_kernel(do_not_specialize=["T", "NT"])',
         f"def {kernel}(",
         f"    {', '.join(arguments)},",
         "    offsets, bases, scale, T, NT, H,",
@@ -143,12 +147,12 @@ def _scan(group: VectorGroup, names: Mapping[str, str]) -> list[str]:
     return lines
 
 
-_CHUNK = '''        row = begin + i_c * C + o_c
+_CHUNK = """        row = begin + i_c * C + o_c
         live = row < end
-        inner = live & (o_c > 0)
+        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
         at = row * H + i_h
         wide = at[:, None] * W + o_w[None, :]
-        m_cw = live[:, None] & m_w[None, :]'''
+        m_cw = live[:, None] & m_w[None, :]"""
 
 
 def _forward_kernel(group: VectorGroup, names: Mapping[str, str]) -> str:
@@ -159,7 +163,9 @@ def _forward_kernel(group: VectorGroup, names: Mapping[str, str]) -> str:
     lines = _signature(f"_vector_{group.tag}_kernel", arguments)
     about = "; ".join(f"{s.name} = {s.decay} {s.name} + {group.write(s)}" for s in group.states)
     lines += [f'    """{about}; features of every token."""', _HEAD, *_parameters(group, names)]
-    lines += [f"    {s}_start = tl.load({s}_initial + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)" for s in states]
+    lines += [
+        f"    {s}_start = tl.load({s}_initial + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)" for s in states
+    ]
     lines += ["    for i_c in range(0, tl.cdiv(end - begin, C)):"]
     lines += [f"        tl.store({s}_border + ((base + i_c) * H + i_h) * W + o_w, {s}_start, mask=m_w)" for s in states]
     lines += [_CHUNK, *_scan(group, names)]
@@ -185,10 +191,15 @@ def _backward_kernel(group: VectorGroup, names: Mapping[str, str]) -> str:
     lines += _parameters(group, names)
     lines += [f"    {s}_carry = tl.load(d_{s}_final + i_nh * W + o_w, mask=m_w, other=0.0)" for s in states]
     lines += [f"    sum_{names[p.name]} = tl.zeros([BW], dtype=tl.float32)" for p in group.parameters]
-    lines += ["    chunks = tl.cdiv(end - begin, C)", "    for i_r in range(0, chunks):", "        i_c = chunks - 1 - i_r"]
+    lines += [
+        "    chunks = tl.cdiv(end - begin, C)",
+        "    for i_r in range(0, chunks):",
+        "        i_c = chunks - 1 - i_r",
+    ]
     lines += [_CHUNK]
     lines += [
-        f"        {s}_start = tl.load({s}_border + ((base + i_c) * H + i_h) * W + o_w, mask=m_w, other=0.0)" for s in states
+        f"        {s}_start = tl.load({s}_border + ((base + i_c) * H + i_h) * W + o_w, mask=m_w, other=0.0)"
+        for s in states
     ]
     lines += _scan(group, names)
     for f in group.features:
@@ -212,7 +223,9 @@ def _backward_kernel(group: VectorGroup, names: Mapping[str, str]) -> str:
     lines += ["        # cotangent of a state = its own part of this token + next token's decay times next cotangent"]
     later = {v.name: names[v.name] + "_" for v in group.inputs}
     for v in group.inputs:
-        lines.append(f"        {later[v.name]} = " + _load(group, names, v, "at + H", "live & (o_c < C - 1) & (row + 1 < end)"))
+        lines.append(
+            f"        {later[v.name]} = " + _load(group, names, v, "at + H", "live & (o_c < C - 1) & (row + 1 < end)")
+        )
     for s in group.states:
         name = names[s.name]
         lines += _statements({"decay": s.decay}, {**names, **later}, " " * 8)

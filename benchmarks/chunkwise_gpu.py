@@ -1,0 +1,122 @@
+"""Classes a, b and fold on a GPU: forward and forward + backward, beside fla-core in the same run where it is installed.
+
+    python benchmarks/chunkwise_gpu.py [--peer] [--json FILE]
+
+bf16 inputs, medians of ``triton.testing.do_bench``, milliseconds. A variant is timed only after its outputs and every
+gradient agree with the float64 reference on a small problem; otherwise its row says so instead of a time.
+fla-core autotunes for minutes at its first call, and refuses its gated backward on Hopper with Triton 3.4 to 3.7.0:
+there its backward is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import triton
+
+import dspace
+
+SHAPES = {"large": (4, 4096, 16, 128, 128), "mqar": (64, 512, 8, 16, 32)}
+VARIANTS = ("simple_gla", "mamba2", "gla", "palimpsa_folded")
+PEERS = {"simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla"), "gla": ("fla.ops.gla", "chunk_gla")}
+LIMIT = 8e-3
+
+
+def draw(module: ModuleType, shape: tuple[int, int, int, int, int], gate: float = 0.1) -> list[torch.Tensor]:
+    """Inputs and parameters: keys and queries of unit length, log decays in (-gate, 0), the rest in (0, 1)."""
+    batch, steps, heads, size_k, size_v = shape
+    sizes = {"": (), "k": (size_k,), "v": (size_v,)}
+    made = []
+    for v in module.SPEC["inputs"]:
+        full = (batch, steps, heads, *sizes[v["axes"]])
+        if v["domain"] == "nonpositive":
+            made.append(-gate * torch.rand(full, device="cuda"))
+        elif v["domain"] == "nonnegative":
+            made.append(torch.rand(full, device="cuda").bfloat16())
+        else:
+            x = torch.randn(full, device="cuda")
+            made.append((torch.nn.functional.normalize(x, dim=-1) if v["axes"] == "k" else x).bfloat16())
+    made += [torch.rand((heads, *sizes[p["axes"]]), device="cuda") + 0.5 for p in module.SPEC["parameters"]]
+    return [t.requires_grad_() for t in made]
+
+
+def worst_error(module: ModuleType, size_k: int, size_v: int) -> float:
+    """Largest relative error of outputs and gradients against the float64 reference, 130 tokens."""
+    torch.manual_seed(0)
+    inputs = draw(module, (2, 130, 2, size_k, size_v), 0.3)
+    name = module.SPEC["name"]
+    results = []
+    weight = None
+    for form, leaves in (("reference", [t.detach().double().requires_grad_() for t in inputs]), ("chunk", inputs)):
+        o, _ = getattr(module, f"{form}_{name}")(*leaves)
+        weight = torch.randn_like(o) if weight is None else weight
+        results.append([o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)])
+    pairs = zip(*results, strict=True)
+    return max(float((b.double() - a).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def time(op: Callable[..., tuple], inputs: list[torch.Tensor], backward: bool = True) -> tuple[float, float]:
+    """Median milliseconds of forward, and of forward + backward (nan without)."""
+
+    def bench(call: Callable[[], object]) -> float:
+        return triton.testing.do_bench(call, warmup=25, rep=150, quantiles=[0.5])
+
+    with torch.no_grad():
+        forward = bench(lambda: op(*inputs))
+    if not backward:
+        return forward, float("nan")
+    cotangent = torch.randn_like(op(*inputs)[0])
+
+    def both() -> None:
+        for t in inputs:
+            t.grad = None
+        op(*inputs)[0].backward(cotangent)
+
+    return forward, bench(both)
+
+
+def peer(name: str) -> tuple[Callable[..., tuple], bool] | None:
+    """fla-core's operator for the same variant and whether its backward is to be trusted here; None without it."""
+    try:
+        module, function = PEERS[name]
+        op = getattr(__import__(module, fromlist=[function]), function)
+    except (KeyError, ImportError):
+        return None
+    version = tuple(int(x) for x in triton.__version__.split(".")[:3])
+    guarded = torch.cuda.get_device_capability() == (9, 0) and (3, 4, 0) <= version < (3, 7, 1)
+    return (lambda q, k, v, g: op(q, k, v, g=g)), not guarded
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--peer", action="store_true", help="time fla-core beside (autotunes for minutes)")
+    arguments.add_argument("--json", help="also write the rows there")
+    asked = arguments.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    rows = []
+    for name in VARIANTS:
+        module = dspace.compile(name)
+        for label, shape in SHAPES.items():
+            error = worst_error(module, *shape[-2:])
+            row = {"variant": name, "shape": label, "sizes": shape, "error": error}
+            if error < LIMIT:
+                row["fwd"], row["fwd_bwd"] = time(getattr(module, f"chunk_{name}"), draw(module, shape))
+                found = peer(name) if asked.peer else None
+                if found is not None:
+                    row["peer_fwd"], row["peer_fwd_bwd"] = time(found[0], draw(module, shape), found[1])
+            rows.append(row)
+            numbers = {k: f"{v:.3f}" for k, v in row.items() if isinstance(v, float) and k != "error"}
+            print(
+                f"{name:16} {label:6} error {error:.1e}", numbers if error < LIMIT else "WRONG, not timed", flush=True
+            )
+    if asked.json:
+        with open(asked.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

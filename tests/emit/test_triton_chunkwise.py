@@ -1,0 +1,170 @@
+"""Generated Triton of classes a, b and fold: interpreted against float64, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dspace.math
+import dspace.spec
+from dspace.emit.triton import features, printer, section
+from dspace.errors import CompilerBug
+from dspace.runtime import offline
+from tests.emit.triton_interpreted import build, draw
+
+HERE = Path(__file__).parent
+
+# Two matrix states with different decays, several writes, two reads, a state on v, one without axes.
+MANY = """
+name = "many"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+g = { axes = "", domain = "nonpositive" }
+w = { axes = "k", domain = "nonpositive" }
+[parameters]
+c = { axes = "", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k + tanh(v) * k**2"
+[state.R]
+axes = "kv"
+init = "0"
+update = "exp(w) * R + v * softplus(k)"
+[state.n]
+axes = "v"
+init = "0"
+update = "exp(g) * n + abs(v)"
+[state.z]
+axes = ""
+init = "0"
+update = "exp(g) * z + c"
+[readout]
+output = "(sum_k(S * q) + sum_k(R * sigmoid(q))) / (1 + n + z)"
+"""
+
+# The readout comes before the update, and a state on k is seen then too.
+EXCLUSIVE = """
+name = "exclusive"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+g = { axes = "", domain = "nonpositive" }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k"
+[state.z]
+axes = "k"
+init = "0"
+update = "exp(g) * z + k**2"
+[readout]
+read = "before"
+output = "scale * sum_k(S * q / (1 + z))"
+"""
+
+ODD = {"k": 20, "v": 24}
+CASES = [
+    ("simple_gla", 75, ODD, True),
+    ("simple_gla", 1, {"k": 16, "v": 40}, False),
+    ("gla", 75, ODD, True),
+    ("gla", 64, {"k": 40, "v": 16}, False),
+    ("hgrn2", 33, ODD, False),
+    ("rwkv6", 75, ODD, True),
+    ("linear_attention", 65, {"k": 48, "v": 96}, False),
+    ("retnet", 40, ODD, False),
+    ("palimpsa_folded", 75, ODD, True),
+    ("palimpsa_folded", 70, {"k": 48, "v": 16}, False),
+    ("normalized_linear_attention", 75, ODD, True),
+    (MANY, 75, ODD, True),
+    (EXCLUSIVE, 75, ODD, True),
+]
+
+
+def identity(case: tuple) -> str:
+    spec, steps, sizes, packed = case
+    name = "many" if spec is MANY else "exclusive" if spec is EXCLUSIVE else spec
+    return f"{name}-T{steps}-K{sizes['k']}-V{sizes['v']}{'-packed' if packed else ''}"
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    asked = [{"id": identity(c), **dict(zip(("spec", "steps", "sizes", "packed"), c, strict=True))} for c in CASES]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
+        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", [identity(c) for c in CASES])
+def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[str, float]], case: str) -> None:
+    worst = {name: error for name, error in interpreted[case].items() if not error < 5e-6}
+    assert not worst
+
+
+def calls(name: str, size: int, dtype: torch.dtype) -> list[offline.Launch]:
+    """Every launch of forward and backward of one variant at K = V = size."""
+    made = build(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def call() -> None:
+        batch, steps, heads = 2, 256, 4
+        of_size = {"": (), "k": (size,), "v": (size,), "kv": (size, size)}
+        tensors = []
+        for v in made.SPEC["inputs"]:
+            kind = dtype if v["domain"] == "real" and v["axes"] else torch.float32
+            tensors.append(draw(v["domain"], (batch, steps, heads, *of_size[v["axes"]]), generator).to(kind))
+        tensors += [draw(p["domain"], (heads, *of_size[p["axes"]]), generator) for p in made.SPEC["parameters"]]
+        tensors += [torch.zeros(batch, heads, *of_size[s["axes"]]) for s in made.SPEC["states"]]
+        tensors = [t.requires_grad_() for t in tensors]
+        o, _, *final = made._CORES["cuda", "chunk"](*tensors, 1.0, None, False)
+        (o.float().sum() + sum(f.sum() for f in final)).backward()
+
+    return offline.record(made, call)
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+@pytest.mark.parametrize("name", ["gla", "palimpsa_folded"])
+def test_every_kernel_compiles_without_much_spilling(name: str, target: str) -> None:
+    launches = calls(name, 64, torch.bfloat16)
+    assert len({launch.name for launch in launches}) == (5 if name == "gla" else 7)
+    for launch in launches:
+        built = offline.build(launch, target)
+        bound = 256 if "gradients" in built.name else 64
+        assert built.spilled <= bound, built
+
+
+def test_float32_operands_compile() -> None:
+    for launch in calls("simple_gla", 128, torch.float32):
+        assert offline.build(launch, "sm_90").spilled <= 256
+
+
+def test_an_input_used_as_it_is_costs_nothing() -> None:
+    made = features.section(dspace.math.analyse(dspace.spec.load("simple_gla")))
+    assert made is not None
+    core = made.code[made.code.index("def _chunk_triton_core") :]
+    assert ".float()" not in core and "exp(" not in core.split("#")[0]
+
+
+def test_other_classes_are_left_to_others() -> None:
+    assert features.section(dspace.math.analyse(dspace.spec.load("palimpsa"))) is None
+    assert section.section(dspace.math.analyse(dspace.spec.load("delta_net"))) is None
+
+
+def test_conditional_lines_must_be_known_and_closed() -> None:
+    with pytest.raises(CompilerBug):
+        printer.specialise("#if nothing\n#endif\n", {})
+    with pytest.raises(CompilerBug):
+        printer.specialise("#if x\n", {"x": True})
