@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import dspace
-from dspace.commands import study, variants
+from dspace.commands import relations, study, variants
 from dspace.commands.common import BROKEN_PIPE, INTERRUPTED, Settings
 
 app = typer.Typer(
@@ -32,7 +32,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     Settings.debug = Settings.debug or debug
 
@@ -42,7 +44,8 @@ app.command("show")(variants.show_)
 app.command("generate")(variants.generate)
 app.command("verify")(variants.verify)
 app.command("bench")(variants.bench)
-app.command("map")(variants.map_)
+app.command("map")(relations.map_)
+app.command("reduce")(relations.reduce)
 app.add_typer(studies, name="study")
 app.command("doctor")(variants.doctor)
 

@@ -1,11 +1,10 @@
-"""list, show, generate, verify, bench, map, doctor: everything about one variant or about this machine."""
+"""list, show, generate, verify, bench, doctor: everything about one variant or about this machine."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,7 +28,9 @@ def list_(
         analysis = analyse(spec)
         cost = {k: str(v) for k, v in analysis.cost.items()}
         kind = analysis.classification
-        rows.append({"name": name, "class": kind.letter, "kind": kind.name, "title": spec.title, "hash": spec.hash, **cost})
+        rows.append(
+            {"name": name, "class": kind.letter, "kind": kind.name, "title": spec.title, "hash": spec.hash, **cost}
+        )
     if as_json:
         show_json(rows)
         return
@@ -68,15 +69,19 @@ def generate(
     source: Annotated[str, typer.Argument(help="A spec file, or the name of a built-in spec.", metavar="[SPEC]")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write into.")] = Path("kernels"),
     all_: Annotated[bool, typer.Option("--all", help="All built-in specs.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; compare the folder, exit 1 if it is stale.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; compare the folder, exit 1 if it is stale.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the self-contained module of a variant: readable, importable, torch and triton only."""
     from dspace.runtime import generation
 
     if bool(source) == (all_ or (check and not source)):
-        raise UserError("give one SPEC, or --all\n  cure: dspace generate palimpsa") if not source else UserError(
-            "give either one SPEC or --all, not both"
+        raise (
+            UserError("give one SPEC, or --all\n  cure: dspace generate palimpsa")
+            if not source
+            else UserError("give either one SPEC or --all, not both")
         )
     if check:
         stale = generation.check(out, [source] if source else None)
@@ -85,7 +90,9 @@ def generate(
         else:
             for d in stale:
                 show(f"{d.path}: {d.kind}\n{d.diff}".rstrip())
-            show(f"{out}: {len(stale)} files differ from what the compiler writes now" if stale else f"{out}: up to date")
+            show(
+                f"{out}: {len(stale)} files differ from what the compiler writes now" if stale else f"{out}: up to date"
+            )
         raise typer.Exit(1 if stale else 0)
     paths = generation.generate_all(out) if all_ else [generation.generate(source, out)]
     show_json([str(p) for p in paths]) if as_json else show("\n".join(str(p) for p in paths))
@@ -126,21 +133,18 @@ def bench(
     """Time a variant against the token-by-token loop, after certifying it."""
     from dspace.runtime.bench import bench
 
-    sizes = {"batch": batch, "steps": steps, "heads": heads, "keys": keys, "values": values}
-    result = bench(source, **sizes, device=device or None, dtype=dtype, repeats=repeats)
+    result = bench(
+        source,
+        batch=batch,
+        steps=steps,
+        heads=heads,
+        keys=keys,
+        values=values,
+        device=device or None,
+        dtype=dtype,
+        repeats=repeats,
+    )
     show_json(result.as_dict()) if as_json else show(result.table())
-
-
-@command
-def map_(
-    as_json: Json = False,
-) -> None:
-    """Which variant reduces to which, each edge proven."""
-    if importlib.util.find_spec("dspace.math.map") is None:
-        raise UserError("this version has no map of reductions yet\n  cure: dspace show SPEC explains one variant")
-    reductions: Any = importlib.import_module("dspace.math.map")
-    found = reductions.reductions()
-    show_json([vars(edge) for edge in found]) if as_json else show("\n".join(str(edge) for edge in found))
 
 
 @command

@@ -6,9 +6,11 @@ drawn.svg("map.svg")
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +156,22 @@ class Map:
             lines.append(f'  "{e.source}" -> "{e.target}" [label="{e.text}", style={style}];')
         return "\n".join([*lines, "}"]) + "\n"
 
+    def text(self) -> str:
+        """The skeleton as lines, grouped by what they start from, and the families of one mathematics."""
+        lines = []
+        for name in sorted({e.source for e in self.skeleton()}):
+            for e in sorted((e for e in self.skeleton() if e.source == name), key=lambda e: (e.kind, e.target)):
+                arrow = "→" if e.kind == "exact" else "⇢"
+                lines.append(f"{e.source} {arrow} {e.target}: {e.text}")
+        alone = {n.name for n in self.nodes} - {x for e in self.edges for x in (e.source, e.target)}
+        count = f"{len(self.edges)} proven reductions in all; the others follow from these (→ exact, ⇢ limit)"
+        lines += ["", count]
+        same = [f for f in self.families() if len(f) > 1]
+        lines += [f"the same up to substitution: {', '.join(f)}" for f in same]
+        if alone:
+            lines.append(f"related to no other here: {', '.join(sorted(alone))}")
+        return "\n".join(lines)
+
     def svg(self, path: Path | str) -> None:
         """Draw the skeleton (see :mod:`dspace.math.drawing`)."""
         from dspace.math.drawing import draw
@@ -179,12 +197,12 @@ def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True) -> Map:
     return Map(nodes, tuple(edges), time.perf_counter() - start)
 
 
-def load_or_build(analyses: Mapping[str, Analysis], store: Path) -> Map:
-    """The map from ``store`` if it was built from the same variants, else built and stored there."""
-    import hashlib
+def load_or_build(hashes: Mapping[str, str], analyses: Callable[[], Mapping[str, Analysis]], store: Path) -> Map:
+    """The map from ``store`` if it holds one of the same variants, else built and stored there.
 
-    content = [VERSION, *(f"{name} {a.recurrence!r}" for name, a in analyses.items())]
-    key = hashlib.sha256("\n".join(content).encode()).hexdigest()
+    ``hashes`` names what each variant is (the hash of its spec); ``analyses`` is called only to build.
+    """
+    key = hashlib.sha256(json.dumps([VERSION, sorted(hashes.items())]).encode()).hexdigest()
     try:
         stored = json.loads(store.read_text())
         if stored["key"] == key:
@@ -193,11 +211,11 @@ def load_or_build(analyses: Mapping[str, Analysis], store: Path) -> Map:
             return Map(nodes, edges, stored["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent, unreadable or of another version: build it anew
-    built = build_map(analyses)
+    built = build_map(analyses())
     text = json.dumps({"key": key, **built.as_dict()})
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        partial = store.with_suffix(".partial")
+        partial = store.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(text)
         partial.replace(store)
     except OSError:
