@@ -89,6 +89,7 @@ class Engine:
         comparisons = [Phase(self.study, name) for name in self.study.compare]
         if self.objective == DEFAULT_OBJECTIVE:
             Composer(self.study, self.root).check()
+        ledger.remove_stale_lock(self.home)
         self.storage = connect(self.home)
         try:
             with storage_errors(self.home):
@@ -265,6 +266,7 @@ def heal(name: str | Path, *, folder: str | Path | None = None, storage: str | N
     from dspace.study.storage import cut_damage
 
     home = open_home(name, folder, storage)
+    ledger.remove_stale_lock(home)
     done = cut_damage(home) if cut else None
     study = load(home.definition)
     phases = [Phase(study), *(Phase(study, c) for c in study.compare)]

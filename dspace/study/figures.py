@@ -79,10 +79,10 @@ def front(results: Results, colours: Mapping[str, Group]) -> str:
         radius = 4 + 9 * math.sqrt(b.metrics.get("state_bytes", largest) / largest)
         plot.dot(b.metrics["plasticity"], b.metrics["stability"], radius + 4, "ring")
         late = plot.px(b.metrics["plasticity"]) > plot.width * 0.75
-        side: tuple[str, float] = ("end", -(radius + 9)) if late else ("start", radius + 9)
-        plot.text(
-            b.metrics["plasticity"], b.metrics["stability"], f"winner, trial {b.number}", "note", side[0], side[1], 4
-        )
+        high = plot.py(b.metrics["stability"]) < plot.top + 40
+        lift = radius + 20 if high else -(radius + 11)
+        side = ("end", radius) if late else ("start", -radius)
+        plot.text(b.metrics["plasticity"], b.metrics["stability"], f"winner, trial {b.number}", "note", *side, dy=lift)
     return plot.render()
 
 

@@ -25,9 +25,9 @@ _FUNCTIONS = {
 }
 
 
-def math(inner: str, block: bool = True) -> str:
-    """A whole formula."""
-    return f'<math xmlns="http://www.w3.org/1998/Math/MathML" display="{"block" if block else "inline"}">{inner}</math>'
+def math(inner: str) -> str:
+    """A whole formula, as large as one that stands alone but placed like text."""
+    return f'<math xmlns="http://www.w3.org/1998/Math/MathML" displaystyle="true">{inner}</math>'
 
 
 def name(text: str, time: str = "") -> str:

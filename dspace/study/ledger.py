@@ -192,7 +192,6 @@ def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
     found: list[Healed] = []
     with claim(home):
         alive = living_workers(home)
-        _remove_stale_journal_lock(home, alive)
         known = {s.study_name for s in storage.get_all_studies()}
         for phase in phases:
             if phase.name not in known:
@@ -216,11 +215,13 @@ def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
     return found
 
 
-def _remove_stale_journal_lock(home: Home, alive: list[str]) -> None:
-    """The journal's lock of a worker killed while writing would hold everybody up for half a minute."""
+def remove_stale_lock(home: Home) -> None:
+    """Remove the journal's lock if a worker was killed while it held it: it would hold everybody up for long."""
     lock = home.journal.with_name(home.journal.name + ".lock")
-    if home.url is None and not alive and lock.is_symlink():
-        lock.unlink(missing_ok=True)
+    if home.url is None and lock.is_symlink():
+        with claim(home):
+            if not living_workers(home):
+                lock.unlink(missing_ok=True)
 
 
 def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:

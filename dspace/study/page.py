@@ -169,8 +169,8 @@ def importance_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "axis": axis,
-            "doc": results.study.axes[axis].doc if axis in results.study.axes else "",
-            "shares": [100 * shares.get(axis, 0.0) for shares in results.importances.values()],
+            "doc": results.study.axes[axis].doc,
+            "shares": [100 * shares[axis] if axis in shares else None for shares in results.importances.values()],
         }
         for axis in names
     ]

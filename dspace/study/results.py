@@ -9,7 +9,7 @@ from typing import Any
 from dspace.errors import UserError
 from dspace.study.ledger import Phase, best_of, retries
 from dspace.study.reading import load, nearest
-from dspace.study.schema import METRICS, StudyFile
+from dspace.study.schema import Axis, StudyFile
 from dspace.study.storage import Home, connect, home_of
 
 
@@ -49,7 +49,7 @@ class Results:
     best: Record | None
     jobs: int = 1
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Objective -> axis -> share of the variance that it explains."""
+    """Objective -> axis -> share of the variation that it explains alone."""
     front: list[int] = field(default_factory=list)
     """Numbers of the trials that no other dominates in the study's objectives."""
 
@@ -76,7 +76,7 @@ def open_home(name: str | Path, folder: str | Path | None = None, storage: str |
     return home
 
 
-def collect(home: Home, *, importances: bool = True) -> Results:
+def collect(home: Home) -> Results:
     """Read a study from its storage. Raises StorageError and UserError."""
     import optuna
 
@@ -104,8 +104,7 @@ def collect(home: Home, *, importances: bool = True) -> Results:
         int(search.user_attrs.get("jobs", 1)),
     )
     results.front = pareto(results.trials, study)
-    if importances:
-        results.importances = _importances(search, study)
+    results.importances = importances(results.trials, study)
     return results
 
 
@@ -137,27 +136,41 @@ def pareto(trials: list[Record], study: StudyFile) -> list[int]:
     return [number for number, values in points if not dominated(values)]
 
 
-def _importances(search: Any, study: StudyFile) -> dict[str, dict[str, float]]:
-    """PED-ANOVA per objective; axes that exist only under some choices are left out by Optuna."""
-    import warnings
+def importances(trials: list[Record], study: StudyFile) -> dict[str, dict[str, float]]:
+    """Objective -> axis -> share of the variation that the axis explains alone (adjusted R squared, 0 to 1).
 
-    import optuna
-
-    ways = {study.best.by: METRICS[study.best.by][0], **study.objectives}
+    Choices and values are groups; a number is cut into three groups of equal size. An axis that exists only under
+    some choices is judged among the trials that have it. Pruned trials count with their last report.
+    """
     found: dict[str, dict[str, float]] = {}
-    for name, way in ways.items():
-        sign = -1.0 if way == "maximize" else 1.0  # the evaluator asks what makes the target small
-
-        def target(t: Any, name: str = name, sign: float = sign) -> float:
-            return sign * t.user_attrs["metrics"][name]
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-                values = optuna.importance.get_param_importances(search, evaluator=evaluator, target=target)
-        except (RuntimeError, ValueError):  # fewer than two trials, or an objective that is the same everywhere
-            continue
-        if values and sum(values.values()) > 0:
-            found[name] = {k: float(v) for k, v in values.items()}
+    for metric in dict.fromkeys([study.best.by, *study.objectives]):
+        seen = [(t.params, t.metrics.get(metric, (t.curve or [{}])[-1].get(metric))) for t in trials]
+        shares = {
+            name: share
+            for name, axis in study.axes.items()
+            if (share := _explained([(p[name], y) for p, y in seen if name in p and y is not None], _numeric(axis)))
+            is not None
+        }
+        if shares:
+            found[metric] = shares
     return found
+
+
+def _numeric(axis: Axis) -> bool:
+    return axis.choices is None and axis.values is None
+
+
+def _explained(pairs: list[tuple[Any, float]], numeric: bool) -> float | None:
+    """Adjusted R squared of the groups' means; None where there is too little to say."""
+    groups: dict[Any, list[float]] = {}
+    for i, (x, y) in enumerate(sorted(pairs, key=lambda p: p[0] if numeric else str(p[0]))):
+        groups.setdefault(3 * i // len(pairs) if numeric else x, []).append(y)
+    n, k = len(pairs), len(groups)
+    if k < 2 or n - k < 2:
+        return None
+    mean = sum(y for _, y in pairs) / n
+    total = sum((y - mean) ** 2 for _, y in pairs)
+    if total <= 1e-12 * (1 + mean * mean):
+        return None
+    rest = sum((y - sum(g) / len(g)) ** 2 for g in groups.values() for y in g)
+    return max(1 - (rest / (n - k)) / (total / (n - 1)), 0.0)

@@ -149,7 +149,9 @@ def _journal_backend(path: Path) -> Any:
                 finally:
                     os.close(handle)
 
-    return WholeRecords(str(path))
+    # The lock is a symbolic link to the path as given: a relative one would point nowhere, and Optuna would wait
+    # for ever for a lock whose age it cannot read.
+    return WholeRecords(str(path.resolve()))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def export(
 
     Raises UserError when no such trial is complete, StorageError when the file cannot be written.
     """
-    results = collect(open_home(name, folder, storage), importances=False)
+    results = collect(open_home(name, folder, storage))
     record = results.best
     if trial is not None:
         record = next((t for t in results.trials if t.number == trial and t.state == "complete"), None)

@@ -124,6 +124,15 @@ def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
     assert states(trials).count("COMPLETE") == 8
 
 
+def test_a_lock_left_by_a_killed_writer_holds_nobody_up(toy: Path) -> None:
+    run(toy, jobs=1, objective="toys:quick", quiet=True, trials=2)
+    journal = open_home("toy").journal
+    os.symlink(journal.resolve(), str(journal) + ".lock")
+    begin = time.time()
+    run(toy, jobs=1, objective="toys:quick", quiet=True, trials=3)
+    assert time.time() - begin < 20 and len(trials_of()) == 3
+
+
 def test_ctrl_c_gives_running_trials_back(toy: Path) -> None:
     engine = start(toy, "toys:slow")
     wait_for(lambda: states(trials_of()).count("COMPLETE") >= 2 and "RUNNING" in states(trials_of()))

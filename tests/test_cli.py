@@ -1,0 +1,143 @@
+"""The command line: what it prints, its exit codes, and no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dspace.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def dspace(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dspace", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = "import sys, dspace.cli; dspace.cli.main(['--help']); print(sorted(m for m in ('torch', 'sympy', 'numba', 'optuna', 'triton', 'matplotlib', 'pydantic', 'jinja2') if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.strip().endswith("[]")
+    for command in ("list", "show", "generate", "verify", "bench", "map", "doctor", "study"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_help_takes_little_processor_time() -> None:
+    times = []
+    for _ in range(3):
+        before = os.times()
+        start = time.perf_counter()
+        assert dspace("--help").returncode == 0
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        times.append(min(used, time.perf_counter() - start))
+    assert min(times) < 0.5
+
+
+def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {"name", "class", "state_bytes"} <= rows[0].keys() and len(rows) >= 16
+    assert "palimpsa" in run(capsys, "list")[1]
+    assert "class c" in run(capsys, "show", "palimpsa", "--passes")[1]
+    assert "align" in run(capsys, "show", "palimpsa", "--latex")[1]
+    assert json.loads(run(capsys, "show", "palimpsa", "--json")[1])["name"] == "palimpsa"
+
+
+def test_mistakes_are_told_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, "show", "palimsa")
+    assert code == 2 and err.startswith("error:") and "palimpsa" in err and not out
+    spec = tmp_path / "x.toml"
+    spec.write_text('name = "x"\nnonsense = 1\n')
+    code, _, err = run(capsys, "show", str(spec))
+    assert code == 2 and "x.toml" in err and "nonsense" in err
+    code, out, _ = run(capsys, "show", "palimsa", "--json")
+    assert code == 2 and json.loads(out)["exit_code"] == 2
+    assert run(capsys, "nonsense")[0] == 2
+    assert run(capsys, "generate")[0] == 2
+    assert run(capsys, "bench", "palimpsa", "--keys", "0")[0] == 2
+
+
+def test_tracebacks_only_on_request() -> None:
+    assert "Traceback" not in dspace("show", "absent").stderr
+    assert "Traceback" in dspace("--debug", "show", "absent").stderr
+
+
+def test_generate_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "generate", "simple_gla", "--out", str(tmp_path))
+    assert code == 0 and Path(out.strip()) == tmp_path / "simple_gla.py"
+    assert run(capsys, "generate", "simple_gla", "--out", str(tmp_path), "--check")[0] == 0
+    (tmp_path / "simple_gla.py").write_text("# changed\n")
+    code, out, _ = run(capsys, "generate", "simple_gla", "--out", str(tmp_path), "--check")
+    assert code == 1 and "changed" in out
+
+
+def test_bench_times_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch", "1", "--steps", "8", "--heads", "1", "--repeats", "1", "--device", "cpu"]
+    code, out, _ = run(capsys, "bench", "simple_gla", *sizes, "--json")
+    timings = json.loads(out)["timings"]
+    assert code == 0 and [t["form"] for t in timings] == ["reference", "recurrent", "chunk"]
+    assert all(t["forward"] > 0 and t["tokens_per_second"] > 0 for t in timings)
+
+
+def test_no_speed_for_a_kernel_whose_check_is_red(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dspace.runtime.compiler as compiler
+    from dspace.errors import CertificationError
+
+    def refused(*args, **kwargs):
+        raise CertificationError("gradient of q is wrong")
+
+    monkeypatch.setattr(compiler, "compile", refused)
+    code, out, err = run(capsys, "bench", "simple_gla")
+    assert code == 3 and "gradient of q is wrong" in err and not out
+
+
+def test_study_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dspace.study import engine
+    from tests.study.conftest import TOY
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "study"))
+    assert run(capsys, "study", "list")[1].startswith("nothing here yet")
+    Path("toy.toml").write_text(TOY)
+    engine.run("toy.toml", objective="toys:quick", quiet=True, trials=3)
+    assert json.loads(run(capsys, "study", "list", "--json")[1])[0]["complete"] == 3
+    assert "round" in run(capsys, "study", "list", "toy")[1]
+    code, out, _ = run(capsys, "study", "report", "toy")
+    assert code == 0 and Path(out.strip()).read_text().startswith("<!DOCTYPE html>")
+    code, out, _ = run(capsys, "study", "export", "toy", "--best")
+    assert code == 0 and run(capsys, "generate", out.strip(), "--out", str(tmp_path / "kernels"))[0] == 0
+    assert "nothing to heal" in run(capsys, "study", "heal", "toy")[1]
+    code, _, err = run(capsys, "study", "report", "toi")
+    assert code == 2 and "did you mean 'toy'" in err
+    code, _, err = run(capsys, "study", "run", "toy.toml", "--jobs", "2", "--storage", "sqlite:///x.db")
+    assert code == 4 and "refused" in err
+    Path("toy.toml").write_text(TOY.replace("trials", "trails"))
+    code, _, err = run(capsys, "study", "run", "toy.toml")
+    assert code == 2 and "did you mean 'trials'" in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m dspace show palimpsa --json | head -c 10"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout and "Traceback" not in done.stderr and "Exception" not in done.stderr
