@@ -24,7 +24,7 @@ class Group:
 
 def structure_of(record: Record, study: StudyFile) -> str:
     """The structural choices of a trial, in words."""
-    words = [str(record.params[name]) for name in study.structural_axes if name in record.params]
+    words = [str(record.params[name]).replace("_", " ") for name in study.structural_axes if name in record.params]
     return " · ".join(words) or "the base spec"
 
 
@@ -106,11 +106,17 @@ def curves(results: Results, colours: Mapping[str, Group], metric: str) -> str:
     return plot.render()
 
 
+MIN_COUNT = 30
+"""Bindings that a bin of ages must hold to be shown: fewer say nothing."""
+
+
 def age_curve(record: Record) -> list[tuple[float, float]]:
     """(age in tokens, recall) of a trial, from the bins that it stored."""
-    ages = record.attributes.get("recall_by_age") or {}
-    edges, recall = ages.get("edges", []), ages.get("recall", [])
-    return [((a + b) / 2, r) for a, b, r in zip(edges, edges[1:], recall, strict=False)]
+    bins = record.attributes.get("recall_by_age") or {}
+    edges, recall = bins.get("edges", []), bins.get("recall", [])
+    count = bins.get("count", [MIN_COUNT] * len(recall))
+    rows = zip(edges, edges[1:], recall, count, strict=False)
+    return [((a + b) / 2, r) for a, b, r, n in rows if n >= MIN_COUNT]
 
 
 def ages(results: Results, colours: Mapping[str, Group]) -> str:

@@ -230,16 +230,14 @@ def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
     with claim(home):
         if optuna_study.get_trials(deepcopy=False):
             return
-        wanted: list[dict[str, str]] = [dict(a) for c in study.compare.values() for a in c.arms.values()]
+        arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
+        wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
         for name, axis in study.structural_axes.items():
             wanted += [
                 {name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)
             ]
-        seen: list[dict[str, str]] = []
-        for choices in wanted:
-            if choices not in seen and len(seen) < study.budget.trials:
-                seen.append(choices)
-                optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
+        for choices in wanted[: study.budget.trials]:
+            optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
 
 
 def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.Study) -> list[str]:

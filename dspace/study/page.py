@@ -230,7 +230,7 @@ def winner(results: Results) -> dict[str, Any]:
         "parameters": [(k, v.doc, v.init) for k, v in spec.parameters.items()],
         "inputs": [(k, v.axes, v.domain, v.doc) for k, v in spec.inputs.items()],
         "arguments": ", ".join(arguments),
-        "model": ", ".join(f"{k}={v!r}" for k, v in model_settings(results, results.best).items()),
+        "model": [f"{k}={v!r}" for k, v in model_settings(results, results.best).items()],
         "vocab_size": results.study.task.sizes.get("vocab_size"),
     }
 

@@ -148,6 +148,8 @@ class PruneTable(Table):
     on: str = "accuracy"
     after: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the steps before which no trial is stopped."""
+    before: float = Field(default=0.75, ge=0, le=1)
+    """Fraction of the steps after which a trial is let finish: little would be saved, and a result lost."""
     quantile: float = Field(default=0.5, gt=0, lt=1)
     min_trials: int = Field(default=4, ge=1)
     """Finished trials that must exist before any is stopped."""
@@ -159,6 +161,8 @@ class Comparison(Table):
     doc: str = ""
     arms: dict[str, dict[str, str]]
     """Name of the arm -> the choice of each structural axis that it fixes."""
+    tries: int = Field(default=1, ge=1, le=1000)
+    """Trials of the search that each arm is sure to get, so that its best numbers are worth comparing."""
     seeds: int = Field(default=3, ge=1, le=64)
     metric: str = "accuracy"
 

@@ -41,7 +41,7 @@ class Plot:
     y_label: str = ""
     width: int = 640
     height: int = 400
-    left: int = 52
+    left: int = 66
     right: int = 16
     top: int = 14
     bottom: int = 46

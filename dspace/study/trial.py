@@ -84,7 +84,7 @@ def should_prune(
     step (pruned itself) has no say.
     """
     step = curve[-1]["step"]
-    if step < rule.after * total or step >= total:
+    if step < rule.after * total or step > rule.before * total or step >= total:
         return ""
     sign = 1.0 if METRICS[rule.on][0] == "maximize" else -1.0
     seen = sorted(sign * row[rule.on] for other in others for row in other if row["step"] == step and rule.on in row)
