@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from importlib.util import find_spec
 
 from dspace.emit.base import Section
-from dspace.emit.triton import features
+from dspace.emit.triton import features, sequential
 from dspace.math.ir import Analysis
 
 _OTHERS = ("dspace.emit.triton.ratio",)
 """Modules with a ``section`` of their own, asked in this order after the chunkwise one."""
 
 
-def section(analysis: Analysis) -> Section | None:
-    """Section of classes a, b and fold (chunkwise) or c (ratio); None where a GPU has no form of its own."""
+def section(analysis: Analysis) -> Section:
+    """Chunk form of classes a, b and fold (chunkwise) or c (ratio), and the sequential form, which serves any class.
+
+    Where no plan gives a chunk form, the sequential one stands in for it.
+    """
     made = features.section(analysis)
     for name in _OTHERS:
         if made is None and find_spec(name) is not None:
             made = importlib.import_module(name).section(analysis)
-    return made
+    if made is None:
+        return sequential.section(analysis)
+    if made.recurrent is not None:
+        return made
+    last = sequential.section(analysis, common="def _kernel(" not in made.code)
+    imports = tuple(dict.fromkeys((*made.imports, *last.imports)))
+    code = f"{made.code.rstrip()}\n\n\n{last.code}"
+    return dataclasses.replace(made, imports=imports, code=code, recurrent=last.recurrent)

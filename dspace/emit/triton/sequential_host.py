@@ -1,0 +1,175 @@
+"""Source of the host side of the sequential kernels: tile sizes, launches, custom operators."""
+
+from __future__ import annotations
+
+from dspace.math.ir import Recurrence
+
+_HOST = '''
+_SEQUENTIAL_SPLITS = @SPLITS@  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = @COUNTS@  # inputs, parameters, states
+_SEQUENTIAL_TILES = @TILES@  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        @KERNEL@[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(@TENSORS@, Tensor? offsets, float scale, bool want_variance) -> (@RESULTS@)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(@TENSORS@, @GIVEN@, Tensor? offsets, float scale, bool want_variance)"
+    " -> (@GRADIENTS@)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+'''
+
+
+def host_source(r: Recurrence, splits: bool) -> str:
+    """Launches, operators and ``_recurrent_triton_core`` of the recurrence ``r``."""
+    counts = (len(r.inputs), len(r.parameters), len(r.states))
+    kernel = "_sequential_backward_kernel"
+    if r.variance is not None:
+        kernel = f"(_sequential_backward_variance_kernel if want_variance else {kernel})"
+    replacements = {
+        "SPLITS": str(splits),
+        "COUNTS": str(counts),
+        "TILES": str(sum(s.axes == "kv" for s in r.states)),
+        "KERNEL": kernel,
+        "TENSORS": ", ".join(f"Tensor x{i}" for i in range(sum(counts))),
+        "RESULTS": ", ".join(["Tensor"] * (2 + counts[2])),
+        "GIVEN": ", ".join(f"Tensor d{i}" for i in range(2 + counts[2])),
+        "GRADIENTS": ", ".join(["Tensor"] * sum(counts)),
+    }
+    text = _HOST
+    for key, value in replacements.items():
+        text = text.replace(f"@{key}@", value)
+    return text
