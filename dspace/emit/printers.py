@@ -7,18 +7,11 @@ from collections.abc import Mapping
 import sympy
 
 from dspace.errors import CompilerBug
-from dspace.math.functions import Sigmoid, Softplus
+from dspace.math.functions import Reciprocal, Sigmoid, Softplus
 from dspace.math.ir import Axes, SumK, SumV, axes_of
 
 ADD, MUL, UNARY, POWER, ATOM = range(1, 6)
 """Binding strength of what was printed; a weaker operand gets parentheses."""
-
-
-class Reciprocal(sympy.Function):
-    """``1 / x`` kept as one node, so that it is computed once however often it is used."""
-
-    nargs = 1
-    is_real = True
 
 
 class Printer:

@@ -64,6 +64,25 @@ class Softplus(sympy.Function):
         return self.rewrite(sympy.log)._eval_evalf(prec)
 
 
+class Reciprocal(sympy.Function):
+    """``1 / x`` kept as one node, so that it is computed once however often it is used."""
+
+    nargs = 1
+    is_real = True
+
+
+def one_reciprocal(expr: sympy.Expr) -> sympy.Expr:
+    """Negative powers as powers of :class:`Reciprocal`, so that each division happens once."""
+
+    def negative(e: sympy.Expr) -> bool:
+        return e.is_Pow and e.exp.is_number and e.exp.is_negative
+
+    def turn(e: sympy.Expr) -> sympy.Expr:
+        return Reciprocal(e.base) ** (-e.exp) if e.exp.is_Integer else Reciprocal(e.base ** (-e.exp))
+
+    return expr.replace(negative, turn)
+
+
 def logarithm(x: sympy.Expr) -> sympy.Expr:
     """``log(x)`` in its stable form: ``log(exp(x)) = x``, ``log(sigmoid(x)) = -softplus(-x)``."""
     if isinstance(x, Sigmoid):

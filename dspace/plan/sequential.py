@@ -10,15 +10,13 @@ a later level computes them again. Printers (numba now, Triton with the same sch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
 
-from dspace.emit.naming import Namer
-from dspace.emit.printers import Reciprocal
 from dspace.errors import CompilerBug
-from dspace.math.functions import Softplus
+from dspace.math.functions import Softplus, one_reciprocal
 from dspace.math.ir import CONTRACTED, Axes, SumK, SumV, axes_of, drop_axis
 
 SIZES = {"k": sympy.Symbol("size_k", positive=True), "v": sympy.Symbol("size_v", positive=True)}
@@ -106,18 +104,6 @@ class Token:
     accumulated: Mapping[str, tuple[Axes, sympy.Expr]] = field(default_factory=dict)
 
 
-def _reciprocals(expr: sympy.Expr) -> sympy.Expr:
-    """Negative powers as powers of :class:`Reciprocal`, so that each division happens once."""
-
-    def negative(e: sympy.Expr) -> bool:
-        return e.is_Pow and e.exp.is_number and e.exp.is_negative
-
-    def turn(e: sympy.Expr) -> sympy.Expr:
-        return Reciprocal(e.base) ** (-e.exp) if e.exp.is_Integer else Reciprocal(e.base ** (-e.exp))
-
-    return expr.replace(negative, turn)
-
-
 def _full_sums(expr: sympy.Expr) -> sympy.Expr:
     """``c * sum_kv(a) + c * sum_kv(b)`` as ``c * sum_kv(a + b)``: one accumulator instead of two."""
 
@@ -143,7 +129,7 @@ def _full_sums(expr: sympy.Expr) -> sympy.Expr:
 class Flattener:
     """Turns formulas into named statements; the same subexpression is named once."""
 
-    def __init__(self, token: Token, namer: Namer) -> None:
+    def __init__(self, token: Token, namer: Callable[[str], str]) -> None:
         self.axes: dict[sympy.Symbol, Axes] = dict(token.leaves) | {s: "" for s in SIZES.values()}
         self.statements: dict[sympy.Symbol, Assign | Sum] = {}
         self.pending: dict[sympy.Symbol, sympy.Expr] = {}
@@ -243,14 +229,14 @@ class Flattener:
         return self.grouped(sympy.Mul, [*outside, self.known[key]]) if outside else self.known[key]
 
 
-def flatten(token: Token, namer: Namer) -> tuple[Flattener, list[Store], dict[str, sympy.Symbol]]:
+def flatten(token: Token, namer: Callable[[str], str]) -> tuple[Flattener, list[Store], dict[str, sympy.Symbol]]:
     """Statements of a token, its stores, and the symbol of each carried array's previous value."""
     wanted: list[tuple[str, str, Axes, sympy.Expr]] = []
     wanted += [("carry", n, axes, e) for n, (axes, _, e) in token.carried.items()]
     wanted += [("write", n, axes, e) for n, (axes, e) in token.outputs.items()]
     wanted += [("add", n, axes, e) for n, (axes, e) in token.accumulated.items()]
     named = list(token.defined.items())
-    formulas = [_full_sums(_reciprocals(sympy.sympify(e))) for e in [*(e for _, e in named), *(w[3] for w in wanted)]]
+    formulas = [_full_sums(one_reciprocal(sympy.sympify(e))) for e in [*(e for _, e in named), *(w[3] for w in wanted)]]
     shared, reduced = sympy.cse(formulas, symbols=(sympy.Dummy("shared") for _ in iter(int, 1)), order="canonical")
 
     f = Flattener(token, namer)
@@ -447,7 +433,7 @@ class Scheduler:
         return kept
 
 
-def schedule(token: Token, namer: Namer) -> Schedule:
+def schedule(token: Token, namer: Callable[[str], str]) -> Schedule:
     """Loop nests of one token; ``namer`` knows the names that are taken."""
     flattener, stores, previous = flatten(token, namer)
     small = set(s for n, s in previous.items() if token.carried[n][0] != "kv")
