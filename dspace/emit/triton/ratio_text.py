@@ -1,0 +1,208 @@
+"""What the kernels of class c share: expressions as statements, names of pointers, the decays of a chunk.
+
+Notation in the emitted kernels: a chunk has 16 tokens; tiles have a row for each (value channel, token) and a
+column for each key channel. ``within[t, s]`` is the decay from the write of token s to the read of token t,
+``since[t]`` that from the start of the chunk. Rows behind a sequence's end repeat its last state and have no
+cotangent; columns and channels that pad a size are taken out where a body could divide by their zero states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from dspace.emit.printers import Reciprocal
+from dspace.emit.triton.printer import TritonPrinter
+from dspace.plan.ratio import RatioPlan, Tensor
+
+HELPERS = '''
+@_kernel
+def _reciprocal(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+'''
+
+OPTIONS = "OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr"
+
+
+class RatioPrinter(TritonPrinter):
+    def call(self, function: type, args: tuple[sympy.Expr, ...]) -> tuple[str, int]:
+        if function is Reciprocal:
+            return f"_reciprocal({self(args[0])}, FAST)", 5
+        return super().call(function, args)
+
+
+def one_reciprocal(expr: sympy.Expr) -> sympy.Expr:
+    """Negative powers as powers of one :class:`Reciprocal`, so that each division happens once."""
+
+    def negative(e: sympy.Expr) -> bool:
+        return e.is_Pow and e.exp.is_number and e.exp.is_negative
+
+    def turn(e: sympy.Expr) -> sympy.Expr:
+        return Reciprocal(e.base) ** (-e.exp) if e.exp.is_Integer else Reciprocal(e.base ** (-e.exp))
+
+    return expr.replace(negative, turn)
+
+
+def statements(exprs: Mapping[str, sympy.Expr], names: Mapping[str, str], indent: int) -> list[str]:
+    """Assignments ``name = expr``, with common subexpressions named first."""
+    pad = " " * indent
+    show = RatioPrinter(names)
+    numbered = (sympy.Symbol(f"c{i}", real=True) for i in range(10**6))
+    shared, results = sympy.cse([one_reciprocal(e) for e in exprs.values()], symbols=numbered)
+    lines = [f"{pad}{symbol.name} = {show(value)}" for symbol, value in shared]
+    return lines + [f"{pad}{name} = {show(value)}" for name, value in zip(exprs, results, strict=True)]
+
+
+@dataclass(frozen=True)
+class Words:
+    """A plan with the identifiers of its symbols in the emitted code."""
+
+    plan: RatioPlan
+    names: Mapping[str, str]
+
+    def of(self, item: sympy.Symbol | Tensor) -> str:
+        return self.names[item.name]
+
+    def tensors(self, axes: str, exprs: Iterable[sympy.Expr] | None = None) -> list[str]:
+        """Names of the tensors on ``axes`` (that ``exprs`` mention)."""
+        used = None if exprs is None else {s for e in exprs for s in e.free_symbols}
+        return [self.of(t) for t in self.plan.tensors if t.axes == axes and (used is None or t.symbol in used)]
+
+    @property
+    def parameters(self) -> list[str]:
+        return [self.names[p.name] for p in self.plan.parameters]
+
+    @property
+    def sums(self) -> list[str]:
+        return [f"sums_{d}" for d in range(len(self.plan.decays))]
+
+    @property
+    def states(self) -> list[str]:
+        return [self.of(s.symbol) for s in self.plan.states]
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Distinct (value, decay group) pairs of the writes."""
+        found: list[tuple[int, int]] = []
+        for s in self.plan.states:
+            for w in s.writes:
+                if (w.value, s.group) not in found:
+                    found.append((w.value, s.group))
+        return found
+
+
+def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
+    return [
+        '@_kernel(do_not_specialize=["T", "NT", "HEAD"])',
+        f"def {kernel}(",
+        f"    {', '.join(pointers)},",
+        f"    {sizes},",
+        f"    {constants},",
+        "):",
+    ]
+
+
+def chunk_start(words: Words) -> list[str]:
+    """Place, decays and parameters of one chunk of 16 tokens of one head of this launch."""
+    before = words.plan.exclusive
+    lines = f"""
+    i_c = tl.program_id(0)
+    i_l = tl.program_id(1)
+    heads = tl.num_programs(1)
+    i_h = HEAD + i_l
+    begin, end = _chunk(spans, i_c, T, NT, 16, PACKED)
+    o_c = tl.arange(0, 16)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    row = begin + o_c
+    live = row < end
+    at = row * H + i_h
+    causal = o_c[:, None] {">" if before else ">="} o_c[None, :]
+""".strip("\n").splitlines()
+    for d in range(len(words.plan.decays)):
+        lines += [
+            f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
+            f"    part = tl.where(live, tl.load(sums_{d} + at, mask=live, other=0.0), whole)",
+        ]
+        if before:
+            lines += [
+                f"    seen = tl.load(sums_{d} + at - H, mask=live & (o_c > 0), other=0.0)",
+                "    seen = tl.where(live, seen, whole)",
+            ]
+        seen = "seen" if before else "part"
+        lines += [
+            f"    within_{d} = tl.where(causal, tl.exp(tl.minimum({seen}[:, None] - part[None, :], 0.0)), 0.0)",
+            f"    since_{d} = tl.exp({seen})",
+        ]
+    lines += [f"    {p} = tl.load({p}_in + i_h).to(tl.float32)" for p in words.parameters]
+    return lines
+
+
+def fetch(name: str, first: str, mask: str) -> str:
+    """Load of a ``[BV, 16]`` tile of a tensor on v whose channels start at ``first``."""
+    index = f"at[None, :] * V + ({first} + o_v)[:, None]"
+    return f"tl.load({name}_in + {index}, mask=live[None, :] & ({mask})[:, None], other=0.0)"
+
+
+def value_block(words: Words, fetched: list[str], indent: int) -> list[str]:
+    """Channels of this turn (fetched one turn ahead), values, and the rows that multiply keys and start states."""
+    pad = " " * indent
+    lines = [
+        "first = i_v * BV",
+        "m_v = first + o_v < V",
+        "block = first // 16 * 16 + tl.arange(0, 16)",
+    ]
+    for name in fetched:
+        lines += [f"{name} = {name}_next.to(tl.float32)"]
+    lines += ["# of the next turn, so that its latency hides behind this one"]
+    for name in fetched:
+        lines += [f"{name}_next = {fetch(name, '(first + BV)', 'first + BV + o_v < V')}"]
+    show = RatioPrinter(words.names)
+    for j, value in enumerate(words.plan.values):
+        lines.append(f"value_{j} = {show(value)}")
+    for d in range(len(words.plan.decays)):
+        lines += [
+            f"lead_{d} = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_{d}[None, :, None], 0.0)",
+            f"lead_{d} = tl.reshape(lead_{d}, [BV * 16, 16]).to(OT)",
+        ]
+    for j, d in words.rows():
+        lines += [
+            f"rows_{j}_{d} = tl.reshape(value_{j}[:, None, :] * within_{d}[None, :, :], [BV * 16, 16]).to(OT)",
+        ]
+    return [pad + line for line in lines]
+
+
+def key_lines(words: Words, suffix: str, indent: int) -> list[str]:
+    """Keys of one slab in the operand type, from ``raw_NAME`` tiles as loaded."""
+    pad = " " * indent
+    lines = []
+    for j, key in enumerate(words.plan.keys):
+        if key.is_Symbol:
+            text = f"raw_{words.of(key)}{suffix}.to(OT)"
+        else:
+            inner = {s.name: f"{words.of(s)}{suffix}" for s in key.free_symbols}
+            text = f"({RatioPrinter(inner)(key)}).to(OT)"
+        lines.append(f"{pad}key_{j}{suffix} = {text}")
+    return lines
+
+
+def state_lines(words: Words, tile: str, suffix: str, slab: str, indent: int) -> list[str]:
+    """States after (or before) every token of the chunk: start state and writes, each a matmul."""
+    pad = " " * indent
+    lines = []
+    for i, s in enumerate(words.plan.states):
+        name = words.of(s.symbol)
+        load = f"tl.load({tile} + {i} * V * K + {slab}, mask=m_tile, other=0.0)"
+        lines.append(f"{name} = tl.dot(lead_{s.group}, {load}, input_precision=PRECISION)")
+        for w in s.writes:
+            rows = f"rows_{w.value}_{s.group}"
+            lines.append(f"{name} = tl.dot({rows}, key_{w.key}{suffix}, {name}, input_precision=PRECISION)")
+        lines.append(f"{name} = tl.reshape({name}, [BV, 16, BK])")
+    return [pad + line for line in lines]
