@@ -33,7 +33,7 @@ _RESERVED = frozenset(
     adjoints handed heads user last total until spans offsets bases parts total shift T NT H HEAD HEADS K V BK BV BE
     BP NK NV OT PRECISION PACKED FAST VARIANCE PARTS dtype batch like zeros triton tl final reads results values
     features triton tl""".split()
-) | {f"c{i}" for i in range(100)}
+) | {f"{x}{i}" for x in "cp" for i in range(100)}
 
 
 class _Printer(TorchPrinter):
@@ -138,7 +138,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]]) -> list[str]:
         "    OT, precision = _operands(dtype)",
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    spans, bases, NT, chunks = _plan(T, offsets, N, 16)",
-        "    common = {\"OT\": OT, \"PRECISION\": precision, \"PACKED\": offsets is not None}",
+        '    common = {"OT": OT, "PRECISION": precision, "PACKED": offsets is not None}',
         *(f"    sums_{d} = _sums(decay_{d}, spans, T, NT, chunks)" for d in range(len(words.plan.decays))),
     ]
 
@@ -247,7 +247,9 @@ def _backward(words: Words) -> str:
         "        )",
     ]
     results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}.to(decay_{d}.dtype)" for d in groups]
-    results += [f"torch.cat(d_{p}_parts).to({p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in n["states"]]
+    results += [f"torch.cat(d_{p}_parts).to({p}.dtype)" for p in n["parameters"]] + [
+        f"d_{s}_start" for s in n["states"]
+    ]
     lines.append(f"    return {', '.join(results)}")
     return "\n".join(lines) + "\n"
 
@@ -267,7 +269,7 @@ def _operators(words: Words) -> str:
     v = n["all"].index(n["v_in"][0])
     k = n["all"].index(n["k_in"][0])
     first = len(n["all"]) - len(plan.states)
-    return f'''
+    return f"""
 _ratio_op = torch.library.custom_op(
     f"{{_OPS}}::ratio", lambda *arguments: _ratio_forward(*arguments), mutates_args=(),
     schema="({inputs}, float scale, Tensor? offsets, bool variance) -> ({results})",
@@ -303,7 +305,7 @@ def _ratio_gradient(ctx, *grads):
 
 
 _ratio_op.register_autograd(_ratio_gradient, setup_context=_ratio_save)
-'''
+"""
 
 
 def _core(recurrence: Recurrence, words: Words) -> str:
@@ -312,7 +314,9 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     like = names[recurrence.inputs[0].name]
     plain = {v.symbol: v for v in recurrence.inputs}
     lines = [f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):"]
-    lines.append('    """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""')
+    lines.append(
+        '    """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""'
+    )
     lines += [
         f"    if {like}.dtype == torch.float64:  # no tensor cores for it",
         f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)",

@@ -22,12 +22,14 @@ from dspace.emit.triton.ratio_text import (
     RatioPrinter,
     Words,
     chunk_start,
+    cotangent,
     fetch,
     key_lines,
     signature,
     state_lines,
     statements,
     value_block,
+    whole,
 )
 
 
@@ -50,7 +52,7 @@ class Adjoints:
 def adjoints(words: Words, variance: bool) -> Adjoints:
     plan = words.plan
     count = len(plan.reads) if variance else plan.output_reads
-    loss = sympy.Add(*(sympy.Symbol(f"d_{plan.reads[j].name}", real=True) * plan.bodies[j] for j in range(count)))
+    loss = sympy.Add(*(sympy.Symbol(f"d_{plan.reads[j].name}", real=True) * words.body(j) for j in range(count)))
     states = tuple(sympy.diff(loss, s.symbol) for s in plan.states)
     small = {p.symbol for p in plan.parameters} | {sympy.Symbol("scale", positive=True)}
     sums: list[sympy.Expr] = []
@@ -112,16 +114,22 @@ def local_kernel(words: Words) -> str:
         "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,\n"
         f"    VARIANCE: tl.constexpr, {OPTIONS}",
     )
-    lines += ['    """Adjoints inside a chunk: all value channels of one head in turn, slabs of key channels within."""']
+    lines += [
+        '    """Adjoints inside a chunk: all value channels of one head in turn, slabs of key channels within."""'
+    ]
     lines += ["    NK: tl.constexpr = (K + BK - 1) // BK", "    NV: tl.constexpr = (V + BV - 1) // BV"]
     lines += chunk_start(words)
-    lines += """
+    lines += (
+        """
     at_l = row * heads + i_l
     # picks the rows of one token out of all channels
     pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
     pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
     slot = (i_c.to(tl.int64) * heads + i_l) * STATES * V * K
-""".replace("STATES", str(len(states))).strip("\n").splitlines()
+""".replace("STATES", str(len(states)))
+        .strip("\n")
+        .splitlines()
+    )
     lines += [f"    along_{d}_t = tl.zeros([16], tl.float32)" for d in range(len(plan.decays))]
     lines += [f"    sum_{j} = tl.zeros([16, BK], tl.float32)" for j in range(sums)]
     kept = [f"d_{n}" for n in queried] + [f"d_key_{j}" for j in range(len(plan.keys))]
@@ -131,10 +139,10 @@ def local_kernel(words: Words) -> str:
         lines.append(f"{guard}{n}_next = {fetch(n, '0', 'o_v < V')}")
     lines.append("    for i_v in range(NV):")
     lines += value_block(words, [*channels, *(f"d_{r}" for r in reads[: plan.output_reads])], 8)
-    for r in reads[plan.output_reads :]:
+    for j, r in list(enumerate(reads))[plan.output_reads :]:
         lines += [
             "        if VARIANCE:",
-            f"            d_{r} = d_{r}_next.to(tl.float32)",
+            f"            {cotangent(words, j)}",
             f"            d_{r}_next = {fetch('d_' + r, '(first + BV)', 'first + BV + o_v < V')}",
         ]
     lines += [
@@ -181,13 +189,11 @@ def local_kernel(words: Words) -> str:
         exprs |= {f"sum_{j}_tile": case.sums[j] for j in extra}
         lines += statements(exprs, wide, pad)
         shaped = [*(f"d_{s}" for s in states), *(f"d_{n}_tile" for n in queried), *(f"sum_{j}_tile" for j in extra)]
+        lines.append(" " * pad + "if (K % BK != 0) or (V % BV != 0):")
         for n in [*shaped, *(f"d_{m}_tile" for m in beside)]:
-            lines += [
-                " " * pad + "if (K % BK != 0) or (V % BV != 0):",
-                " " * pad + f"    {n} = tl.where(m_v[:, None, None] & m_k[None, None, :], {n}, 0.0)",
-            ]
+            lines.append(" " * pad + f"    {n} = tl.where(m_v[:, None, None] & m_k[None, None, :], {n}, 0.0)")
         for n in shaped:
-            lines.append(" " * pad + f"{n} = tl.reshape({n} + tl.zeros([BV, 16, BK], tl.float32), [BV * 16, BK]).to(OT)")
+            lines.append(" " * pad + f"{n} = tl.reshape({whole(words, exprs[n], n)}, [BV * 16, BK]).to(OT)")
         for j, e in enumerate(case.sums):
             tile = f"sum_{j}_tile" if j in extra else f"d_{states[case.states.index(e)]}"
             lines.append(" " * pad + f"sum_{j} = tl.dot(pick, {tile}, sum_{j}, input_precision=PRECISION)")
@@ -232,7 +238,11 @@ def local_kernel(words: Words) -> str:
         grads.setdefault(w.value, []).append(f"d_value_{i}_{n}")
     lines += [f"        d_value_{j} = {' + '.join(g)}" for j, g in grads.items()]
     lines += _value_parts(words, channels, valued, beside, 8)
-    lines += ["    if NK == 1:", "        m_k = live[:, None] & (o_k < K)[None, :]", "        at_k = at[:, None] * K + o_k[None, :]"]
+    lines += [
+        "    if NK == 1:",
+        "        m_k = live[:, None] & (o_k < K)[None, :]",
+        "        at_k = at[:, None] * K + o_k[None, :]",
+    ]
     lines += ["        at_part = at_l[:, None] * K + o_k[None, :]"]
     for n in keyed:
         lines.append(f"        {n} = tl.load({n}_in + at_k, mask=m_k, other=0.0).to(tl.float32)")
@@ -269,7 +279,9 @@ def _tensor_parts(words: Words, prefix: str, indent: int, before: str, at: str, 
             continue
         terms = [f"{prefix}{n}"] if n in queried else []
         terms += _chain(plan.keys, t.symbol, f"{prefix}key_", show)
-        lines.append(" " * indent + f"tl.store(d_{n}_part + {at}, {' + '.join(terms)}{before.format(n=n)}, mask={mask})")
+        lines.append(
+            " " * indent + f"tl.store(d_{n}_part + {at}, {' + '.join(terms)}{before.format(n=n)}, mask={mask})"
+        )
     return lines
 
 
@@ -305,7 +317,10 @@ def carry_kernel(words: Words) -> str:
     pointers = ["chunks", "adjoints", *words.sums, *(f"d_{s}_end" for s in states), *(f"d_{s}_start" for s in states)]
     pointers += ["products", "offsets", "bases"]
     lines = signature(
-        "_carry_kernel", pointers, "T, NT, H, HEAD, HEADS", "K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr"
+        "_carry_kernel",
+        pointers,
+        "T, NT, H, HEAD, HEADS",
+        "K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr",
     )
     lines += f'''
     """What each chunk hands over becomes, in place, the adjoint at the chunk's end; products: <start state, adjoint>."""
@@ -395,7 +410,9 @@ def settle_kernel(words: Words) -> str:
             f"{n} = raw_{n}.to(tl.float32)",
         ]
     show = RatioPrinter(words.names)
-    loads_v = [f"{n} = tl.load({n}_in + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(tl.float32)" for n in valued]
+    loads_v = [
+        f"{n} = tl.load({n}_in + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(tl.float32)" for n in valued
+    ]
     loads_v += [f"value_{j} = {show(e)}" for j, e in enumerate(plan.values)]
     place_k = ["o_k = i_k * BK + tl.arange(0, BK)", "m_k = o_k < K", "m_ck = live[:, None] & m_k[None, :]"]
     place_v = ["o_v = i_v * BV + tl.arange(0, BV)", "m_v = o_v < V", "m_cv = live[:, None] & m_v[None, :]"]

@@ -13,6 +13,7 @@ from dspace.emit.triton.ratio_text import (
     state_lines,
     statements,
     value_block,
+    whole,
 )
 
 SLABS = 4
@@ -83,9 +84,7 @@ def states_kernel(words: Words) -> str:
         lines.append(f"        {name} = {name} * tl.exp(whole_{s.group})")
         for w in s.writes:
             value = f"(({show(plan.values[w.value])}) * until_{s.group}[:, None]).to(OT)"
-            lines.append(
-                f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)"
-            )
+            lines.append(f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)")
     lines += [f"    tl.store({s}_end + user, {s}, mask=m_tile)" for s in words.states]
     return "\n".join(lines) + "\n"
 
@@ -95,7 +94,6 @@ def reads_kernel(words: Words) -> str:
     plan = words.plan
     reads = [r.name for r in plan.reads]
     used = words.tensors("k", [*plan.keys, *plan.bodies])
-    keyed = words.tensors("k", plan.keys)
     queried = words.tensors("k", plan.bodies)
     channels = words.tensors("v", [*plan.values, *plan.bodies])
     beside = words.tensors("v", plan.bodies)
@@ -123,7 +121,6 @@ def reads_kernel(words: Words) -> str:
         block += [" " * pad + line for line in inner]
         block += key_lines(words, f"_{i}", pad)
         lines += block
-    del keyed
     for n in channels:
         lines.append(f"    {n}_next = {fetch(n, '0', 'o_v < V')}")
     lines.append("    for i_v in range(NV):")
@@ -148,14 +145,14 @@ def reads_kernel(words: Words) -> str:
             if guard:
                 lines.append(" " * pad + guard)
                 inner_pad += 4
-            lines += statements({f"y_{reads[j]}": plan.bodies[j] for j in part}, local, inner_pad)
+            lines += statements({f"y_{reads[j]}": words.body(j) for j in part}, local, inner_pad)
             for j in part:
                 y = f"y_{reads[j]}"
                 lines += [
                     " " * inner_pad + "if K % BK != 0:",
                     " " * inner_pad + f"    {y} = tl.where(({i} * BK + o_k < K)[None, None, :], {y}, 0.0)",
                     " " * inner_pad
-                    + f"{y} = tl.sum(tl.reshape({y} + tl.zeros([BV, 16, BK], tl.float32), [BV * 16, BK // 8, 8]), 1)",
+                    + f"{y} = tl.sum(tl.reshape({whole(words, words.body(j), y)}, [BV * 16, BK // 8, 8]), 1)",
                     " " * inner_pad + (f"sum_{reads[j]} = {y}" if i == 0 else f"sum_{reads[j]} += {y}"),
                 ]
     lines.append("        m_out = live[None, :] & m_v[:, None]")
@@ -166,7 +163,7 @@ def reads_kernel(words: Words) -> str:
             lines.append(pad + "if VARIANCE:")
             pad += "    "
         lines += [
-            pad + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16])",
+            pad + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16]) * ({RatioPrinter()(words.coefficient(j))})",
             pad + f"tl.store({r}_out + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
         ]
     return "\n".join(lines) + "\n"

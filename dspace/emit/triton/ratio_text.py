@@ -8,6 +8,7 @@ cotangent; columns and channels that pad a size are taken out where a body could
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,14 +52,73 @@ def one_reciprocal(expr: sympy.Expr) -> sympy.Expr:
     return expr.replace(negative, turn)
 
 
+def _products(exprs: list[sympy.Expr]) -> tuple[list[tuple[sympy.Symbol, sympy.Expr]], list[sympy.Expr]]:
+    """Name the pair of factors that most products have in common, again and again.
+
+    Products are the terms of the expressions. What is left multiplies each tile as seldom as a person would: a
+    gradient becomes the product of another one and a factor.
+    """
+    terms = [[_Product(t) for t in sympy.Add.make_args(e)] for e in exprs]
+    every = [t for row in terms for t in row]
+    named: list[tuple[sympy.Symbol, sympy.Expr]] = []
+    while True:
+        seen = Counter(p for t in every for p in t.pairs())
+        pair, times = min(seen.items(), key=lambda x: (-x[1], str(x[0])), default=(None, 0))
+        if pair is None or times < 2:
+            break
+        symbol = sympy.Symbol(f"p{len(named)}", real=True)
+        named.append((symbol, pair[0] * pair[1]))
+        for t in every:
+            t.replace(pair, symbol)
+    return named, [sympy.Add(*(t.expr() for t in row), evaluate=len(row) > 1) for row in terms]
+
+
+class _Product:
+    """A coefficient and factors, integer powers written out."""
+
+    def __init__(self, term: sympy.Expr) -> None:
+        self.coefficient, rest = term.as_coeff_Mul()
+        self.factors: list[sympy.Expr] = []
+        for f in sympy.Mul.make_args(rest):
+            power = f.is_Pow and f.exp.is_Integer and 2 <= f.exp <= 8
+            self.factors += [f.base] * int(f.exp) if power else [f] * (f != 1)
+
+    def pairs(self) -> set[tuple[sympy.Expr, sympy.Expr]]:
+        ordered = sorted(self.factors, key=str)
+        return {(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 :]}
+
+    def replace(self, pair: tuple[sympy.Expr, sympy.Expr], symbol: sympy.Symbol) -> None:
+        if pair in self.pairs():
+            for f in pair:
+                self.factors.remove(f)
+            self.factors.append(symbol)
+
+    def expr(self) -> sympy.Expr:
+        return sympy.Mul(self.coefficient, *self.factors)
+
+
 def statements(exprs: Mapping[str, sympy.Expr], names: Mapping[str, str], indent: int) -> list[str]:
     """Assignments ``name = expr``, with common subexpressions named first."""
     pad = " " * indent
     show = RatioPrinter(names)
+    named, rest = _products([one_reciprocal(e) for e in exprs.values()])
     numbered = (sympy.Symbol(f"c{i}", real=True) for i in range(10**6))
-    shared, results = sympy.cse([one_reciprocal(e) for e in exprs.values()], symbols=numbered)
-    lines = [f"{pad}{symbol.name} = {show(value)}" for symbol, value in shared]
-    return lines + [f"{pad}{name} = {show(value)}" for name, value in zip(exprs, results, strict=True)]
+    shared, results = sympy.cse([*(e for _, e in named), *rest], symbols=numbered, optimizations=[])
+    values = dict(shared) | dict(zip([s for s, _ in named], results, strict=False))
+    lines: list[str] = []
+    done: set[sympy.Symbol] = set()
+
+    def define(expr: sympy.Expr) -> None:
+        for s in sorted(expr.free_symbols, key=str):
+            if s in values and s not in done:
+                done.add(s)
+                define(values[s])
+                lines.append(f"{pad}{s.name} = {show(values[s])}")
+
+    for name, value in zip(exprs, results[len(named) :], strict=True):
+        define(value)
+        lines.append(f"{pad}{name} = {show(value)}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -88,6 +148,21 @@ class Words:
     def states(self) -> list[str]:
         return [self.of(s.symbol) for s in self.plan.states]
 
+    def whole(self, expr: sympy.Expr) -> bool:
+        """Whether an expression of a body has a value for each channel pair, so that its tile is complete."""
+        axes = {t.symbol: t.axes for t in self.plan.tensors} | {s.symbol: "kv" for s in self.plan.states}
+        axes |= {sympy.Symbol(f"d_{r.name}", real=True): "v" for r in self.plan.reads}
+        return set("".join(axes.get(s, "") for s in expr.free_symbols)) == {"k", "v"}
+
+    def coefficient(self, read: int) -> sympy.Expr:
+        """Constant factor of a read's body: applied to what is summed, or to the read's cotangent."""
+        body = self.plan.bodies[read]
+        free = body.free_symbols - {sympy.Symbol("scale", positive=True)}
+        return body.as_independent(*free, as_Add=False)[0] if free else sympy.S.One
+
+    def body(self, read: int) -> sympy.Expr:
+        return self.plan.bodies[read] / self.coefficient(read)
+
     def rows(self) -> list[tuple[int, int]]:
         """Distinct (value, decay group) pairs of the writes."""
         found: list[tuple[int, int]] = []
@@ -96,6 +171,11 @@ class Words:
                 if (w.value, s.group) not in found:
                     found.append((w.value, s.group))
         return found
+
+
+def whole(words: Words, expr: sympy.Expr, text: str) -> str:
+    """``text``, the value of ``expr``, as a complete tile."""
+    return text if words.whole(expr) else f"({text} + tl.zeros([BV, 16, BK], tl.float32))"
 
 
 def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
@@ -151,6 +231,13 @@ def fetch(name: str, first: str, mask: str) -> str:
     return f"tl.load({name}_in + {index}, mask=live[None, :] & ({mask})[:, None], other=0.0)"
 
 
+def cotangent(words: Words, read: int) -> str:
+    """Cotangent of a read in this turn, times the constant factor of its body."""
+    name = f"d_{words.plan.reads[read].name}"
+    factor = words.coefficient(read)
+    return f"{name} = {name}_next.to(tl.float32)" + ("" if factor == 1 else f" * ({RatioPrinter()(factor)})")
+
+
 def value_block(words: Words, fetched: list[str], indent: int) -> list[str]:
     """Channels of this turn (fetched one turn ahead), values, and the rows that multiply keys and start states."""
     pad = " " * indent
@@ -160,7 +247,8 @@ def value_block(words: Words, fetched: list[str], indent: int) -> list[str]:
         "block = first // 16 * 16 + tl.arange(0, 16)",
     ]
     for name in fetched:
-        lines += [f"{name} = {name}_next.to(tl.float32)"]
+        reads = [f"d_{r.name}" for r in words.plan.reads]
+        lines.append(cotangent(words, reads.index(name)) if name in reads else f"{name} = {name}_next.to(tl.float32)")
     lines += ["# of the next turn, so that its latency hides behind this one"]
     for name in fetched:
         lines += [f"{name}_next = {fetch(name, '(first + BV)', 'first + BV + o_v < V')}"]
