@@ -5,6 +5,7 @@ A posterior is forgotten by a power prior (the past is tempered towards the prio
     precision' = retain * precision + (1 - retain) * prior.precision + precision.evidence
     mean'      = (retain * precision * mean + (1 - retain) * prior.precision * prior.mean + mean.evidence) / precision'
 
+With ``forgetting.target = "zero"`` the terms with ``1 - retain`` are absent: the prior is forgotten with the past.
 With ``structure = "constant"`` the precision stays at its prior and only the mean is a state. The result is in
 *source* coordinates; :mod:`dspace.math.coordinates` finds better ones.
 """
@@ -62,15 +63,17 @@ def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]
             f"  cure: use one of {', '.join(STRUCTURES)}"
         )
     retain = spec.expr("forgetting.retain")
+    to_prior = spec.forgetting is None or spec.forgetting.target == "prior"
+    returned = 1 - retain if to_prior else sympy.S.Zero
     prior_mean, prior_precision = spec.expr("prior.mean"), spec.expr("prior.precision")
     mean, evidence = spec.state_symbols["mean"], spec.expr("mean.evidence")
     doc = "posterior mean of the map from key to value"
     axes = STRUCTURES[structure]
     if axes is None:
-        update = retain * mean + (1 - retain) * prior_mean + evidence / prior_precision
+        update = retain * mean + returned * prior_mean + evidence / prior_precision
         return (State("mean", "kv", prior_mean, update, doc=doc),)
     precision = spec.state_symbols["precision"]
-    precision_new = retain * precision + (1 - retain) * prior_precision + spec.expr("precision.evidence")
+    precision_new = retain * precision + returned * prior_precision + spec.expr("precision.evidence")
     table = {v.symbol: v.axes for v in variables} | {precision: axes}
     found = axes_of(precision_new, table)
     if set(found) - set(axes):
@@ -78,7 +81,7 @@ def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]
             f"{spec.name}: the precision has structure {structure!r} (axes {axes!r}) but what is added to it has axes {found!r}\n"
             f"  cure: contract the evidence with sum_k or sum_v, or choose a structure with axes {found!r}"
         )
-    mean_new = retain * precision * mean + (1 - retain) * prior_precision * prior_mean + evidence
+    mean_new = retain * precision * mean + returned * prior_precision * prior_mean + evidence
     return (
         State("mean", "kv", prior_mean, mean_new / precision_new, doc=doc),
         State("precision", axes, prior_precision, precision_new, "positive", "posterior precision (importance)"),

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from dspace.spec.library import builtin_names, find_specs
     from dspace.spec.model import ParameterDecl, Spec, StateDecl, VariableDecl
     from dspace.spec.reader import from_dict, load, loads
-    from dspace.spec.transforms import TRANSFORMS, metaplastic
+    from dspace.spec.transforms import (
+        TRANSFORMS,
+        forget_to_prior,
+        forget_to_zero,
+        metaplastic,
+        non_metaplastic,
+        per_channel,
+        prior_mean,
+        variance_readout,
+    )
 
 _HOME = {
     "load": "reader",
@@ -25,7 +34,13 @@ _HOME = {
     "ParameterDecl": "model",
     "StateDecl": "model",
     "TRANSFORMS": "transforms",
+    "forget_to_prior": "transforms",
+    "forget_to_zero": "transforms",
     "metaplastic": "transforms",
+    "non_metaplastic": "transforms",
+    "per_channel": "transforms",
+    "prior_mean": "transforms",
+    "variance_readout": "transforms",
 }
 
 __all__ = [
@@ -36,10 +51,16 @@ __all__ = [
     "VariableDecl",
     "builtin_names",
     "find_specs",
+    "forget_to_prior",
+    "forget_to_zero",
     "from_dict",
     "load",
     "loads",
     "metaplastic",
+    "non_metaplastic",
+    "per_channel",
+    "prior_mean",
+    "variance_readout",
 ]
 
 

@@ -80,7 +80,10 @@ class Prior(_Table):
 
 
 class Forgetting(_Table):
+    """``target``: what is left of the past returns to the prior, or the prior is forgotten with it."""
+
     retain: Formula = "1"
+    target: Literal["prior", "zero"] = "prior"
 
 
 class Precision(_Table):
@@ -233,6 +236,8 @@ class Spec(_Table):
             "formulas": {place: sympy.srepr(m.expr) for place, m in sorted(self.meanings.formulas.items())},
             "layer": {key: unparse(node) for key, node in sorted(self.meanings.layer.items())},
         }
+        if self.forgetting is not None and self.forgetting.target != "prior":
+            content["target"] = self.forgetting.target
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,35 +1,17 @@
-"""Named transforms: pure functions from one spec to another.
-
-A transform takes a spec of valid shape and returns a complete one, in the same form as it came. What it adds
-may be declared beforehand in the same file under the names given below; such a declaration is kept.
-"""
+"""The metaplastic transform and its inverse (arXiv:2602.09075)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
-from dspace.errors import UserError
-from dspace.math.ir import SumK, SumV, Write, axes_of
-from dspace.spec.expressions import nearest
+from dspace.math.ir import SumK, SumV, Write
 from dspace.spec.model import STRUCTURES, Spec
 from dspace.spec.printing import formula
 from dspace.spec.syntax import Binary, Name, Node, parse
-
-if TYPE_CHECKING:
-    from dspace.spec.reader import Source
-
-
-class TransformError(UserError):
-    """A transform does not apply to a spec; ``cure`` says what would."""
-
-    def __init__(self, message: str, cure: str) -> None:
-        super().__init__(f"{message}\n  cure: {cure}")
-        self.message = message
-        self.cure = cure
-
+from dspace.spec.transforms.base import TransformError, axes_in, factorise, free_name, query_of, rebuild
 
 GAIN, PRIOR, SUFFIX = "b", "I_p", "_importance"
 """Names that the metaplastic transform gives to the importance gain, the prior precision, the new state."""
@@ -43,7 +25,7 @@ def metaplastic(spec: Spec) -> Spec:
     (arXiv:2602.09075). At ``b = 0, I_p = 1`` it is the identity. Raises TransformError where the transition
     is not diagonal, the write does not factorise, or the precision is learned already.
     """
-    gain, prior = _free_name(spec, GAIN, "inputs"), _free_name(spec, PRIOR, "parameters")
+    gain, prior = free_name(spec, GAIN, "inputs"), free_name(spec, PRIOR, "parameters")
     tables = spec.to_dict()
     tables.setdefault("parameters", {})
     tables["inputs"].setdefault(gain, {"axes": "v", "domain": "nonnegative", "doc": "importance gain of this write"})
@@ -59,9 +41,7 @@ def metaplastic(spec: Spec) -> Spec:
         recipe = f"sigmoid({low_rank}) * softplus(head_scale)"
         gates = _gates(spec, write.value)
         tables["layer"] = {**spec.layer, gain: " * ".join([*gates, recipe])}
-    from dspace.spec.reader import from_dict
-
-    return from_dict(tables)
+    return rebuild(spec, tables)
 
 
 def _importance_of_posterior(
@@ -78,7 +58,7 @@ def _importance_of_posterior(
         prior_axes = spec.axes("prior.precision")
         if prior not in spec.parameters:
             del tables["parameters"][prior]
-    total = set(gain_axes) | set(prior_axes) | set(spec.axes("forgetting.retain")) | set(_axes(write.key, spec))
+    total = set(gain_axes) | set(prior_axes) | set(spec.axes("forgetting.retain")) | set(axes_in(write.key, spec))
     structure = next(name for name, axes in STRUCTURES.items() if set(axes) == total)
     tables["precision"] = {"structure": structure, "evidence": formula(sympy.Symbol(gain) * write.key**2)}
 
@@ -109,7 +89,7 @@ def _importance_of_recurrence(spec: Spec, tables: dict[str, Any], gain: str, pri
     write = factorise(sympy.simplify(update - transition * state), spec)
     importance = f"{name}{SUFFIX}"
     new = sympy.Symbol(importance)
-    total = set(gain_axes) | set(_axes(transition, spec)) | set(_axes(write.key, spec))
+    total = set(gain_axes) | set(axes_in(transition, spec)) | set(axes_in(write.key, spec))
     axes = "".join(a for a in "kv" if a in total)
     tables["state"] = dict(tables["state"])
     tables["state"][importance] = {
@@ -123,67 +103,12 @@ def _importance_of_recurrence(spec: Spec, tables: dict[str, Any], gain: str, pri
     if spec.readout.variance is not None:
         readout["variance"] = formula(spec.expr("readout.variance").subs(state, read))
     else:
-        query = _query(spec.expr("readout.output"), state)
+        query = query_of(spec.expr("readout.output"), state)
         if query is not None:
             coefficient, inner = query
             readout["variance"] = formula(coefficient**2 * SumK(inner**2 / (new + sympy.Symbol(prior))))
     tables["readout"] = readout
     return write
-
-
-def _query(output: sympy.Expr, state: sympy.Symbol) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """``(c, q)`` of an output ``c * sum_k(q * state)`` exactly of that shape, else None."""
-    sums = [n for n in output.atoms(SumK) if state in n.free_symbols]
-    if len(sums) != 1:
-        return None
-    coefficient = sympy.diff(output.subs(sums[0], _HOLE), _HOLE)
-    inner = sums[0].args[0]
-    query = sympy.diff(inner, state)
-    if coefficient.has(state, _HOLE) or query.has(state) or sympy.expand(inner - query * state) != 0:
-        return None
-    return coefficient, query
-
-
-_HOLE = sympy.Dummy("hole", real=True)
-
-
-def factorise(write: sympy.Expr, spec: Spec) -> Write:
-    """Write term as ``value * key``: factors that carry ``k`` make the key, all others the value."""
-    factors = sympy.Mul.make_args(sympy.factor_terms(write))
-    if any(_axes(f, spec) == "kv" for f in factors):
-        factors = sympy.Mul.make_args(sympy.factor(write))
-    key, value = sympy.Integer(1), sympy.Integer(1)
-    for factor in factors:
-        axes = _axes(factor, spec)
-        if axes == "kv":
-            raise TransformError(
-                f"the write {formula(write)} does not factorise into f(v) * g(k)",
-                "write one outer product per token, such as v * k",
-            )
-        if "k" in axes:
-            key *= factor
-        else:
-            value *= factor
-    return Write(key=key, value=value)
-
-
-def _axes(expr: sympy.Expr, spec: Spec) -> str:
-    table = {v.symbol: v.axes for v in spec.variables.values()}
-    table |= {s: (spec.state[n].axes if n in spec.state else "kv") for n, s in spec.state_symbols.items()}
-    return axes_of(expr, table)
-
-
-def _free_name(spec: Spec, wanted: str, table: str) -> str:
-    """``wanted``, unless the formulas already use that name for something else."""
-    used = spec.meanings.used
-    candidates = [wanted, f"{wanted}_meta", f"{wanted}_meta2"]
-    taken = {*spec.inputs, *spec.parameters, *spec.define, *spec.state, *spec.layer}
-    for name in candidates:
-        if name in getattr(spec, table) and name not in used:
-            return name  # declared for the transform
-        if name not in taken and name not in used:
-            return name
-    raise TransformError(f"the names {', '.join(candidates)} are taken", "rename one of them")
 
 
 def _gates(spec: Spec, value: sympy.Expr) -> list[str]:
@@ -203,32 +128,74 @@ def _factors(node: Node) -> list[Node]:
     return [node]
 
 
-TRANSFORMS: dict[str, Callable[[Spec], Spec]] = {"metaplastic": metaplastic}
-"""Transforms by the name that a spec file gives them."""
+@dataclass(frozen=True)
+class Importance:
+    """How a recurrence reads ``S / (X + p)``: names of the state ``S``, of its importance ``X``, the prior's symbol."""
+
+    state: str
+    importance: str
+    prior: sympy.Symbol
 
 
-def apply_transforms(tables: dict[str, Any], names: Any, sources: list[Source]) -> dict[str, Any]:
-    """Tables after the named transforms. Raises SpecError with the place of ``transform``."""
-    from dspace.errors import Problem, SpecError
-    from dspace.spec.check import Report, check
-    from dspace.spec.reader import locator, validate
+def find_importance(spec: Spec) -> Importance | None:
+    """The state that a recurrence reads divided by an accumulated importance, or None."""
+    if spec.is_posterior:
+        return None
+    output = spec.expr("readout.output")
+    priors = [p.symbol for p in spec.parameter_variables if p.domain == "positive"]
+    matrices = [n for n, s in spec.state.items() if s.axes == "kv"]
+    for importance in spec.state:
+        x = spec.state_symbols[importance]
+        for prior in priors:
+            total = sympy.Dummy(positive=True)
+            read = output.xreplace({x: total - prior})
+            if x not in output.free_symbols or prior in read.free_symbols:
+                continue
+            for name in matrices:
+                if name != importance and _coupled(spec, name, importance, read, total):
+                    return Importance(name, importance, prior)
+    return None
 
-    def fail(message: str, cure: str, suggestion: str = "") -> NoReturn:
-        at = locator(sources)("transform", 1)
-        raise SpecError([Problem(message, where="transform", cure=cure, suggestion=suggestion, **at)])
 
-    names = [names] if isinstance(names, str) else names
-    known = ", ".join(TRANSFORMS)
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        fail("the name of a transform, or a list of names, is expected here", f"choose from {known}")
-    for name in names:
-        if name not in TRANSFORMS:
-            fail(f"unknown transform {name[:40]!r}", f"choose from {known}", nearest(name, TRANSFORMS))
-        report = Report(locator(sources))
-        spec = validate(tables, report)
-        spec.__dict__["meanings"] = check(spec, report, unused=False)
-        try:
-            tables = TRANSFORMS[name](spec).to_dict()
-        except TransformError as error:
-            fail(f"{name}: {error.message}", error.cure)
-    return tables
+def _coupled(spec: Spec, name: str, importance: str, read: sympy.Expr, total: sympy.Symbol) -> bool:
+    """Whether both are kept alike, neither feeds the other, and the output reads their ratio."""
+    s, x = spec.state_symbols[name], spec.state_symbols[importance]
+    update, growth = spec.expr(f"state.{name}.update"), spec.expr(f"state.{importance}.update")
+    if x in update.free_symbols or s in growth.free_symbols or spec.expr(f"state.{importance}.init") != 0:
+        return False
+    if sympy.simplify(sympy.diff(update, s) - sympy.diff(growth, x)) != 0:
+        return False
+    ratio = sympy.Dummy(real=True)
+    return total not in read.xreplace({s: ratio * total}).free_symbols
+
+
+def non_metaplastic(spec: Spec) -> Spec:
+    """The inverse of :func:`metaplastic`: no importance is learned, the state is read as it is.
+
+    A posterior gets a constant precision of 1; of a recurrence the importance state goes, and with it whatever only
+    the importance used. The variance goes too: it would be the same for every state. Raises TransformError where no
+    importance is learned.
+    """
+    tables = spec.to_dict()
+    readout = {k: v for k, v in tables["readout"].items() if k != "variance"}
+    if spec.is_posterior:
+        if spec.expr("precision.evidence").is_zero:
+            raise TransformError("the precision of this posterior is constant already", "remove the transform")
+        precision = spec.state_symbols["precision"]
+        output = spec.expr("readout.output")
+        if precision in output.free_symbols:
+            readout["output"] = formula(output.xreplace({precision: sympy.S.One}))
+        tables.pop("precision")
+        tables["prior"] = {k: v for k, v in tables.get("prior", {}).items() if k != "precision"}
+    else:
+        found = find_importance(spec)
+        if found is None:
+            raise TransformError(
+                "no state is read as S / (X + p) with an importance X that is kept as S is, and a prior p > 0",
+                "remove the transform, or state the variant without importance by hand",
+            )
+        x = spec.state_symbols[found.importance]
+        readout["output"] = formula(spec.expr("readout.output").xreplace({x: 1 - found.prior}))
+        tables["state"] = {n: s for n, s in tables["state"].items() if n != found.importance}
+    tables["readout"] = readout
+    return rebuild(spec, tables)
