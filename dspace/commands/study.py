@@ -14,7 +14,8 @@ from dspace.errors import UserError
 Name = Annotated[str, typer.Argument(help="A study by name, by its folder, or by its file.", metavar="NAME")]
 Dir = Annotated[Path | None, typer.Option("--dir", help="The study's folder; runs/NAME by default.")]
 Storage = Annotated[
-    str | None, typer.Option("--storage", help="SQLAlchemy URL in place of the folder's journal.", envvar="OPTUNA_STORAGE")
+    str | None,
+    typer.Option("--storage", help="SQLAlchemy URL in place of the folder's journal.", envvar="OPTUNA_STORAGE"),
 ]
 Output = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
@@ -37,7 +38,9 @@ def run(
         show_json({**asdict(summary), "folder": str(summary.folder)})
     else:
         counts = ", ".join(f"{n} {'failed' if state == 'fail' else state}" for state, n in summary.counts.items())
-        show(f"{summary.name}: {counts or 'no trials'} in {summary.seconds / 60:.1f} min; all of it is in {summary.folder}")
+        show(
+            f"{summary.name}: {counts or 'no trials'} in {summary.seconds / 60:.1f} min; all of it is in {summary.folder}"
+        )
         for note in summary.notes:
             show(f"note: {note}")
         if summary.interrupted:
@@ -49,9 +52,7 @@ def run(
 
 
 @command
-def report(
-    name: Name, out: Output = None, folder: Dir = None, storage: Storage = None, as_json: Json = False
-) -> None:
+def report(name: Name, out: Output = None, folder: Dir = None, storage: Storage = None, as_json: Json = False) -> None:
     """Write one self-contained HTML page about a study; prints its path."""
     from dspace.study.page import report
 
@@ -81,7 +82,9 @@ def export(
 @command
 def heal(
     name: Name,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut a damaged journal where it stops being readable; a copy is kept.")] = False,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut a damaged journal where it stops being readable; a copy is kept.")
+    ] = False,
     folder: Dir = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -98,7 +101,9 @@ def heal(
         damage, copy = done
         show(f"cut {damage.path} at line {damage.line}: {1 + damage.after} records; the whole file is kept as {copy}")
     for h in healed:
-        show(f"trial {h.number} of {h.study} ({h.worker}): {'will run again' if h.retried else 'failed twice, given up'}")
+        show(
+            f"trial {h.number} of {h.study} ({h.worker}): {'will run again' if h.retried else 'failed twice, given up'}"
+        )
     if not healed and not done:
         show("nothing to heal")
 
@@ -114,14 +119,15 @@ def list_(
     from dspace.study.results import collect, open_home
 
     if name or folder:
-        results = collect(open_home(name or str(folder), folder, storage), importances=False)
+        results = collect(open_home(name or str(folder), folder, storage))
         rows: list[dict[str, Any]] = [
-            {"trial": t.number, "state": t.state, **t.params, **t.metrics, "seconds": round(t.seconds, 1)} for t in results.trials
+            {"trial": t.number, "state": t.state, **t.params, **t.metrics, "seconds": round(t.seconds, 1)}
+            for t in results.trials
         ]
     else:
         rows = []
         for definition in sorted(Path("runs").glob("*/study.toml")):
-            results = collect(open_home(definition.parent), importances=False)
+            results = collect(open_home(definition.parent))
             best = results.best
             metric = results.study.best.by
             rows.append(
