@@ -38,7 +38,7 @@ def name(text: str, time: str = "") -> str:
     letter = _GREEK.get(head, head)
     core = f"<mi>{html.escape(letter)}</mi>"
     if bar:
-        core = f'<mover accent="true">{core}<mo stretchy="true">‾</mo></mover>'
+        core = f'<mover accent="false">{core}<mo accent="false" stretchy="false" lspace="0" rspace="0">¯</mo></mover>'
     parts = ([f"<mi>{html.escape(sub)}</mi>"] if sub else []) + ([time] if time else [])
     if not parts:
         return core
