@@ -1,8 +1,9 @@
 """The Triton section of class c: ratios (any elementwise read) of affine states with one decay per token.
 
-A generated section has five kernels (:mod:`.ratio_forward`, :mod:`.ratio_backward`) and their launches. Heads are
-taken in groups, so that the states at chunk starts and their adjoints, 2 bytes an element every 16 tokens in
-bfloat16, never take more than ``BUDGET`` bytes.
+A generated section has six kernels (:mod:`.ratio_text`, :mod:`.ratio_forward`, :mod:`.ratio_backward`) and their
+launches. Time is taken in windows, each a call of all kernels with the state (or adjoint) of its border carried in
+float32, so that the states at chunk starts and their adjoints (2 bytes an element every 16 tokens in bfloat16) need
+not exist for all tokens at once.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import sympy
 from dspace.emit.base import Section
 from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import boundary, host
-from dspace.emit.triton.ratio_backward import carry_kernel, local_kernel, settle_kernel
+from dspace.emit.triton import host
+from dspace.emit.triton.ratio_backward import along, carry_kernel, local_kernel, settle_kernel
 from dspace.emit.triton.ratio_forward import SLABS, reads_kernel, states_kernel
 from dspace.emit.triton.ratio_text import HELPERS, Words
 from dspace.math.functions import Softplus
 from dspace.math.ir import Analysis, Axes, Recurrence, axes_of
 from dspace.plan.ratio import RatioPlan, Tensor, ratio_plan
 
-BUDGET = 128 * 2**20
-"""Bytes of scratch for states and adjoints at chunk borders; more heads at a time than fit are not launched."""
+BUDGET = 96 * 2**20
+"""Bytes that states and adjoints at chunk starts may take: sets the tokens of a window, never fewer than 256."""
+
+ELEMENTS = 512
+"""State elements of one program of the scan over chunks."""
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _RESERVED = frozenset(
     """raw i_c i_l i_h i_n i_v i_k i_e i_r o_c o_k o_v o_e o_p m_v m_k m_ck m_cv m_e m_out m_tile row live at at_l at_k
     at_v at_part causal whole part seen begin end base first block tile slab slot own pick product products chunks
-    adjoints handed heads user last total until spans offsets bases parts total shift T NT H HEAD HEADS K V BK BV BE
+    adjoints handed heads user last total until spans offsets bases parts total shift T NT H LOW HIGH STORE K V BK BV BE
     BP NK NV OT PRECISION PACKED FAST VARIANCE PARTS dtype batch like zeros triton tl final reads results values
     features triton tl""".split()
 ) | {f"{x}{i}" for x in "cp" for i in range(100)}
@@ -50,7 +54,7 @@ def section(analysis: Analysis) -> Section | None:
     names |= {t.name: t.name for t in (*plan.tensors, *plan.decays) if t.name not in names}
     words = Words(plan, names)
     kernels = [states_kernel, reads_kernel, local_kernel, carry_kernel, settle_kernel]
-    parts = [host.COMMON, host.TABLES, boundary.SPAN, boundary.DECAY_SUMS, HELPERS]
+    parts = [host.COMMON, host.TABLES, HELPERS]
     parts += [make(words) for make in kernels]
     parts += [_config(), _forward(words), _backward(words), _operators(words), _core(recurrence, words)]
     return Section(
@@ -93,20 +97,30 @@ def _backward_tiles(K, V, dtype):
     return BK, 8, 4, 2, 0
 
 
-def _heads_at_once(heads, bytes_a_head):
-    """Heads of one launch: as many as the scratch budget of {BUDGET // 2**20} MiB holds."""
-    return max(1, min(heads, {BUDGET} // max(1, bytes_a_head)))
+def _windows(T, bytes_a_token):
+    """Bounds of the windows of time."""
+    size = max(256, {BUDGET} // max(1, bytes_a_token) // 256 * 256)
+    return list(range(0, T, size)) + [T]
 
 
-def _sums(decay, spans, T, NT, chunks):
-    """Sums of log decays inside chunks."""
+def _window(T, low, high, offsets, N):
+    """What a window has of every sequence: (T, low, high) and tables as the kernels take them, and its chunks."""
+    if offsets is None:
+        NT = -(-(high - low) // 16)
+        return None, None, None, NT, N * NT
+    offsets = offsets.clamp(low, high)
+    inside = offsets - low
+    spans, bases, NT, chunks = _plan(high - low, inside, N, 16)
+    return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
+
+
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
-    sums = torch.empty(decay.shape, dtype=torch.float32, device=decay.device)
-    BW = _tile(H, 64)
-    _decay_sums_kernel[(chunks, triton.cdiv(H, BW))](
-        decay, sums, spans, T, NT, H, C=16, W=1, BW=BW, PACKED=spans is not None
+    BH = _tile(H, 64)
+    _sums_kernel[(chunks, triton.cdiv(H, BH))](
+        decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None
     )
-    return sums
 '''
 
 
@@ -128,32 +142,39 @@ def _lists(words: Words) -> dict[str, list[str]]:
     }
 
 
-def _sizes_lines(words: Words, names: dict[str, list[str]]) -> list[str]:
-    k, v = names["k_in"][0], names["v_in"][0]
+def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> list[str]:
+    k, v, count = names["k_in"][0], names["v_in"][0], len(words.plan.states)
+    groups = range(len(words.plan.decays))
     return [
         f"    B, T, H, K = {k}.shape",
         f"    V = {v}.shape[-1]",
         f"    N = {words.states[0]}.shape[0]",
-        f"    dtype = {k}.dtype",
+        f"    dtype, device = {k}.dtype, {k}.device",
         "    OT, precision = _operands(dtype)",
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
-        "    spans, bases, NT, chunks = _plan(T, offsets, N, 16)",
-        '    common = {"OT": OT, "PRECISION": precision, "PACKED": offsets is not None}',
-        *(f"    sums_{d} = _sums(decay_{d}, spans, T, NT, chunks)" for d in range(len(words.plan.decays))),
+        "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
+        *(f"    sums_{d} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for d in groups),
+        f"    bounds = _windows(T, {adjoints * count} * B * H * K * V * kept.itemsize // 16)",
+        "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
+        "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
     ]
 
 
-def _states_launch(words: Words, names: dict[str, list[str]], indent: int) -> list[str]:
-    arguments = [*names["key_in"], *names["value_in"], *words.sums, *names["states"], "border"]
-    arguments += [f"{s}_end" for s in names["states"]]
+def _window_lines(words: Words, names: dict[str, list[str]], store: bool) -> list[str]:
+    """Tables, decay sums and states of one window, at 8 spaces."""
+    border = [*names["key_in"], *names["value_in"], *words.sums, *(f"{s}_start" for s in names["states"]), "border"]
+    border += [f"{s}_end" for s in names["states"]]
     lines = [
+        "inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)",
+        "place = (T, low, high, NT, H)",
+        *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
         "BK, BV = _tile(K, 32), _tile(V, 64)",
-        "_states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * heads)](",
-        f"    {', '.join(arguments)}, offsets, bases, T, NT, H, head, heads,",
-        "    K=K, V=V, BK=BK, BV=BV, num_warps=4, num_stages=3, **common,",
+        "_states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](",
+        f"    {', '.join(border)}, inside, bases, *place,",
+        f"    K=K, V=V, BK=BK, BV=BV, STORE={store}, num_warps=4, num_stages=3, **common,",
         ")",
     ]
-    return [" " * indent + line for line in lines]
+    return [" " * 8 + line for line in lines]
 
 
 def _forward(words: Words) -> str:
@@ -161,22 +182,21 @@ def _forward(words: Words) -> str:
     reads, count = n["reads"], len(plan.states)
     lines = [f"def _ratio_forward({', '.join(n['all'])}, scale, offsets, variance):"]
     lines.append('    """Reads of every token and final states."""')
-    lines += _sizes_lines(words, n)
+    lines += _sizes_lines(words, n, 1)
     for j, r in enumerate(reads):
         kind = "dtype" if _direct(plan, j) else "torch.float32"
         shape = "(B, T, H, V)" if j < plan.output_reads else "(B, T, H, V) if variance else (0,)"
-        lines.append(f"    {r} = torch.empty({shape}, dtype={kind}, device={n['k_in'][0]}.device)")
-    lines += [f"    {s}_end = torch.empty_like({s})" for s in n["states"]]
+        lines.append(f"    {r} = torch.empty({shape}, dtype={kind}, device=device)")
+    lines += [f"    {s}_end = {s}" for s in n["states"]]
     lines += [
-        f"    group = _heads_at_once(H, chunks * {count} * K * V * kept.itemsize)",
-        f"    border = torch.empty(chunks * group * {count} * V * K, dtype=kept, device={n['k_in'][0]}.device)",
-        "    for head in range(0, H, group):",
-        "        heads = min(group, H - head)",
-        *_states_launch(words, n, 8),
+        f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
+        "    for low, high in zip(bounds[:-1], bounds[1:]):",
+        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
+        *_window_lines(words, n, True),
         "        BK, BV, warps, stages, registers = _forward_tiles(K, V, dtype)",
-        "        _reads_kernel[(chunks, heads)](",
+        "        _reads_kernel[(chunks, H)](",
         f"            {', '.join([*n['k_in'], *n['v_in'], *words.sums, *n['parameters'], 'border', *reads])}, spans,",
-        "            scale, T, NT, H, head, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,",
+        "            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,",
         "        )",
         f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}",
@@ -190,66 +210,65 @@ def _direct(plan: RatioPlan, read: int) -> bool:
 
 def _backward(words: Words) -> str:
     n, plan = _lists(words), words.plan
-    reads, count = n["reads"], len(plan.states)
+    reads, count, states = n["reads"], len(plan.states), n["states"]
     groups = range(len(plan.decays))
-    device = f"device={n['k_in'][0]}.device"
-    given = [*(f"d_{r}" for r in reads), *(f"d_{s}_end" for s in n["states"])]
+    given = [*(f"d_{r}" for r in reads), *(f"d_{s}_end" for s in states)]
     lines = [f"def _ratio_backward({', '.join([*n['all'], *given])}, scale, offsets, variance):"]
     lines.append('    """Gradients of tensors, log decays, parameters and initial states."""')
-    lines += _sizes_lines(words, n)
+    lines += _sizes_lines(words, n, 2)
     lines += [f"    d_{x}_out = torch.empty_like({x})" for x in (*n["k_in"], *n["v_in"])]
-    lines += [f"    d_decay_{d} = torch.empty(sums_{d}.shape, dtype=torch.float32, {device})" for d in groups]
-    lines += [f"    d_{s}_start = torch.empty_like({s})" for s in n["states"]]
-    lines += [f"    {s}_end = torch.empty_like({s})" for s in n["states"]]
-    lines += [f"    d_{p}_parts = []" for p in n["parameters"]]
+    lines += [f"    d_decay_{d} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for d in groups]
+    lines += [f"    d_{p} = torch.zeros(H, dtype=torch.float32, device=device)" for p in n["parameters"]]
+    fresh = "torch.empty({}, dtype=torch.float32, device=device)"
     lines += [
-        f"    group = _heads_at_once(H, 2 * chunks * {count} * K * V * kept.itemsize)",
-        f"    border = torch.empty(chunks * group * {count} * V * K, dtype=kept, {device})",
+        f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
         "    adjoints = torch.empty_like(border)",
-        *(f"    d_{x}_part = torch.empty(B * T * group * K, dtype=torch.float32, {device})" for x in n["k_in"]),
-        *(f"    d_{x}_part = torch.empty(B * T * group * V, dtype=torch.float32, {device})" for x in n["v_in"]),
-        *(f"    along_{d} = torch.empty(B * T * group, dtype=torch.float32, {device})" for d in groups),
-    ]
-    if plan.exclusive:
-        lines += [f"    wrote_{d} = torch.empty(B * T * group, dtype=torch.float32, {device})" for d in groups]
-    BE = 512
-    lines += [
-        f"    parts = triton.cdiv(K * V, {BE})",
-        f"    products = torch.empty(chunks * group * {len(plan.decays)} * parts, dtype=torch.float32, {device})",
-        "    for head in range(0, H, group):",
-        "        heads = min(group, H - head)",
-        *(f"        d_{p}_part = torch.empty((chunks, heads), dtype=torch.float32, {device})" for p in n["parameters"]),
-        *_states_launch(words, n, 8),
+        *(f"    d_{x}_part = {fresh.format('most * 16 * H * K')}" for x in n["k_in"]),
+        *(f"    d_{x}_part = {fresh.format('most * 16 * H * V')}" for x in n["v_in"]),
+        *(f"    {a} = {fresh.format('most * 16 * H')}" for a in along(words)),
+        f"    parts = triton.cdiv(K * V, {ELEMENTS})",
+        f"    products = {fresh.format(f'most * H * {len(plan.decays)} * parts')}",
+        "    # states at the start of every window",
+        *(f"    {s}_end, {s}_starts = {s}, []" for s in states),
+        "    for low, high in zip(bounds[:-1], bounds[1:]):",
+        *(f"        {s}_starts.append({s}_end)" for s in states),
+        "        if high == T:",
+        "            break",
+        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in states),
+        *_window_lines(words, n, False),
+        "    for low, high in zip(bounds[-2::-1], bounds[:0:-1]):",
+        *(f"        {s}_start, {s}_end = {s}_starts.pop(), torch.empty_like({s})" for s in states),
+        *_window_lines(words, n, True),
+        *(f"        d_{p}_part = {fresh.format('(chunks, H)')}" for p in n["parameters"]),
         "        BK, BV, warps, stages, registers = _backward_tiles(K, V, dtype)",
-        "        _local_kernel[(chunks, heads)](",
+        "        _local_kernel[(chunks, H)](",
     ]
     part = [f"d_{x}_part" for x in (*n["k_in"], *n["v_in"])]
-    along = [f"along_{d}" for d in groups] + ([f"wrote_{d}" for d in groups] if plan.exclusive else [])
     arguments = [*n["k_in"], *n["v_in"], *words.sums, *n["parameters"], "border", *(f"d_{r}" for r in reads), *part]
-    arguments += [*along, *(f"d_{p}_part" for p in n["parameters"]), "adjoints", "spans"]
+    arguments += [*along(words), *(f"d_{p}_part" for p in n["parameters"]), "adjoints", "spans"]
     lines += [
         f"            {', '.join(arguments)},",
-        "            scale, T, NT, H, head, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,",
+        "            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,",
         "        )",
-        *(f"        d_{p}_parts.append(d_{p}_part.sum(0))" for p in n["parameters"]),
-        "        _carry_kernel[(parts, N * heads)](",
-        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in n['states'])])},",
-        f"            {', '.join(f'd_{s}_start' for s in n['states'])}, products, offsets, bases, T, NT, H, head, heads,",
-        f"            K=K, V=V, BE={BE}, PACKED=offsets is not None, num_warps=4,",
+        *(f"        d_{p} += d_{p}_part.sum(0)" for p in n["parameters"]),
+        *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
+        "        _carry_kernel[(parts, N * H)](",
+        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
+        f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
+        f"            K=K, V=V, BE={ELEMENTS}, PACKED=offsets is not None, num_warps=1,",
         "        )",
         "        BK, BV = _tile(K, 32), _tile(V, 64)",
-        "        _settle_kernel[(chunks, heads)](",
-        f"            {', '.join([*n['key_in'], *n['value_in'], *words.sums, 'adjoints', 'products', *along, *part])},",
+        "        _settle_kernel[(chunks, H)](",
+        f"            {', '.join([*n['key_in'], *n['value_in'], *words.sums, 'adjoints', 'products', *along(words), *part])},",
         f"            {', '.join(f'd_{x}_out' for x in (*n['k_in'], *n['v_in']))}, {', '.join(f'd_decay_{d}' for d in groups)}, spans,",
-        "            T, NT, H, head, K=K, V=V, BK=BK, BV=BV, PARTS=parts, BP=triton.next_power_of_2(parts),",
+        "            *place, K=K, V=V, BK=BK, BV=BV, PARTS=parts, BP=triton.next_power_of_2(parts),",
         "            num_warps=4, num_stages=2, **common,",
         "        )",
+        *(f"        d_{s}_end = d_{s}_start" for s in states),
     ]
     results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}.to(decay_{d}.dtype)" for d in groups]
-    results += [f"torch.cat(d_{p}_parts).to({p}.dtype)" for p in n["parameters"]] + [
-        f"d_{s}_start" for s in n["states"]
-    ]
+    results += [f"d_{p}.to({p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in states]
     lines.append(f"    return {', '.join(results)}")
     return "\n".join(lines) + "\n"
 

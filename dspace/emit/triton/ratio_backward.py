@@ -110,7 +110,7 @@ def local_kernel(words: Words) -> str:
     lines = signature(
         "_local_kernel",
         pointers,
-        "scale, T, NT, H, HEAD",
+        "scale, T, LOW, HIGH, NT, H",
         "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,\n"
         f"    VARIANCE: tl.constexpr, {OPTIONS}",
     )
@@ -121,11 +121,11 @@ def local_kernel(words: Words) -> str:
     lines += chunk_start(words)
     lines += (
         """
-    at_l = row * heads + i_l
+    at_l = (i_c.to(tl.int64) * 16 + o_c) * H + i_h
     # picks the rows of one token out of all channels
     pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
     pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
-    slot = (i_c.to(tl.int64) * heads + i_l) * STATES * V * K
+    slot = (i_c.to(tl.int64) * H + i_h) * STATES * V * K
 """.replace("STATES", str(len(states)))
         .strip("\n")
         .splitlines()
@@ -264,7 +264,7 @@ def local_kernel(words: Words) -> str:
             lines.append(" " * pad + f"d_{p} = tl.sum(({show(factor)}) * sum_{j}_t, 0)")
     lines += [f"    tl.store({a} + at_l, {a}_t, mask=live)" for a in along(words)]
     for p in words.parameters:
-        lines.append(f"    tl.store(d_{p}_part + i_c * heads + i_l, tl.where(begin < end, d_{p}, 0.0))")
+        lines.append(f"    tl.store(d_{p}_part + i_c * H + i_h, tl.where(begin < end, d_{p}, 0.0))")
     return "\n".join(lines) + "\n"
 
 
@@ -319,17 +319,16 @@ def carry_kernel(words: Words) -> str:
     lines = signature(
         "_carry_kernel",
         pointers,
-        "T, NT, H, HEAD, HEADS",
+        "T, LOW, HIGH, NT, H",
         "K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr",
     )
-    lines += f'''
+    lines += '''
     """What each chunk hands over becomes, in place, the adjoint at the chunk's end; products: <start state, adjoint>."""
     parts = tl.num_programs(0)
     i_e = tl.program_id(0)
-    i_n = tl.program_id(1) // HEADS
-    i_l = tl.program_id(1) % HEADS
-    i_h = HEAD + i_l
-    begin, end, base = _sequence(offsets, bases, i_n, T, NT, PACKED)
+    i_n = tl.program_id(1) // H
+    i_h = tl.program_id(1) % H
+    begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
     o_e = i_e * BE + tl.arange(0, BE)
     m_e = o_e < K * V
     user = (i_n.to(tl.int64) * H + i_h) * K * V + (o_e % K) * V + o_e // K
@@ -340,7 +339,7 @@ def carry_kernel(words: Words) -> str:
     lines += [
         "    for i_r in range(0, chunks_here):",
         "        i_c = chunks_here - 1 - i_r",
-        f"        slot = ((base + i_c) * HEADS + i_l) * {count} * V * K + o_e",
+        f"        slot = ((base + i_c) * H + i_h) * {count} * V * K + o_e",
         "        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h",
     ]
     for i in range(count):
@@ -356,7 +355,7 @@ def carry_kernel(words: Words) -> str:
         ]
     for d in range(len(plan.decays)):
         inner = " + ".join(f"start_{i} * d_{s}" for i, s in enumerate(states) if plan.states[i].group == d)
-        at = f"(((base + i_c) * HEADS + i_l) * {len(plan.decays)} + {d}) * parts + i_e"
+        at = f"(((base + i_c) * H + i_h) * {len(plan.decays)} + {d}) * parts + i_e"
         lines.append(f"        tl.store(products + {at}, tl.sum({inner}, 0))")
     lines += [f"    tl.store(d_{s}_start + user, d_{s}, mask=m_e)" for s in states]
     return "\n".join(lines) + "\n"
@@ -375,7 +374,7 @@ def settle_kernel(words: Words) -> str:
     lines = signature(
         "_settle_kernel",
         pointers,
-        "T, NT, H, HEAD",
+        "T, LOW, HIGH, NT, H",
         "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,\n"
         f"    PARTS: tl.constexpr, BP: tl.constexpr, {OPTIONS}",
     )
@@ -384,17 +383,15 @@ def settle_kernel(words: Words) -> str:
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i_c = tl.program_id(0)
-    i_l = tl.program_id(1)
-    heads = tl.num_programs(1)
-    i_h = HEAD + i_l
-    begin, end = _chunk(spans, i_c, T, NT, 16, PACKED)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     o_p = tl.arange(0, BP)
     row = begin + o_c
     live = row < end
     at = row * H + i_h
-    at_l = row * heads + i_l
-    slot = i_c.to(tl.int64) * heads + i_l
+    at_l = (i_c.to(tl.int64) * 16 + o_c) * H + i_h
+    slot = i_c.to(tl.int64) * H + i_h
 '''.strip("\n").splitlines()
     for d in range(len(plan.decays)):
         lines += [

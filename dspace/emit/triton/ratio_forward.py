@@ -30,17 +30,16 @@ def states_kernel(words: Words) -> str:
     lines = signature(
         "_states_kernel",
         pointers,
-        "T, NT, H, HEAD, HEADS",
-        f"K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, {OPTIONS}",
+        "T, LOW, HIGH, NT, H",
+        f"K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, {OPTIONS}",
     )
-    lines += f'''
+    lines += '''
     """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    i_n = tl.program_id(2) // HEADS
-    i_l = tl.program_id(2) % HEADS
-    i_h = HEAD + i_l
-    begin, end, base = _sequence(offsets, bases, i_n, T, NT, PACKED)
+    i_n = tl.program_id(2) // H
+    i_h = tl.program_id(2) % H
+    begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     m_v = o_v < V
     m_k = o_k < K
@@ -52,10 +51,12 @@ def states_kernel(words: Words) -> str:
         lines.append(f"    {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)")
     lines += [
         "    for i_c in range(0, tl.cdiv(end - begin, 16)):",
-        f"        slot = chunks + ((base + i_c) * HEADS + i_l) * {len(plan.states)} * V * K + tile",
+        f"        slot = chunks + ((base + i_c) * H + i_h) * {len(plan.states)} * V * K + tile",
     ]
     for i, s in enumerate(words.states):
-        lines.append(f"        tl.store(slot + {i} * V * K, {s}.to(chunks.dtype.element_ty), mask=m_tile)")
+        if i == 0:
+            lines.append("        if STORE:")
+        lines.append(f"            tl.store(slot + {i} * V * K, {s}.to(chunks.dtype.element_ty), mask=m_tile)")
     lines += """
         row = begin + i_c * 16 + o_c
         live = row < end
@@ -102,7 +103,7 @@ def reads_kernel(words: Words) -> str:
     lines = signature(
         "_reads_kernel",
         pointers,
-        "scale, T, NT, H, HEAD",
+        "scale, T, LOW, HIGH, NT, H",
         "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,\n"
         f"    VARIANCE: tl.constexpr, {OPTIONS}",
     )
@@ -126,7 +127,7 @@ def reads_kernel(words: Words) -> str:
     lines.append("    for i_v in range(NV):")
     lines += value_block(words, channels, 8)
     lines.append(
-        f"        tile = chunks + (i_c.to(tl.int64) * heads + i_l) * {len(plan.states)} * V * K + block[:, None] * K + o_k[None, :]"
+        f"        tile = chunks + (i_c.to(tl.int64) * H + i_h) * {len(plan.states)} * V * K + block[:, None] * K + o_k[None, :]"
     )
     count = plan.output_reads
     for i in range(SLABS):

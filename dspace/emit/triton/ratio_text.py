@@ -28,6 +28,47 @@ def _reciprocal(x, FAST: tl.constexpr):
         )
     else:
         return 1.0 / x
+
+
+@_kernel
+def _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED: tl.constexpr):
+    """First token, end token and first chunk of what sequence ``i_n`` has in the window."""
+    if PACKED:
+        begin = tl.load(offsets + i_n).to(tl.int64)
+        end = tl.load(offsets + i_n + 1).to(tl.int64)
+        base = tl.load(bases + i_n).to(tl.int64)
+    else:
+        begin = i_n.to(tl.int64) * T + LOW
+        end = i_n.to(tl.int64) * T + HIGH
+        base = i_n.to(tl.int64) * NT
+    return begin, end, base
+
+
+@_kernel
+def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
+    """First and end token of chunk ``i_c`` of the window; empty for the spare chunks of a packed batch."""
+    if PACKED:
+        begin = tl.load(spans + 2 * i_c).to(tl.int64)
+        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
+    else:
+        sequence = (i_c // NT).to(tl.int64)
+        begin = sequence * T + LOW + (i_c % NT).to(tl.int64) * 16
+        end = tl.minimum(begin + 16, sequence * T + HIGH)
+    return begin, end
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of log decays from the start of each token's chunk, float32."""
+    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    row = begin + tl.arange(0, 16)
+    here = (row < end)[:, None] & (o_h < H)[None, :]
+    at = row[:, None] * H + o_h[None, :]
+    step = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
+    # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits.
+    step = tl.minimum(tl.maximum(step, -40.0), 0.0)
+    tl.store(sums + at, tl.cumsum(step, axis=0), mask=here)
 '''
 
 OPTIONS = "OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr"
@@ -180,7 +221,7 @@ def whole(words: Words, expr: sympy.Expr, text: str) -> str:
 
 def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
     return [
-        '@_kernel(do_not_specialize=["T", "NT", "HEAD"])',
+        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])',
         f"def {kernel}(",
         f"    {', '.join(pointers)},",
         f"    {sizes},",
@@ -194,10 +235,8 @@ def chunk_start(words: Words) -> list[str]:
     before = words.plan.exclusive
     lines = f"""
     i_c = tl.program_id(0)
-    i_l = tl.program_id(1)
-    heads = tl.num_programs(1)
-    i_h = HEAD + i_l
-    begin, end = _chunk(spans, i_c, T, NT, 16, PACKED)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
