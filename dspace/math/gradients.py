@@ -111,7 +111,7 @@ def pull_back(seeds: Sequence[tuple[sympy.Expr, sympy.Expr, Axes]], table: Table
         if arriving is None:
             continue
         cotangent = sympy.Add(*arriving)
-        if cotangent == 0:
+        if cotangent == 0 or not node.free_symbols:
             continue
         if node.is_Symbol:
             gradients[node] = cotangent

@@ -75,7 +75,7 @@ HEAD = """    NV: tl.constexpr = (V + BV - 1) // BV
     m_v = o_v < V
     m_kv = m_k & m_v
     t_kv = o_k * V + o_v
-    count_k = K * 1.0
+    count_k = tl.full((), K, tl.float32)
     count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
     zero_ = tl.full((), 0.0, tl.float32)
     zero_k = tl.zeros([BK, 1], tl.float32)
@@ -157,7 +157,8 @@ class _Body:
     def full(self, store: Store) -> str:
         """The value of ``store``, spread over all its axes."""
         text = self.show(store.expr)
-        return text if axes_of(store.expr, self.flattener.axes) == store.axes else f"{text} + zero_{store.axes}"
+        whole = store.expr.free_symbols and axes_of(store.expr, self.flattener.axes) == store.axes
+        return text if whole else f"{text} + zero_{store.axes}"
 
 
 class _Kernels:

@@ -1,0 +1,140 @@
+"""Run as a program under TRITON_INTERPRET=1: the sequential kernels against plain float64 evaluation, errors as JSON.
+
+Triton decides when it is imported whether it interprets, hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from cases import RECURRENCES, Identity, analysis_of, build, inputs, load  # noqa: E402
+from draw import arguments, error, gradients  # noqa: E402
+from oracle import evaluate  # noqa: E402
+
+from dspace.emit import emit  # noqa: E402
+from dspace.emit.triton import sequential  # noqa: E402
+
+MORE = {
+    r.name: r
+    for r in (
+        build(
+            "erase_channels",
+            inputs(q="k", k="k", v="v", w="k", beta=""),
+            (),
+            {"S": ("kv", "0", "exp(w)*S + sigmoid(beta)*k*(v - sum_k(exp(w)*S*k))")},
+            "scale*sum_k(S*q)",
+        ),
+        build(  # no state on kv, none that carries v
+            "vector_only",
+            inputs(q="k", k="k", v="v"),
+            (),
+            {"z": ("k", "1", "0.9*z + k**2"), "n": ("", "0", "n + sum_k(z*k)")},
+            "v*sum_k(z*q) + n",
+        ),
+        build(  # states that swap, a constant update, an input that nothing reads
+            "swap",
+            inputs(q="k", k="k", v="v", g=""),
+            (),
+            {"A": ("kv", "0", "R + v*k"), "R": ("kv", "0", "A"), "c": ("k", "0", "2")},
+            "sum_k(A*q*c)",
+        ),
+    )
+}
+PACKED = [0, 1, 1, 6]
+
+
+def module(name: str, folder: Path, blocks: int) -> ModuleType:
+    """The generated module with this section alone; ``blocks`` is the width of a block of v where v may be split."""
+    r = (RECURRENCES | MORE)[name]
+    source = emit(Identity(name), analysis_of(r), targets=[sequential.section])
+    made = load(source, folder / f"sequential_{name}_{blocks}.py")
+    usual = made._sequential_config
+
+    def config(K: int, V: int, steps: int, backward: bool) -> tuple[int, int, int]:
+        BK, BV, warps = usual(K, V, steps, backward)
+        return BK, min(BV, blocks) if made._SEQUENTIAL_SPLITS else BV, warps
+
+    made._sequential_config = config
+    return made
+
+
+def errors(made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf16: bool) -> dict[str, float]:
+    """Relative error of each result and each gradient."""
+    r = (RECURRENCES | MORE)[name]
+    steps = PACKED[-1] if packed else steps
+    sequences = len(PACKED) - 1 if packed else batch
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    args = arguments(r, batch=batch, steps=steps, keys=3, values=3, dtype=dtype, sequences=sequences)
+    variance = r.variance is not None
+    if packed:
+        parts = []
+        for n, (begin, end) in enumerate(zip(PACKED[:-1], PACKED[1:], strict=True)):
+            if begin < end:
+                alone = [x[:, begin:end] for x in args[0]], args[1], [s[n : n + 1] for s in args[2]]
+                parts.append(evaluate(r, *alone, scale=0.6, variance=variance))
+            else:
+                empty = [parts[0][i][:, :0] for i in range(2 if variance else 1)]
+                parts.append([*empty, *(s[n : n + 1].double() for s in args[2])])
+        width = 2 if variance else 1
+        expected = [torch.cat([p[i] for p in parts], 1 if i < width else 0) for i in range(len(parts[0]))]
+    else:
+        expected = evaluate(r, *args, scale=0.6, variance=variance)
+    flat = [x for group in args for x in group]
+    offsets = torch.tensor(PACKED) if packed else None
+    result = [x for x in made._CORES["cuda", "recurrent"](*flat, 0.6, offsets, variance) if x is not None]
+    wanted, found = gradients(expected, flat), gradients(result, flat)
+    assert result[0].dtype == dtype and all(g.dtype == x.dtype for g, x in zip(found, flat, strict=True))
+    names = ["o", *(["variance"] if variance else []), *(s.name for s in r.states)]
+    names += [f"d_{v.name}" for v in (*r.inputs, *r.parameters, *r.states)]
+    pairs = zip(names, [*result, *found], [*expected, *wanted], strict=True)
+    return {n: error(a, b) for n, a, b in pairs}
+
+
+def operators(made: ModuleType) -> dict[str, float]:
+    """Schema, fake implementation and autograd registration of the operator; the front door; compilation."""
+    args = arguments(RECURRENCES["ratio"], batch=1, steps=2, heads=1, dtype=torch.float32)
+    flat = [x for group in args for x in group]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(made._sequential_op, (*flat, None, 0.5, True), test_utils=checks)
+    made._CORES["cpu", "recurrent"] = made._recurrent_triton_core
+    args = arguments(RECURRENCES["ratio"], steps=3, dtype=torch.float32)
+    shared = [x[:, :, :1] for x in args[0][:2]]  # one key head for two value heads
+    given = (*shared, *args[0][2:], *args[1])
+    o, final = made.recurrent_ratio(*given, output_final_state=True)
+    expected, states = made.reference_ratio(*given, output_final_state=True)
+    compiled = torch.compile(made.recurrent_ratio, fullgraph=True, backend="aot_eager")(*given)[0]
+    doubled = made.recurrent_ratio(*(x.double() for x in given))[0]
+    pairs = [(o, expected), *zip(final, states, strict=True), (compiled, expected), (doubled, expected)]
+    return {f"call {i}": error(a, b) for i, (a, b) in enumerate(pairs)}
+
+
+def main() -> None:
+    found: dict[str, dict[str, float]] = {}
+    modules: dict[tuple[str, int], ModuleType] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in json.load(sys.stdin):
+            name, blocks = case["name"], case["blocks"]
+            try:
+                if (name, blocks) not in modules:
+                    modules[name, blocks] = module(name, Path(folder), blocks)
+                made = modules[name, blocks]
+                if case["steps"] == 0:
+                    found[case["id"]] = operators(made)
+                else:
+                    found[case["id"]] = errors(made, name, case["steps"], case["batch"], case["packed"], case["bf16"])
+            except Exception as problem:  # reported by the test that asked
+                traceback.print_exc(limit=-3)
+                found[case["id"]] = {f"{type(problem).__name__}: {problem}"[:300]: float("inf")}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The sequential Triton kernels: interpreted against float64, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cases import RECURRENCES, Identity, analysis_of, load
+
+from dspace.emit import emit
+from dspace.emit.triton import section, sequential
+from dspace.runtime import offline
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """``blocks`` is the width of a block of value channels; ``steps`` 0 asks for the operators instead."""
+
+    name: str
+    steps: int
+    blocks: int = 2
+    batch: int = 1
+    packed: bool = False
+    bf16: bool = False
+
+    @property
+    def id(self) -> str:
+        extra = ("-packed" if self.packed else "") + ("-bf16" if self.bf16 else "")
+        return f"{self.name}-T{self.steps}-BV{self.blocks}{extra}"
+
+
+CASES = [
+    *(Case(name, 5) for name in (*sorted(RECURRENCES), "erase_channels", "vector_only", "swap")),
+    Case("erase", 1, batch=2),
+    Case("ratio", 1, blocks=8),
+    Case("normalised", 3, blocks=8, batch=2),
+    Case("ratio", 6, packed=True),
+    Case("coupled", 6, packed=True),
+    Case("bonus_before", 6, packed=True),
+    Case("erase", 3, bf16=True),
+    Case("ratio", 0, blocks=8),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    asked = [{**vars(c), "id": c.id} for c in CASES]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "sequential_interpreted.py")],
+        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[str, float]], case: Case) -> None:
+    budget = 8e-3 if case.bf16 else 2e-6
+    assert not {name: error for name, error in interpreted[case.id].items() if not error < budget}
+
+
+def launches(name: str, shape: tuple[int, ...], folder: Path) -> list[offline.Launch]:
+    """Forward and backward of one recurrence on bfloat16 inputs of ``(B, T, H, K, V)``."""
+    r = RECURRENCES[name]
+    made = load(emit(Identity(name), analysis_of(r), targets=[sequential.section]), folder / f"offline_{name}.py")
+    B, T, H, K, V = shape
+    of = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
+    inputs = [torch.empty(B, T, H, *of[v.axes], dtype=torch.bfloat16) for v in r.inputs]
+    parameters = [torch.empty(H, *of[p.axes]) for p in r.parameters]
+    states = [torch.empty(B, H, *of[s.axes]) for s in r.states]
+    o = torch.empty(B, T, H, V, dtype=torch.bfloat16)
+
+    def call() -> None:
+        made._sequential_forward(*inputs, *parameters, *states, None, 0.1, r.variance is not None)
+        made._sequential_backward(
+            *inputs, *parameters, *states, o, o, *states, None, 0.1, r.variance is not None
+        )  # fmt: skip
+
+    return offline.record(made, call)
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_kernels_compile_for_every_target_without_spills(target: str, tmp_path: Path) -> None:
+    reports = [offline.build(x, target) for x in launches("erase", (4, 512, 8, 32, 32), tmp_path)]
+    assert {b.name for b in reports} == {"_sequential_kernel", "_sequential_backward_kernel"}
+    assert [b for b in reports if b.spilled > 64] == []
+
+
+def test_one_token_moves_states_in_wide_pieces(tmp_path: Path) -> None:
+    """Decoding at batch 64, H = 16, K = V = 128: 16-byte accesses, thousands of programs, registers for four a core."""
+    kernel = launches("erase", (64, 1, 16, 128, 128), tmp_path)[0]
+    assert (kernel.options["BK"], kernel.options["BV"], kernel.options["num_warps"]) == (128, 32, 4)
+    report = offline.build(kernel, "sm_90")
+    assert report.registers <= 128 and report.spilled <= 16
+
+
+def test_every_class_has_a_recurrent_form_and_the_rest_falls_back_to_it(tmp_path: Path) -> None:
+    for name in ("erase", "coupled"):
+        made = load(
+            emit(Identity(name), analysis_of(RECURRENCES[name]), targets=[section.section]), tmp_path / f"{name}.py"
+        )
+        assert made._CORES["cuda", "chunk"] is made._CORES["cuda", "recurrent"] is made._recurrent_triton_core
+
+
+def test_values_split_only_where_no_formula_contracts_over_them() -> None:
+    assert {name for name, r in RECURRENCES.items() if not sequential.splits(r)} == {"coupled"}
