@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dspace.runtime import sass
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """What every generated kernel is compiled for in the tests."""
 
@@ -43,6 +45,8 @@ class Build:
     registers: int
     spilled: int
     shared: int
+    faults: tuple[str, ...] = ()
+    """Instructions that the assembler got wrong, see :mod:`dspace.runtime.sass`."""
 
 
 class _Recorder:
@@ -91,6 +95,7 @@ def build(launch: Launch, target: str) -> Build:
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = _signature(launch)
+    wrong: tuple[str, ...] = ()
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if target.startswith("gfx"):
         compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
@@ -101,7 +106,9 @@ def build(launch: Launch, target: str) -> Build:
         capability = int(target.removeprefix("sm_"))
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         registers, spilled = _resources(compiled.asm["cubin"])
-    return Build(launch.name, target, registers, spilled, compiled.metadata.shared)
+        if capability == 90:
+            wrong = sass.faults(sass.disassemble(compiled.asm["cubin"]))
+    return Build(launch.name, target, registers, spilled, compiled.metadata.shared, wrong)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -116,7 +123,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(re.findall(r"REG:(\d+)", report)[-1]), int(re.findall(r"STACK:(\d+)", report)[-1])
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]:
+def _signature(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any], dict[str, Any]]:
     """Triton's view of a call: type of each argument, constants, alignment, and compile options."""
     import torch
 

@@ -13,7 +13,7 @@ import torch
 
 import dspace.math
 import dspace.spec
-from dspace.emit.triton import features, printer, section
+from dspace.emit.triton import features, printer
 from dspace.errors import CompilerBug
 from dspace.runtime import offline
 from tests.emit.triton_interpreted import build, draw
@@ -77,14 +77,13 @@ CASES = [
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
     ("gla", 75, ODD, True),
-    ("gla", 64, {"k": 40, "v": 16}, False),
-    ("hgrn2", 33, ODD, False),
-    ("rwkv6", 75, ODD, True),
-    ("linear_attention", 65, {"k": 48, "v": 96}, False),
-    ("retnet", 40, ODD, False),
+    ("hgrn2", 33, {"k": 40, "v": 16}, False),
+    ("rwkv6", 33, ODD, False),
+    ("linear_attention", 33, {"k": 48, "v": 96}, False),
+    ("retnet", 20, ODD, False),
     ("palimpsa_folded", 75, ODD, True),
-    ("palimpsa_folded", 70, {"k": 48, "v": 16}, False),
-    ("normalized_linear_attention", 75, ODD, True),
+    ("palimpsa_folded", 66, {"k": 48, "v": 16}, False),
+    ("normalized_linear_attention", 20, ODD, False),
     (MANY, 75, ODD, True),
     (EXCLUSIVE, 75, ODD, True),
 ]
@@ -139,11 +138,11 @@ def calls(name: str, size: int, dtype: torch.dtype) -> list[offline.Launch]:
 @pytest.mark.parametrize("name", ["gla", "palimpsa_folded"])
 def test_every_kernel_compiles_without_much_spilling(name: str, target: str) -> None:
     launches = calls(name, 64, torch.bfloat16)
-    assert len({launch.name for launch in launches}) == (5 if name == "gla" else 7)
+    assert len({launch.name for launch in launches}) == 7
     for launch in launches:
         built = offline.build(launch, target)
         bound = 256 if "gradients" in built.name else 64
-        assert built.spilled <= bound, built
+        assert built.spilled <= bound and not built.faults, built
 
 
 def test_float32_operands_compile() -> None:
@@ -160,7 +159,6 @@ def test_an_input_used_as_it_is_costs_nothing() -> None:
 
 def test_other_classes_are_left_to_others() -> None:
     assert features.section(dspace.math.analyse(dspace.spec.load("palimpsa"))) is None
-    assert section.section(dspace.math.analyse(dspace.spec.load("delta_net"))) is None
 
 
 def test_conditional_lines_must_be_known_and_closed() -> None:

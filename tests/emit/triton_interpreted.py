@@ -18,7 +18,7 @@ import torch
 import dspace.math
 import dspace.spec
 from dspace.emit import module
-from dspace.emit.triton import section
+from dspace.emit.triton import features
 
 PACKED = [0, 0, 37, 38, 75]
 
@@ -27,7 +27,7 @@ def build(text: str) -> types.ModuleType:
     """The generated module of a spec given as text or built-in name, with the Triton section only."""
     spec = dspace.spec.loads(text) if "\n" in text else dspace.spec.load(text)
     analysis = dspace.math.analyse(spec)
-    source = module.emit(spec, analysis, [section.section])
+    source = module.emit(spec, analysis, [features.section])
     # Triton reads the source of its kernels from the file.
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
         file.write(source)

@@ -37,7 +37,7 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
 '''
 
 DECAY_SUMS = '''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _decay_sums_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, PACKED: tl.constexpr):
     """G[t] = sum of log decays from the start of t's chunk to t, float32; W values a head."""
     i_c = tl.program_id(0)
@@ -53,7 +53,7 @@ def _decay_sums_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, 
 '''
 
 STATES = '''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _states_kernel(
     k, v,
 #if decay
@@ -108,7 +108,7 @@ def _states_kernel(
 '''
 
 COTANGENTS = '''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _cotangents_kernel(
     q, d_o,
 #if decay

@@ -43,7 +43,7 @@ _FEATURES = """            query = tl.load(q + at[:, None] * K + o_k[None, :], m
 #endif"""
 
 SCORES = f'''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _scores_kernel(
     q, k, G, A, spans, T, NT, H,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
@@ -70,8 +70,8 @@ def _scores_kernel(
         tl.store(A + at[:, None] * C + o_c[None, :], scores.to(A.dtype.element_ty), mask=live[:, None])
 '''
 
-VALUES = f'''
-@_kernel(do_not_specialize=["T", "NT"])
+VALUES = '''
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _values_kernel(
     k, d_o, G, A, d_states, dv, spans, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -111,7 +111,7 @@ def _values_kernel(
 '''
 
 KEYS = f'''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _keys_kernel(
     q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

@@ -9,7 +9,7 @@ come from :mod:`dspace.emit.triton.channel`.
 from __future__ import annotations
 
 OUTPUTS = '''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _outputs_kernel(
     q, k, v,
 #if decay
@@ -89,7 +89,7 @@ def _outputs_kernel(
 '''
 
 GRADIENTS = '''
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _gradients_kernel(
     q, k, v, d_o,
 #if decay

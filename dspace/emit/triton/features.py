@@ -91,8 +91,7 @@ class _Core:
             parts.append(vector.COMPOSE)
             if self.plan.exclusive:
                 parts.append(vector.BEFORE)
-        kernel_names = {v.name: self.names[v.name] for v in self.recurrence.variables}
-        kernel_names |= {s.name: self.names[s.name] for s in self.recurrence.states}
+        kernel_names = dict(self.names)
         parts += [vector.source(group, kernel_names) for group in self.groups]
         return [p.strip("\n") + "\n" for p in (*parts, *(core_source(k, self.plan.exclusive) for k in kinds))]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _LOCAL = re.compile(
-    r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
+    r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_eager|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
 )
 
 
@@ -58,8 +58,12 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+def _cdiv(size, tile):
+    return -(-size // tile)  # Triton's own costs microseconds on the host
+
+
 def _tile(size, most):
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(1 << (size - 1).bit_length(), most))
 '''
 
 CORE = '''
@@ -84,7 +88,7 @@ def _decay_sums(g, spans, T, NT, chunks, C):
     W = g[0, 0, 0].numel()
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
-    grid = (chunks, triton.cdiv(H * W, BW))
+    grid = (chunks, _cdiv(H * W, BW))
     _decay_sums_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
     return G
 
@@ -101,7 +105,7 @@ def _states(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _states_kernel[grid](
         k, v,
 #if decay
@@ -150,7 +154,7 @@ def _forward(q, k, v,
 #if key
     A = _scores(q, k, G, spans, NT, chunks, config)
 #endif
-    _outputs_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+    _outputs_kernel[(_cdiv(V, BV) * H * chunks,)](
         q, k, v,
 #if decay
         G,
@@ -186,7 +190,7 @@ def _backward(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _cotangents_kernel[grid](
         q, d_o,
 #if decay
@@ -199,12 +203,12 @@ def _backward(q, k, v,
 #if key
     _, _, (BK, BV, warps, stages), gradients = config
     A = _scores(q, k, G, spans, NT, chunks, config)
-    _values_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+    _values_kernel[(_cdiv(V, BV) * H * chunks,)](
         k, d_o, G, A, d_states, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     BK, BV, warps, stages = gradients
-    _keys_kernel[(triton.cdiv(K, BK) * H * chunks,)](
+    _keys_kernel[(_cdiv(K, BK) * H * chunks,)](
         q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
@@ -279,8 +283,25 @@ def _linear_gradient(ctx, d_o, d_final):
 _linear_op.register_autograd(_linear_gradient, setup_context=_linear_save)
 
 
+class _linear_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.scale, offsets = arguments
+        ctx.save_for_backward(*tensors, offsets)
+        return _forward(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_final):
+        *tensors, offsets = ctx.saved_tensors
+        return (*_backward(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+
+
 def _linear(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    return _linear_op(*(t.contiguous() for t in tensors), scale, offsets)
+    run = _linear_op if torch.compiler.is_compiling() else _linear_eager.apply
+    return run(*(t.contiguous() for t in tensors), scale, offsets)
 '''

@@ -107,9 +107,9 @@ def _parameters(group: VectorGroup, names: Mapping[str, str]) -> list[str]:
 
 def _signature(kernel: str, arguments: list[str]) -> list[str]:
     return [
-        '@_kernel(do_not_specialize=["T", "NT", "TOTAL"])'
+        '@_kernel(do_not_specialize=["T", "NT", "H", "TOTAL"])'
         if "TOTAL" in arguments
-        else '@_kernel(do_not_specialize=["T", "NT"])',
+        else '@_kernel(do_not_specialize=["T", "NT", "H"])',
         f"def {kernel}(",
         f"    {', '.join(arguments)},",
         "    offsets, bases, scale, T, NT, H,",
@@ -300,7 +300,7 @@ def _vector_{tag}_forward(*arguments):
     values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
     borders = [like.new_empty((chunks, H, *channels)) for _ in initial]
     final = [torch.empty_like(t) for t in initial]
-    grid = (triton.cdiv(W, BW) * N * H,)
+    grid = (_cdiv(W, BW) * N * H,)
     {forward_launch}(
         *inputs, *parameters, *initial, *features, *values, *borders, *final, offsets, bases, scale, T, NT, H,
         W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
@@ -321,7 +321,7 @@ def _vector_{tag}_backward(*arguments):
     W = like.shape[2] if {bool(group.axes)} else 1
     C, BW, warps = _vector_{tag}_tile(W)
     _, bases, NT, chunks = _plan(T, offsets, N, C)
-    tiles = triton.cdiv(W, BW)
+    tiles = _cdiv(W, BW)
     grid = (tiles * N * H,)
     d_inputs = [
         torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_{tag})
@@ -385,9 +385,30 @@ def _vector_{tag}_gradient(ctx, *cotangents):
 _vector_{tag}_op.register_autograd(_vector_{tag}_gradient, setup_context=_vector_{tag}_save)
 
 
+class _vector_{tag}_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _vector_{tag}_forward(*arguments)
+        _vector_{tag}_save(ctx, arguments, output)
+        borders = output[{n_feature + n_state}:{n_feature + 2 * n_state}]
+        ctx.mark_non_differentiable(*borders)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *saved, offsets = ctx.saved_tensors
+        used = [*cotangents[:{n_feature + n_state}], *cotangents[{n_feature + 2 * n_state}:]]
+        grads = _vector_{tag}_backward(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
+        return (*grads, None, None, None, None)
+
+
 def _vector_{tag}(*arguments):
     """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
     *tensors, scale, raw, offsets, like = arguments
-    out = _vector_{tag}_op(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
+    run = _vector_{tag}_op if torch.compiler.is_compiling() else _vector_{tag}_eager.apply
+    out = run(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
     return out[:{n_feature}], out[{n_feature}:{n_feature + n_state}], out[{n_feature + 2 * n_state}:]
 '''
