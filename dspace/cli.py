@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import dspace
-from dspace.commands import relations, study, variants
+from dspace.commands import relations, space, study, variants
 from dspace.commands.common import BROKEN_PIPE, INTERRUPTED, Settings
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command("verify")(variants.verify)
 app.command("bench")(variants.bench)
 app.command("map")(relations.map_)
 app.command("reduce")(relations.reduce)
+app.command("space")(space.space)
 app.add_typer(studies, name="study")
 app.command("doctor")(variants.doctor)
 

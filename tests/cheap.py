@@ -52,16 +52,21 @@ def main(folder: Path) -> None:
     case = Case("small", Shape(1, 5, 1, 2, 3, 2))
     for path in sorted(folder.glob("*.toml")):
         start = time.process_time()
-        spec = load(path)
-        text = emit(spec, analysis_of(spec))
-        module_path = folder / f"{path.stem}_module.py"
-        module_path.write_text(text)
-        module = load_file(module_path, path.stem)
-        found = certify_module(spec, module, dtypes=["float64"], seed=7, cases=[case])
-        compared = sorted({c.form for c in found.checks if c.status == "ok"})
-        gradients = sorted({c.quantity for c in found.checks if c.status == "ok" and c.quantity.startswith("d ")})
-        report = {"name": path.stem, "class": found.letter, "passed": found.passed, "forms": compared}
-        report |= {"gradients": gradients, "failures": [c.describe() for c in found.failures()[:3]]}
+        report: dict[str, Any] = {"name": path.stem, "class": "", "passed": False, "forms": [], "gradients": []}
+        try:
+            spec = load(path)
+            text = emit(spec, analysis_of(spec))
+            module_path = folder / f"{path.stem}_module.py"
+            module_path.write_text(text)
+            module = load_file(module_path, path.stem)
+            found = certify_module(spec, module, dtypes=["float64"], seed=7, cases=[case])
+        except Exception as error:  # one variant that does not compile must not hide the others
+            report["failures"] = [f"{type(error).__name__}: {error}"]
+        else:
+            good = [c for c in found.checks if c.status == "ok"]
+            report |= {"class": found.letter, "passed": found.passed, "forms": sorted({c.form for c in good})}
+            report["gradients"] = sorted({c.quantity for c in good if c.quantity.startswith("d ")})
+            report["failures"] = [c.describe() for c in found.failures()[:3]]
         print(json.dumps({**report, "seconds": time.process_time() - start}), flush=True)
 
 

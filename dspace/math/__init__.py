@@ -38,6 +38,7 @@ _MODULES = (
     "map",
     "ranges",
     "reductions",
+    "roofline",
     "show",
     "simplify",
     "stability",
