@@ -26,9 +26,6 @@ from dspace.plan.ratio import RatioPlan, Tensor, ratio_plan
 BUDGET = 96 * 2**20
 """Bytes that states and adjoints at chunk starts may take: sets the tokens of a window, never fewer than 256."""
 
-ELEMENTS = 512
-"""State elements of one program of the scan over chunks."""
-
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _RESERVED = frozenset(
@@ -97,9 +94,9 @@ def _backward_tiles(K, V, dtype):
     return BK, 8, 4, 2, 0
 
 
-def _windows(T, bytes_a_token):
-    """Bounds of the windows of time."""
-    size = max(256, {BUDGET} // max(1, bytes_a_token) // 256 * 256)
+def _windows(T, bytes_a_token, share):
+    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then."""
+    size = max(256, share * {BUDGET} // max(1, bytes_a_token) // 256 * 256)
     return list(range(0, T, size)) + [T]
 
 
@@ -154,7 +151,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
         *(f"    sums_{d} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for d in groups),
-        f"    bounds = _windows(T, {adjoints * count} * B * H * K * V * kept.itemsize // 16)",
+        f"    bounds = _windows(T, {adjoints * count} * B * H * K * V * kept.itemsize // 16, {5 - 2 * adjoints})",
         "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
     ]
@@ -226,7 +223,8 @@ def _backward(words: Words) -> str:
         *(f"    d_{x}_part = {fresh.format('most * 16 * H * K')}" for x in n["k_in"]),
         *(f"    d_{x}_part = {fresh.format('most * 16 * H * V')}" for x in n["v_in"]),
         *(f"    {a} = {fresh.format('most * 16 * H')}" for a in along(words)),
-        f"    parts = triton.cdiv(K * V, {ELEMENTS})",
+        "    ck, cv = _tile(K, 32), _tile(V, 16)  # tiles of the scan over chunks",
+        "    parts = triton.cdiv(K, ck) * triton.cdiv(V, cv)",
         f"    products = {fresh.format(f'most * H * {len(plan.decays)} * parts')}",
         "    # states at the start of every window",
         *(f"    {s}_end, {s}_starts = {s}, []" for s in states),
@@ -256,9 +254,10 @@ def _backward(words: Words) -> str:
         "        _carry_kernel[(parts, N * H)](",
         f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
         f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
-        f"            K=K, V=V, BE={ELEMENTS}, PACKED=offsets is not None, num_warps=1,",
+        "            K=K, V=V, BK=ck, BV=cv, PACKED=offsets is not None, num_warps=1,",
         "        )",
-        "        BK, BV = _tile(K, 32), _tile(V, 64)",
+        "        BK = max(16, triton.next_power_of_2(K))  # all key channels",
+        "        BV = _tile(V, 64 if BK <= 64 else 32)",
         "        _settle_kernel[(chunks, H)](",
         f"            {', '.join([*n['key_in'], *n['value_in'], *words.sums, 'adjoints', 'products', *along(words), *part])},",
         f"            {', '.join(f'd_{x}_out' for x in (*n['k_in'], *n['v_in']))}, {', '.join(f'd_decay_{d}' for d in groups)}, spans,",

@@ -121,7 +121,7 @@ def local_kernel(words: Words) -> str:
     lines += chunk_start(words)
     lines += (
         """
-    at_l = (i_c.to(tl.int64) * 16 + o_c) * H + i_h
+    own = i_c.to(tl.int64) * 16 * H + i_h
     # picks the rows of one token out of all channels
     pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
     pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
@@ -146,8 +146,8 @@ def local_kernel(words: Words) -> str:
             f"            d_{r}_next = {fetch('d_' + r, '(first + BV)', 'first + BV + o_v < V')}",
         ]
     lines += [
-        "        tile = slot + block[:, None] * K + o_k[None, :]",
-        "        own = ((block // BV) * BV == first) & (block < V)",
+        "        tile = block[:, None] * K + o_k[None, :]",
+        "        ours = ((block // BV) * BV == first) & (block < V)",
     ]
     pairs = [(i, n) for i, s in enumerate(plan.states) for n in range(len(s.writes))]
     lines += [f"        d_rows_{i}_{n} = tl.zeros([BV * 16, 16], tl.float32)" for i, n in pairs]
@@ -159,17 +159,17 @@ def local_kernel(words: Words) -> str:
         "            m_ck = live[:, None] & m_k[None, :]",
         "            m_tile = (block < V)[:, None] & m_k[None, :]",
         "            at_k = at[:, None] * K + (slab + o_k)[None, :]",
-        "            at_part = at_l[:, None] * K + (slab + o_k)[None, :]",
     ]
     for n in both:
-        lines.append(f"            raw_{n} = tl.load({n}_in + at_k, mask=m_ck, other=0.0)")
+        lines.append(f"            raw_{n} = tl.load({n}_in + start * K + at_k, mask=m_ck, other=0.0)")
         lines.append(f"            {n} = raw_{n}.to(tl.float32)")
     lines += ["            if NK > 1:"]
     lines += [
-        f"                d_{n}_before = tl.load(d_{n}_part + at_part, mask=m_ck & (i_v > 0), other=0.0)" for n in both
+        f"                d_{n}_before = tl.load(d_{n}_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)"
+        for n in both
     ]
     lines += key_lines(words, "", 12)
-    lines += state_lines(words, "chunks + tile", "", "slab", 12)
+    lines += state_lines(words, "chunks + slot + tile", "", "slab", 12)
     # cotangents of the body
     wide = dict(words.names)
     wide.update({t.name: f"{words.of(t)}[None, :, :]" for t in plan.tensors if words.of(t) in queried})
@@ -218,15 +218,15 @@ def local_kernel(words: Words) -> str:
         handed = dot.format(f"tl.trans(lead_{s.group})", f"d_{states[i]}")
         lines += [
             f"            handed = {handed}",
-            f"            tl.store(adjoints + tile + {i} * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=own[:, None] & m_k[None, :])",
+            f"            tl.store(adjoints + slot + tile + {i} * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])",
         ]
     lines.append("            if NK > 1:")
-    lines += _tensor_parts(words, "d_", 16, " + d_{n}_before", "at_part", "m_ck")
+    lines += _tensor_parts(words, "d_", 16, " + d_{n}_before", "own * K + at_k", "m_ck")
     lines.append("            else:")
     lines += [f"                all_{n} += {n}" for n in kept]
     lines += [
         "        m_out = live[None, :] & m_v[:, None]",
-        "        at_v = at_l[None, :] * V + (first + o_v)[:, None]",
+        "        at_v = at[None, :] * V + (first + o_v)[:, None]",
     ]
     grads: dict[int, list[str]] = {}
     for i, n in pairs:
@@ -243,10 +243,9 @@ def local_kernel(words: Words) -> str:
         "        m_k = live[:, None] & (o_k < K)[None, :]",
         "        at_k = at[:, None] * K + o_k[None, :]",
     ]
-    lines += ["        at_part = at_l[:, None] * K + o_k[None, :]"]
     for n in keyed:
-        lines.append(f"        {n} = tl.load({n}_in + at_k, mask=m_k, other=0.0).to(tl.float32)")
-    lines += _tensor_parts(words, "all_d_", 8, "", "at_part", "m_k")
+        lines.append(f"        {n} = tl.load({n}_in + start * K + at_k, mask=m_k, other=0.0).to(tl.float32)")
+    lines += _tensor_parts(words, "all_d_", 8, "", "own * K + at_k", "m_k")
     lines += [f"    sum_{j}_t = tl.sum(sum_{j}, 1)" for j in range(sums)]
     show = RatioPrinter(words.names)
     for variance, case in cases.items():
@@ -262,7 +261,7 @@ def local_kernel(words: Words) -> str:
             lines.append(" " * pad + f"along_{d}_t = ({show(factor)}) * sum_{j}_t - along_{d}_t")
         for p, (factor, j) in zip(words.parameters, case.parameters, strict=True):
             lines.append(" " * pad + f"d_{p} = tl.sum(({show(factor)}) * sum_{j}_t, 0)")
-    lines += [f"    tl.store({a} + at_l, {a}_t, mask=live)" for a in along(words)]
+    lines += [f"    tl.store({a} + own + at, {a}_t, mask=live)" for a in along(words)]
     for p in words.parameters:
         lines.append(f"    tl.store(d_{p}_part + i_c * H + i_h, tl.where(begin < end, d_{p}, 0.0))")
     return "\n".join(lines) + "\n"
@@ -306,7 +305,7 @@ def _value_parts(words: Words, channels: list[str], valued: list[str], beside: l
             continue
         terms = [f"d_{n}_rows"] if n in beside else []
         terms += _chain(plan.values, t.symbol, "d_value_", show)
-        lines.append(" " * indent + f"tl.store(d_{n}_part + at_v, {' + '.join(terms)}, mask=m_out)")
+        lines.append(" " * indent + f"tl.store(d_{n}_part + own * V + at_v, {' + '.join(terms)}, mask=m_out)")
     return lines
 
 
@@ -320,7 +319,7 @@ def carry_kernel(words: Words) -> str:
         "_carry_kernel",
         pointers,
         "T, LOW, HIGH, NT, H",
-        "K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr",
+        "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr",
     )
     lines += '''
     """What each chunk hands over becomes, in place, the adjoint at the chunk's end; products: <start state, adjoint>."""
@@ -329,9 +328,12 @@ def carry_kernel(words: Words) -> str:
     i_n = tl.program_id(1) // H
     i_h = tl.program_id(1) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
-    o_e = i_e * BE + tl.arange(0, BE)
-    m_e = o_e < K * V
-    user = (i_n.to(tl.int64) * H + i_h) * K * V + (o_e % K) * V + o_e // K
+    NK: tl.constexpr = (K + BK - 1) // BK
+    o_k = i_e % NK * BK + tl.arange(0, BK)
+    o_v = i_e // NK * BV + tl.arange(0, BV)
+    m_e = (o_v < V)[:, None] & (o_k < K)[None, :]
+    tile = o_v[:, None] * K + o_k[None, :]
+    user = (i_n.to(tl.int64) * H + i_h) * K * V + (o_k[None, :] * V + o_v[:, None])
     chunks_here = tl.cdiv(end - begin, 16)
 '''.strip("\n").splitlines()
     for s in states:
@@ -339,24 +341,24 @@ def carry_kernel(words: Words) -> str:
     lines += [
         "    for i_r in range(0, chunks_here):",
         "        i_c = chunks_here - 1 - i_r",
-        f"        slot = ((base + i_c) * H + i_h) * {count} * V * K + o_e",
+        f"        slot = ((base + i_c) * H + i_h) * {count} * V * K",
         "        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h",
     ]
     for i in range(count):
         lines += [
-            f"        handed_{i} = tl.load(adjoints + slot + {i} * V * K, mask=m_e, other=0.0).to(tl.float32)",
-            f"        start_{i} = tl.load(chunks + slot + {i} * V * K, mask=m_e, other=0.0).to(tl.float32)",
+            f"        handed_{i} = tl.load(adjoints + slot + {i} * V * K + tile, mask=m_e, other=0.0).to(tl.float32)",
+            f"        start_{i} = tl.load(chunks + slot + {i} * V * K + tile, mask=m_e, other=0.0).to(tl.float32)",
         ]
     for i, s in enumerate(states):
         group = plan.states[i].group
         lines += [
-            f"        tl.store(adjoints + slot + {i} * V * K, d_{s}.to(adjoints.dtype.element_ty), mask=m_e)",
+            f"        tl.store(adjoints + slot + {i} * V * K + tile, d_{s}.to(adjoints.dtype.element_ty), mask=m_e)",
             f"        d_{s} = handed_{i} + tl.exp(tl.load(sums_{group} + last)) * d_{s}",
         ]
     for d in range(len(plan.decays)):
         inner = " + ".join(f"start_{i} * d_{s}" for i, s in enumerate(states) if plan.states[i].group == d)
         at = f"(((base + i_c) * H + i_h) * {len(plan.decays)} + {d}) * parts + i_e"
-        lines.append(f"        tl.store(products + {at}, tl.sum({inner}, 0))")
+        lines.append(f"        tl.store(products + {at}, tl.sum(tl.sum({inner}, 1), 0))")
     lines += [f"    tl.store(d_{s}_start + user, d_{s}, mask=m_e)" for s in states]
     return "\n".join(lines) + "\n"
 
@@ -379,103 +381,89 @@ def settle_kernel(words: Words) -> str:
         f"    PARTS: tl.constexpr, BP: tl.constexpr, {OPTIONS}",
     )
     lines += '''
-    """Final gradients of one chunk of one head."""
-    NK: tl.constexpr = (K + BK - 1) // BK
+    """Final gradients of one chunk of one head; BK covers all key channels."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     o_p = tl.arange(0, BP)
-    row = begin + o_c
-    live = row < end
-    at = row * H + i_h
-    at_l = (i_c.to(tl.int64) * 16 + o_c) * H + i_h
+    o_k = tl.arange(0, BK)
+    start = begin * H + i_h
+    own = i_c.to(tl.int64) * 16 * H + i_h
     slot = i_c.to(tl.int64) * H + i_h
+    at = o_c * H
+    live = begin + o_c < end
+    m_k = o_k < K
+    m_ck = live[:, None] & m_k[None, :]
+    at_k = at[:, None] * K + o_k[None, :]
 '''.strip("\n").splitlines()
     for d in range(len(plan.decays)):
         lines += [
             f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.load(sums_{d} + at, mask=live, other=0.0)",
+            f"    part = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
             f"    until_{d} = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)",
         ]
-    lines += [f"    {a}_t = tl.load({a} + at_l, mask=live, other=0.0)" for a in along(words)]
-    loads_k = []
+    lines += [f"    {a}_t = tl.load({a} + own + at, mask=live, other=0.0)" for a in along(words)]
     for n in keyed:
-        loads_k += [
-            f"raw_{n} = tl.load({n}_in + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)",
-            f"{n} = raw_{n}.to(tl.float32)",
-        ]
-    show = RatioPrinter(words.names)
-    loads_v = [
-        f"{n} = tl.load({n}_in + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(tl.float32)" for n in valued
-    ]
-    loads_v += [f"value_{j} = {show(e)}" for j, e in enumerate(plan.values)]
-    place_k = ["o_k = i_k * BK + tl.arange(0, BK)", "m_k = o_k < K", "m_ck = live[:, None] & m_k[None, :]"]
-    place_v = ["o_v = i_v * BV + tl.arange(0, BV)", "m_v = o_v < V", "m_cv = live[:, None] & m_v[None, :]"]
-    count = len(plan.states)
-    tile = [f"tile = adjoints + slot * {count} * V * K + o_v[:, None] * K + o_k[None, :]"]
-    tile += [
-        f"d_{words.of(s.symbol)} = tl.load(tile + {i} * V * K, mask=m_v[:, None] & m_k[None, :], other=0.0).to(OT)"
-        for i, s in enumerate(plan.states)
-    ]
-    pairs = [(i, n) for i, s in enumerate(plan.states) for n in range(len(s.writes))]
-    # values
-    lines.append("    for i_v in range(NV):")
-    lines += [" " * 8 + x for x in (*place_v, *loads_v)]
-    lines += [f"        d_rows_{i}_{n} = tl.zeros([16, BV], tl.float32)" for i, n in pairs]
-    lines.append("        for i_k in range(NK):")
-    lines += [" " * 12 + x for x in (*place_k, *loads_k)] + key_lines(words, "", 12) + [" " * 12 + x for x in tile]
-    for i, n in pairs:
-        w, state = plan.states[i].writes[n], words.of(plan.states[i].symbol)
-        lines.append(
-            f"            d_rows_{i}_{n} = tl.dot(key_{w.key}, tl.trans(d_{state}), d_rows_{i}_{n}, input_precision=PRECISION)"
-        )
-    grads: dict[int, list[str]] = {}
-    for i, n in pairs:
-        s, w = plan.states[i], plan.states[i].writes[n]
         lines += [
-            f"        d_rows_{i}_{n} = d_rows_{i}_{n} * until_{s.group}[:, None]",
-            f"        wrote = tl.sum(d_rows_{i}_{n} * value_{w.value}, 1)",
-            f"        along_{s.group}_t -= wrote",
+            f"    raw_{n} = tl.load({n}_in + start * K + at_k, mask=m_ck, other=0.0)",
+            f"    {n} = raw_{n}.to(tl.float32)",
         ]
-        if plan.exclusive:
-            lines.append(f"        wrote_{s.group}_t += wrote")
-        grads.setdefault(w.value, []).append(f"d_rows_{i}_{n}")
+    lines += key_lines(words, "", 4)
+    lines += [f"    d_key_{j} = tl.zeros([16, BK], tl.float32)" for j in range(len(plan.keys))]
+    show = RatioPrinter(words.names)
+    lines += """
+    for i_v in range(NV):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_cv = live[:, None] & m_v[None, :]
+        at_v = at[:, None] * V + o_v[None, :]
+        tile = o_v[:, None] * K + o_k[None, :]
+        m_tile = m_v[:, None] & m_k[None, :]
+""".strip("\n").splitlines()
+    for n in valued:
+        lines.append(f"        {n} = tl.load({n}_in + start * V + at_v, mask=m_cv, other=0.0).to(tl.float32)")
+    lines += [f"        value_{j} = {show(e)}" for j, e in enumerate(plan.values)]
+    grads: dict[int, list[str]] = {}
+    for i, s in enumerate(plan.states):
+        state = words.of(s.symbol)
+        lines.append(
+            f"        d_{state} = tl.load(adjoints + (slot * {len(plan.states)} + {i}) * V * K + tile, mask=m_tile, other=0.0).to(OT)"
+        )
+        for n, w in enumerate(s.writes):
+            rows, weight = f"d_rows_{i}_{n}", f"until_{s.group}[:, None]"
+            lines += [
+                f"        {rows} = tl.dot(key_{w.key}, tl.trans(d_{state}), input_precision=PRECISION) * {weight}",
+                f"        weighted = (value_{w.value} * {weight}).to(OT)",
+                f"        d_key_{w.key} = tl.dot(weighted, d_{state}, d_key_{w.key}, input_precision=PRECISION)",
+                f"        wrote = tl.sum({rows} * value_{w.value}, 1)",
+                f"        along_{s.group}_t -= wrote",
+            ]
+            if plan.exclusive:
+                lines.append(f"        wrote_{s.group}_t += wrote")
+            grads.setdefault(w.value, []).append(rows)
     lines += [f"        d_value_{j} = {' + '.join(g)}" for j, g in grads.items()]
-    lines.append("        at_v = at[:, None] * V + o_v[None, :]")
     for t in plan.tensors:
         if t.axes == "v":
             n = words.of(t)
             terms = _chain(plan.values, t.symbol, "d_value_", show)
             lines += [
-                f"        own = tl.load(d_{n}_part + at_l[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)",
-                f"        tl.store(d_{n}_out + at_v, ({' + '.join(['own', *terms])}).to(d_{n}_out.dtype.element_ty), mask=m_cv)",
+                f"        inner = tl.load(d_{n}_part + own * V + at_v, mask=m_cv, other=0.0)",
+                f"        tl.store(d_{n}_out + start * V + at_v, ({' + '.join(['inner', *terms])}).to(d_{n}_out.dtype.element_ty), mask=m_cv)",
             ]
-    # keys
-    lines.append("    for i_k in range(NK):")
-    lines += [" " * 8 + x for x in (*place_k, *loads_k)]
-    lines += [f"        d_key_{j} = tl.zeros([16, BK], tl.float32)" for j in range(len(plan.keys))]
-    lines.append("        for i_v in range(NV):")
-    lines += [" " * 12 + x for x in (*place_v, *loads_v, *tile)]
-    for i, n in pairs:
-        s, w, state = plan.states[i], plan.states[i].writes[n], words.of(plan.states[i].symbol)
-        lines.append(
-            f"            d_key_{w.key} = tl.dot((value_{w.value} * until_{s.group}[:, None]).to(OT), d_{state}, d_key_{w.key}, input_precision=PRECISION)"
-        )
-    lines.append("        at_k = at[:, None] * K + o_k[None, :]")
     for t in plan.tensors:
         if t.axes == "k":
             n = words.of(t)
             terms = _chain(plan.keys, t.symbol, "d_key_", show)
             lines += [
-                f"        own = tl.load(d_{n}_part + at_l[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)",
-                f"        tl.store(d_{n}_out + at_k, ({' + '.join(['own', *terms])}).to(d_{n}_out.dtype.element_ty), mask=m_ck)",
+                f"    inner = tl.load(d_{n}_part + own * K + at_k, mask=m_ck, other=0.0)",
+                f"    tl.store(d_{n}_out + start * K + at_k, ({' + '.join(['inner', *terms])}).to(d_{n}_out.dtype.element_ty), mask=m_ck)",
             ]
     for d in range(len(plan.decays)):
         here = f"tl.load(products + (slot * {len(plan.decays)} + {d}) * PARTS + o_p, mask=o_p < PARTS, other=0.0)"
         lines.append(f"    product = tl.sum({here}, 0)")
         # S_t = a S_(t-1) + write is read after the write, or, if reads come first, one token later
-        own = f"- wrote_{d}_t" if plan.exclusive else f"+ along_{d}_t"
-        lines.append(f"    tl.store(d_decay_{d} + at, product - tl.cumsum(along_{d}_t, 0) {own}, mask=live)")
+        shift = f"- wrote_{d}_t" if plan.exclusive else f"+ along_{d}_t"
+        lines.append(f"    tl.store(d_decay_{d} + start + at, product - tl.cumsum(along_{d}_t, 0) {shift}, mask=live)")
     return "\n".join(lines) + "\n"

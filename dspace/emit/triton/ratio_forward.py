@@ -116,7 +116,7 @@ def reads_kernel(words: Words) -> str:
         inner = [f"m_{i} = live[:, None] & ({i} * BK + o_k < K)[None, :]"]
         for n in used:
             inner.append(
-                f"raw_{n}_{i} = tl.load({n}_in + at[:, None] * K + ({i} * BK + o_k)[None, :], mask=m_{i}, other=0.0)"
+                f"raw_{n}_{i} = tl.load({n}_in + start * K + at[:, None] * K + ({i} * BK + o_k)[None, :], mask=m_{i}, other=0.0)"
             )
             inner.append(f"{n}_{i} = raw_{n}_{i}.to(tl.float32)")
         block += [" " * pad + line for line in inner]
@@ -127,7 +127,7 @@ def reads_kernel(words: Words) -> str:
     lines.append("    for i_v in range(NV):")
     lines += value_block(words, channels, 8)
     lines.append(
-        f"        tile = chunks + (i_c.to(tl.int64) * H + i_h) * {len(plan.states)} * V * K + block[:, None] * K + o_k[None, :]"
+        f"        tile = chunks + (i_c.to(tl.int64) * H + i_h) * {len(plan.states)} * V * K + (block[:, None] * K + o_k[None, :])"
     )
     count = plan.output_reads
     for i in range(SLABS):
@@ -165,6 +165,6 @@ def reads_kernel(words: Words) -> str:
             pad += "    "
         lines += [
             pad + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16]) * ({RatioPrinter()(words.coefficient(j))})",
-            pad + f"tl.store({r}_out + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
+            pad + f"tl.store({r}_out + start * V + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
         ]
     return "\n".join(lines) + "\n"

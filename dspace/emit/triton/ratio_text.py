@@ -240,19 +240,20 @@ def chunk_start(words: Words) -> list[str]:
     o_c = tl.arange(0, 16)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    row = begin + o_c
-    live = row < end
-    at = row * H + i_h
+    # offsets in a chunk are 32 bit wide, from starts that are 64
+    start = begin * H + i_h
+    at = o_c * H
+    live = begin + o_c < end
     causal = o_c[:, None] {">" if before else ">="} o_c[None, :]
 """.strip("\n").splitlines()
     for d in range(len(words.plan.decays)):
         lines += [
             f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.where(live, tl.load(sums_{d} + at, mask=live, other=0.0), whole)",
+            f"    part = tl.where(live, tl.load(sums_{d} + start + at, mask=live, other=0.0), whole)",
         ]
         if before:
             lines += [
-                f"    seen = tl.load(sums_{d} + at - H, mask=live & (o_c > 0), other=0.0)",
+                f"    seen = tl.load(sums_{d} + start + at - H, mask=live & (o_c > 0), other=0.0)",
                 "    seen = tl.where(live, seen, whole)",
             ]
         seen = "seen" if before else "part"
@@ -267,7 +268,7 @@ def chunk_start(words: Words) -> list[str]:
 def fetch(name: str, first: str, mask: str) -> str:
     """Load of a ``[BV, 16]`` tile of a tensor on v whose channels start at ``first``."""
     index = f"at[None, :] * V + ({first} + o_v)[:, None]"
-    return f"tl.load({name}_in + {index}, mask=live[None, :] & ({mask})[:, None], other=0.0)"
+    return f"tl.load({name}_in + start * V + {index}, mask=live[None, :] & ({mask})[:, None], other=0.0)"
 
 
 def cotangent(words: Words, read: int) -> str:

@@ -1,0 +1,51 @@
+"""Run as a program under TRITON_INTERPRET=1: chunk cores of class c against the float64 reference, errors as JSON.
+
+As :mod:`triton_interpreted`, with the section of class c, and with windows of time so short that several are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+import types
+from pathlib import Path
+
+import dspace.math
+import dspace.spec
+from dspace.emit import module
+from dspace.emit.triton import ratio
+
+FOLDER = tempfile.mkdtemp()
+
+
+def build(text: str) -> types.ModuleType:
+    """The generated module of a spec given as text or built-in name, with the section of class c only."""
+    spec = dspace.spec.loads(text) if "\n" in text else dspace.spec.load(text)
+    source = module.emit(spec, dspace.math.analyse(spec), [ratio.section])
+    # Triton reads the source of its kernels from the file.
+    file = Path(FOLDER) / f"ratio_{spec.name}.py"
+    file.write_text(source)
+    made = types.ModuleType(file.stem)
+    made.__file__ = str(file)
+    sys.modules[made.__name__] = made
+    exec(compile(source, made.__file__, "exec"), made.__dict__)
+    return made
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    from triton_interpreted import errors
+
+    found: dict[str, dict[str, float]] = {}
+    for case in json.load(sys.stdin):
+        try:
+            made = build(case["spec"])
+            if case["window"]:
+                made.__dict__["_windows"] = lambda T, *_, size=case["window"]: [*range(0, T, size), T]
+            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"])
+        except Exception as error:  # reported by the test that asked
+            traceback.print_exc(limit=-3)
+            found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}
+    json.dump(found, sys.stdout)

@@ -1,0 +1,189 @@
+"""Generated Triton of class c: interpreted against float64, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+
+import dspace.math
+import dspace.spec
+from dspace.emit.triton import ratio
+from dspace.plan.ratio import ratio_plan
+from dspace.runtime import offline
+from tests.emit.ratio_interpreted import build
+from tests.emit.triton_interpreted import draw
+
+HERE = Path(__file__).parent
+
+# Two decays, two writes on one state, nonlinear keys and values, a gate and a per-channel parameter in the body,
+# an output that is not one read, and a state that divides without a prior of its own.
+MANY = """
+name = "many_ratios"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "v", domain = "nonnegative" }
+u = { axes = "", domain = "nonnegative" }
+g = { axes = "", domain = "nonpositive" }
+h = { axes = "", domain = "nonpositive" }
+[parameters]
+c = { axes = "", domain = "positive", init = 1.0 }
+w = { axes = "k", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k + tanh(v) * k**2"
+[state.R]
+axes = "kv"
+init = "0"
+update = "exp(2 * h) * R + b * softplus(k)"
+[readout]
+output = "v * sum_k(S * q / (c + w + R)) + sum_k(sigmoid(q + u) * tanh(S))"
+"""
+
+# The readout comes before the update.
+EXCLUSIVE = """
+name = "exclusive_ratio"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "v", domain = "nonnegative" }
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+c = { axes = "", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k"
+[state.R]
+axes = "kv"
+init = "0"
+update = "exp(g) * R + b * k**2"
+[readout]
+read = "before"
+output = "scale * sum_k(S * q / (c + R))"
+"""
+
+# A state that never forgets beside one that does.
+LASTING = EXCLUSIVE.replace("exclusive_ratio", "lasting_ratio").replace("exp(g) * R", "R").replace('read = "before"\n', "")
+
+
+def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0) -> dict:
+    return {
+        "id": name,
+        "spec": spec,
+        "steps": steps,
+        "sizes": {"k": k, "v": v},
+        "packed": packed,
+        "window": window,
+    }
+
+
+CASES = [
+    case("palimpsa", "palimpsa", 37, 16, 8),
+    case("one token", "palimpsa", 1, 16, 16),
+    case("several slabs and blocks", "palimpsa", 20, 40, 20),
+    case("packed in windows", "palimpsa", 75, 5, 12, packed=True, window=32),
+    case("windows", "palimpsa", 70, 8, 12, window=32),
+    case("many", MANY, 35, 12, 10),
+    case("many in slabs, packed", MANY, 75, 33, 9, packed=True),
+    case("read before", EXCLUSIVE, 40, 12, 10, window=16),
+    case("lasting", LASTING, 35, 12, 10),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    """Errors of all cases, from one process under the interpreter."""
+    root = str(HERE.parents[1])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ratio_interpreted.py")],
+        input=json.dumps(CASES),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [c["id"] for c in CASES])
+def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[str, float]], name: str) -> None:
+    worst = {what: error for what, error in interpreted[name].items() if not error < 1e-5}
+    assert not worst
+
+
+def calls(name: str, k: int, v: int, dtype: torch.dtype, fast: bool) -> list[offline.Launch]:
+    """Every launch of forward and backward of one variant."""
+    made = build(name)
+    made.__dict__["_fast"] = lambda tensor: fast
+    generator = torch.Generator().manual_seed(0)
+
+    def call() -> None:
+        batch, steps, heads = 2, 64, 4
+        of_size = {"": (), "k": (k,), "v": (v,), "kv": (k, v)}
+        tensors = []
+        for x in made.SPEC["inputs"]:
+            kind = dtype if x["axes"] else torch.float32
+            tensors.append(draw(x["domain"], (batch, steps, heads, *of_size[x["axes"]]), generator).to(kind))
+        tensors += [draw(p["domain"], (heads, *of_size[p["axes"]]), generator) for p in made.SPEC["parameters"]]
+        tensors += [torch.zeros(batch, heads, *of_size[s["axes"]]) for s in made.SPEC["states"]]
+        tensors = [t.requires_grad_() for t in tensors]
+        o, _, *final = made._CORES["cuda", "chunk"](*tensors, 1.0, None, False)
+        (o.float().sum() + sum(f.sum() for f in final)).backward()
+
+    return offline.record(made, call)
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_kernel_compiles_without_much_spilling(target: str) -> None:
+    launches = calls("palimpsa", 48, 48, torch.bfloat16, fast=target.startswith("sm"))
+    assert {launch.name for launch in launches} == {
+        "_sums_kernel",
+        "_states_kernel",
+        "_reads_kernel",
+        "_local_kernel",
+        "_carry_kernel",
+        "_settle_kernel",
+    }
+    for launch in launches:
+        built = offline.build(launch, target)
+        bound = 1024 if built.name == "_local_kernel" else 256
+        assert built.spilled <= bound, built
+
+
+def test_what_the_plan_splits() -> None:
+    plan = ratio_plan(dspace.math.analyse(dspace.spec.loads(MANY)))
+    assert plan is not None
+    assert len(plan.decays) == 2 and {d.expr for d in plan.decays if d.expr.is_Symbol} != set()
+    assert [len(s.writes) for s in plan.states] == [2, 1]
+    assert plan.output is not None and plan.output_reads == 2
+    made = {t.name: t.axes for t in plan.tensors if t.name.startswith("made")}
+    assert set(made.values()) == {"k"}  # the gate and the parameter in the bodies
+
+
+def test_a_cotangent_is_a_product_of_another() -> None:
+    plan = ratio_plan(dspace.math.analyse(dspace.spec.load("palimpsa")))
+    assert plan is not None
+    code = ratio.section(dspace.math.analyse(dspace.spec.load("palimpsa"))).code  # type: ignore[union-attr]
+    local = code[code.index("def _local_kernel") : code.index("def _carry_kernel")]
+    body = local[local.index("if not VARIANCE") : local.index("if VARIANCE:", local.index("if not VARIANCE"))]
+    assert body.count("_reciprocal(") == 1
+    assert body[: body.index("if (K %")].count(" * ") <= 6
+    assert all(isinstance(b, sympy.Expr) for b in plan.bodies)
+
+
+def test_other_classes_and_decays_are_left_to_others() -> None:
+    for name in ("gla", "metaplastic_gla", "delta_net"):
+        assert ratio.section(dspace.math.analyse(dspace.spec.load(name))) is None
