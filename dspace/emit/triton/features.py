@@ -35,6 +35,8 @@ def section(analysis: Analysis) -> Section | None:
     plan = affine_plan(analysis)
     if plan is None or not plan.matrix_states or any(s.decay_axes == "v" for s in plan.matrix_states):
         return None
+    if any(e.atoms(SumK, SumV) for s in plan.vector_states for w in s.writes for e in (s.decay, w.key, w.value)):
+        return None  # the scan of vector states is elementwise
     writer = _Core(analysis.recurrence, plan)
     core = writer.lines()
     return Section(
@@ -98,7 +100,7 @@ class _Core:
     def lines(self) -> list[str]:
         write = self.out.append
         r, names, plan = self.recurrence, self.names, self.plan
-        every = [names[v.name] for v in (*r.inputs, *r.parameters, *r.states)]
+        every = [names[v.name] for v in (*r.inputs, *r.parameters)] + [names[s.name] for s in r.states]
         like = names[r.inputs[0].name]
         write(f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):")
         write('    """Features of every token, then matmuls over chunks with the states at their borders."""')
