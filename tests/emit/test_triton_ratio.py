@@ -74,7 +74,9 @@ output = "scale * sum_k(S * q / (c + R))"
 """
 
 # A state that never forgets beside one that does.
-LASTING = EXCLUSIVE.replace("exclusive_ratio", "lasting_ratio").replace("exp(g) * R", "R").replace('read = "before"\n', "")
+LASTING = (
+    EXCLUSIVE.replace("exclusive_ratio", "lasting_ratio").replace("exp(g) * R", "R").replace('read = "before"\n', "")
+)
 
 
 def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0) -> dict:

@@ -330,7 +330,6 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     n, plan, names = _lists(words), words.plan, words.names
     every = [names[v.name] for v in (*recurrence.inputs, *recurrence.parameters, *recurrence.states)]
     like = names[recurrence.inputs[0].name]
-    plain = {v.symbol: v for v in recurrence.inputs}
     lines = [f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):"]
     lines.append(
         '    """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""'
@@ -341,7 +340,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
         f"    size_k, size_v = _sizes({', '.join(every)})",
         f"    batch, steps, heads = {like}.shape[:3]",
     ]
-    direct = [names[t.expr.name] for t in plan.tensors if t.expr in plain]
+    direct = [words.of(t) for t in plan.tensors if t.symbol == t.expr]
     kinds = [f"{x}.dtype" for x in direct] or [f"{like}.dtype"]
     kind = kinds[0]
     for other in kinds[1:]:
@@ -350,7 +349,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     aligned = {v.name: f"{names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
     table = recurrence.axes_table() | {r: "v" for r in plan.reads}
     show = _Printer({**aligned, "scale": "scale"}, table)
-    made = [t for t in (*plan.tensors, *plan.decays) if t.expr not in plain]
+    made = [t for t in (*plan.tensors, *plan.decays) if t.symbol != t.expr]
     finish = [e for e in (plan.output, None if plan.direct_variance else plan.variance) if e is not None]
     used = {s for t in made for s in t.expr.free_symbols} | {s for e in finish for s in e.free_symbols}
     for v in (*recurrence.inputs, *recurrence.parameters):
@@ -360,7 +359,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
         lines.append(f"    {t.name} = {_made(t, like, show, table)}  # {t.expr}")
 
     def argument(t: Tensor, cast: str) -> str:
-        return f"{words.of(t)}{cast}.contiguous()" if t.expr in plain else f"{t.name}.contiguous()"
+        return f"{words.of(t)}{cast}.contiguous()" if t.symbol == t.expr else f"{t.name}.contiguous()"
 
     arguments = [argument(t, ".to(dtype)") for t in plan.tensors] + [argument(t, "") for t in plan.decays]
     arguments += [f"{p}.contiguous()" for p in (*words.parameters, *n["states"])]
