@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.nn.attention import SoftmaxAttention
+    from dspace.nn.convert import convert
     from dspace.nn.layer import Mixer, MixerState
     from dspace.nn.model import Model
     from dspace.nn.operator import Operator
@@ -18,6 +19,7 @@ _HOMES = {
     "MixerState": "layer",
     "Model": "model",
     "Operator": "operator",
+    "convert": "convert",
     "Evaluation": "training",
     "Result": "training",
     "TrainConfig": "training",
@@ -35,6 +37,7 @@ __all__ = [
     "Result",
     "SoftmaxAttention",
     "TrainConfig",
+    "convert",
     "iterate",
     "predict",
     "train",

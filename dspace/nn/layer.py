@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dspace.errors import UserError
 from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, packed_conv, spread
 from dspace.nn.operator import as_operator
-from dspace.nn.parameters import Constrained, Decay, per_head_start
+from dspace.nn.parameters import Constrained, Decay, never_negative, per_head_start
 from dspace.nn.recipe import Apply, Const, Convolve, PerHead, Plan, Ref, Slot, Take, Tree, make_plan
 
 
@@ -79,6 +79,22 @@ class Mixer(nn.Module):
         self.plan: Plan = make_plan(declared, parameter_axes, table)
         self._check_names({**(init or {}), **dict.fromkeys(frozen)}, parameter_axes)
         self._lay_out(low_rank or self.head_dim, output_gate)
+        self.options: dict[str, Any] = {
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "head_dim": self.head_dim,
+            "expand_v": expand_v,
+            "num_v_heads": self.num_v_heads,
+            "conv_size": conv_size,
+            "low_rank": self.rank,
+            "scale": scale,
+            "layer": dict(layer or {}),
+            "frozen": frozen,
+            "skip": skip,
+            "output_norm": output_norm,
+            "output_gate": output_gate,
+            "norm_eps": norm_eps,
+        }
 
         starts = dict(init or {})
         self.constants = nn.ModuleDict(
@@ -269,7 +285,8 @@ class _Run:
                     part = self.mixer.expand[expand](part).unflatten(-1, self.mixer._shape(Slot("plain", group, axes)))
                 return part, axes
             case PerHead(name):
-                return self.mixer.atoms[name], ""
+                atom = self.mixer.atoms[name]
+                return (never_negative(atom) if name == "head_gain" else atom), ""
             case Ref(name, axes):
                 return self.values[name][0], axes
             case Convolve(index, arg):

@@ -37,6 +37,8 @@ class Operator:
     hash: str = ""
     native: bool = False
     """Whether ``recurrent`` is a native loop on a CPU: it then beats the chunkwise form there at every size tried."""
+    spec: Any = None
+    """The spec that it was compiled from, where it is at hand."""
 
     def state_numbers(self, heads: int, key_dim: int, value_dim: int) -> int:
         """Numbers that one sequence carries from token to token, all heads."""
@@ -89,6 +91,7 @@ def _from_module(module: ModuleType, spec: Any = None) -> Operator:
         layer=layer,
         hash=facts.get("hash", ""),
         native="cpu/recurrent" in facts.get("forms", {}),
+        spec=spec,
     )
 
 

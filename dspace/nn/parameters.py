@@ -60,6 +60,11 @@ class Constrained(nn.Module):
         return self.raw.sigmoid() if self.domain == "unit" else self.raw
 
 
+def never_negative(raw: Tensor) -> Tensor:
+    """``max(raw, 0)`` with the gradient of ``raw`` everywhere: a gain that can leave 0, and come back to it."""
+    return raw + (raw.clamp_min(0) - raw).detach()
+
+
 def per_head_start(names: Sequence[str], heads: int, decay: Decay, given: Mapping[str, float]) -> dict[str, Tensor]:
     """Starting value ``[heads]`` of each atom in ``names``; ``given`` fixes some to one number for all heads."""
     starts: dict[str, Tensor] = {}
@@ -69,6 +74,8 @@ def per_head_start(names: Sequence[str], heads: int, decay: Decay, given: Mappin
         starts["dt_bias"] = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
     if "head_scale" in names:
         starts["head_scale"] = torch.full((heads,), math.log(math.e - 1))  # softplus of it is 1
+    if "head_gain" in names:
+        starts["head_gain"] = torch.zeros(heads)
     if "A_log" in names:
         starts["A_log"] = _rates(heads, decay, starts.get("dt_bias")).log()
     starts |= {name: torch.full((heads,), float(given[name])) for name in names if name in given}

@@ -27,6 +27,7 @@ PER_HEAD: dict[str, str] = {
     "head_scale": "one learned number per head",
     "dt_bias": "one learned number per head; softplus of it starts log-uniform in [1e-3, 0.1]",
     "A_log": "one learned number per head, the logarithm of a rate of forgetting",
+    "head_gain": "one learned number per head that is never negative and starts at exactly 0",
 }
 FUNCTIONS: dict[str, int] = {
     "conv": 1,

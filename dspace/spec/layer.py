@@ -22,6 +22,7 @@ ATOMS = {
     "head_scale": "one learned number per head",
     "dt_bias": "one learned number per head, initialised so that softplus of it is log-uniform in [1e-3, 0.1]",
     "A_log": "one learned number per head, the logarithm of a decay rate",
+    "head_gain": "one learned number per head, never negative, initialised to exactly 0",
     "write_gate": "sigmoid of a linear projection, one number per head, shared by all recipes that name it",
 }
 """Values that a recipe may start from, with what they are."""
