@@ -237,7 +237,7 @@ def _backward(words: Words) -> str:
         "    for low, high in zip(bounds[-2::-1], bounds[:0:-1]):",
         *(f"        {s}_start, {s}_end = {s}_starts.pop(), torch.empty_like({s})" for s in states),
         *_window_lines(words, n, True),
-        *(f"        d_{p}_part = {fresh.format('(chunks, H)')}" for p in n["parameters"]),
+        *(f"        d_{p}_part = {fresh.format('(H, chunks)')}" for p in n["parameters"]),
         "        BK, BV, warps, stages, registers = _backward_tiles(K, V, dtype)",
         "        _local_kernel[(chunks, H)](",
     ]
@@ -249,7 +249,7 @@ def _backward(words: Words) -> str:
         "            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,",
         "        )",
-        *(f"        d_{p} += d_{p}_part.sum(0)" for p in n["parameters"]),
+        *(f"        d_{p} += d_{p}_part.sum(1)" for p in n["parameters"]),
         *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
         "        _carry_kernel[(parts, N * H)](",
         f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",

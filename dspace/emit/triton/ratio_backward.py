@@ -263,7 +263,7 @@ def local_kernel(words: Words) -> str:
             lines.append(" " * pad + f"d_{p} = tl.sum(({show(factor)}) * sum_{j}_t, 0)")
     lines += [f"    tl.store({a} + own + at, {a}_t, mask=live)" for a in along(words)]
     for p in words.parameters:
-        lines.append(f"    tl.store(d_{p}_part + i_c * H + i_h, tl.where(begin < end, d_{p}, 0.0))")
+        lines.append(f"    tl.store(d_{p}_part + i_h * tl.num_programs(0) + i_c, tl.where(begin < end, d_{p}, 0.0))")
     return "\n".join(lines) + "\n"
 
 
