@@ -21,7 +21,7 @@ def map_(
     dot: Annotated[bool, typer.Option("--dot", help="Print the map for Graphviz.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Which variant reduces to which, each edge proven."""
+    """Which variant reduces to which, each edge proven, and which a transform makes of which."""
     from dspace.math import analyse
     from dspace.math.map import load_or_build
     from dspace.runtime.cache import default_dir, digest
@@ -30,7 +30,7 @@ def map_(
     specs = {spec.name: spec for spec in map(load, sources or builtin_names())}
     hashes = {name: spec.hash for name, spec in specs.items()}
     store = default_dir() / f"map-{digest(*sorted(hashes.values()))[:16]}.json"
-    found = load_or_build(hashes, lambda: {name: analyse(spec) for name, spec in specs.items()}, store)
+    found = load_or_build(hashes, lambda: {name: analyse(spec) for name, spec in specs.items()}, store, specs)
     if picture is not None:
         found.svg(picture)
     if as_json:

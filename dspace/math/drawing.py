@@ -1,14 +1,19 @@
-"""The picture of a map: general variants above, special ones below, classes as colours, limits dashed."""
+"""The picture of a map: general variants above, special ones below, classes as colours, limits dashed, transforms dotted."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.math.map import Map
 
 Position = tuple[float, float]
+
+MOVE = "#a05a00"
+"""Colour of transforms."""
+LINES: dict[str, Any] = {"exact": "solid", "limit": (0, (4, 3)), "transform": (0, (1, 1.5))}
+"""Line style of each kind of edge."""
 
 
 def layout(drawn: Map) -> dict[str, Position]:
@@ -20,7 +25,7 @@ def layout(drawn: Map) -> dict[str, Position]:
     graph = networkx.DiGraph()
     graph.add_nodes_from(families)
     for e in drawn.skeleton():
-        if family[e.source] != family[e.target]:
+        if e.kind != "transform" and family[e.source] != family[e.target]:
             graph.add_edge(family[e.source], family[e.target])
     if not networkx.is_directed_acyclic_graph(graph):  # limits may close a circle: rank by exact edges alone
         graph.remove_edges_from(list(graph.edges))
@@ -100,9 +105,10 @@ def draw(drawn: Map, path: Path) -> None:
         start, end = places[e.source], places[e.target]
         level = start[1] == end[1]
         side = 1 if start[0] <= end[0] else -1
-        bend = 0.35 if level else (-0.22 if e.kind == "limit" else 0.06) * side
-        style = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.1, "shrinkA": 17, "shrinkB": 17}
-        style |= {"linestyle": (0, (4, 3)) if e.kind == "limit" else "solid"}
+        bend = 0.35 if level else {"limit": -0.22, "exact": 0.06, "transform": 0.3}[e.kind] * side
+        colour = MOVE if e.kind == "transform" else "#555555"
+        style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.1, "shrinkA": 17, "shrinkB": 17}
+        style |= {"linestyle": LINES[e.kind]}
         style |= {"connectionstyle": f"arc3,rad={bend}"}
         axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
         share = (0.34 if e.kind == "limit" else 0.56) + 0.05 * (i % 3 - 1)
@@ -113,13 +119,15 @@ def draw(drawn: Map, path: Path) -> None:
             y -= bend * (end[0] - start[0]) / 2
         else:
             y += (-0.5 if start[0] < end[0] else 0.5) * bend * abs(end[0] - start[0])
+        shade = MOVE if e.kind == "transform" else "#333333"
         label = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-        axes.text(x, y, e.text, ha="center", va="center", fontsize=6.5, color="#333333", zorder=2, bbox=label)
+        axes.text(x, y, e.text, ha="center", va="center", fontsize=6.5, color=shade, zorder=2, bbox=label)
     shown = [letter for letter in COLOURS if letter in letters.values()]
     legend: list[Artist] = [Patch(facecolor=COLOURS[c], label=f"class {c}: {NAMES[c]}") for c in shown]
     legend += [
         Line2D([], [], color="#555555", label="exact"),
         Line2D([], [], color="#555555", linestyle="--", label="limit"),
+        Line2D([], [], color=MOVE, linestyle=":", label="transform"),
     ]
     axes.legend(handles=legend, loc="lower center", bbox_to_anchor=(0.5, -0.05), ncol=3, fontsize=8, frameon=False)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)

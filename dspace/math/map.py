@@ -17,16 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from dspace.math.canonical import canonical_hash
 from dspace.math.cost import K, V
 from dspace.math.explain import as_dict
 from dspace.math.ir import Analysis
+from dspace.math.pipeline import analyse
 from dspace.math.reductions import reduce
 
 if TYPE_CHECKING:
     import networkx
 
-VERSION = "1"
+    from dspace.spec import Spec
+
+VERSION = "2"
 """Part of the key of stored maps: raise it when the search or the proofs change."""
+
+INVERSES = {"non_metaplastic": "metaplastic"}
+"""Transforms that undo another: pictures show the other one."""
 
 COLOURS = {
     "a": "#4c78a8",
@@ -54,7 +61,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """A proven reduction: ``source`` becomes ``target``; ``proof`` is one a reader can follow."""
+    """``source`` becomes ``target``: ``kind`` is "exact" or "limit" for a proven reduction, "transform" where a named
+    transform of its spec makes it; ``proof`` is one a reader can follow."""
 
     source: str
     target: str
@@ -110,9 +118,15 @@ class Map:
             pair = (family[e.source], family[e.target])
             if e.kind == "exact" and pair in needed and (pair not in best or len(e.text) < len(best[pair].text)):
                 best[pair] = e
+        made = {(e.source, e.target, e.text) for e in self.edges if e.kind == "transform"}
+        moves = [
+            e
+            for e in self.edges
+            if e.kind == "transform" and not (e.text in INVERSES and (e.target, e.source, INVERSES[e.text]) in made)
+        ]
         inner = [e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]]
         limits = self._limits(exact, family)
-        return (*best.values(), *inner, *limits)
+        return (*best.values(), *inner, *limits, *moves)
 
     def _limits(self, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
         """Limits whose end is not reached by another limit of the same source and then exactly."""
@@ -147,12 +161,12 @@ class Map:
         }
 
     def dot(self) -> str:
-        """The skeleton in Graphviz's language: exact edges solid, limits dashed."""
+        """The skeleton in Graphviz's language: exact edges solid, limits dashed, transforms dotted."""
         lines = ["digraph dspace {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
         for n in self.nodes:
             lines.append(f'  "{n.name}" [fillcolor="{COLOURS[n.letter]}", tooltip="{n.title}"];')
         for e in self.skeleton():
-            style = "dashed" if e.kind == "limit" else "solid"
+            style = {"exact": "solid", "limit": "dashed", "transform": "dotted"}[e.kind]
             lines.append(f'  "{e.source}" -> "{e.target}" [label="{e.text}", style={style}];')
         return "\n".join([*lines, "}"]) + "\n"
 
@@ -161,11 +175,12 @@ class Map:
         lines = []
         for name in sorted({e.source for e in self.skeleton()}):
             for e in sorted((e for e in self.skeleton() if e.source == name), key=lambda e: (e.kind, e.target)):
-                arrow = "→" if e.kind == "exact" else "⇢"
+                arrow = {"exact": "→", "limit": "⇢", "transform": "⇒"}[e.kind]
                 lines.append(f"{e.source} {arrow} {e.target}: {e.text}")
         alone = {n.name for n in self.nodes} - {x for e in self.edges for x in (e.source, e.target)}
-        count = f"{len(self.edges)} proven reductions in all; the others follow from these (→ exact, ⇢ limit)"
-        lines += ["", count]
+        reductions = sum(e.kind != "transform" for e in self.edges)
+        count = f"{reductions} proven reductions in all; the others follow from these (→ exact, ⇢ limit)"
+        lines += ["", count, "⇒ a transform of the spec on its left makes the variant on its right"]
         same = [f for f in self.families() if len(f) > 1]
         lines += [f"the same up to substitution: {', '.join(f)}" for f in same]
         if alone:
@@ -179,8 +194,8 @@ class Map:
         draw(self, Path(path))
 
 
-def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True) -> Map:
-    """Try every ordered pair; keep what is proven."""
+def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True, specs: Mapping[str, Spec] | None = None) -> Map:
+    """Try every ordered pair; keep what is proven. With ``specs``, by the same names, also every transform of each."""
     start = time.perf_counter()
     nodes = tuple(
         Node(name, a.source.title, a.classification.letter, str(a.cost["state_bytes"])) for name, a in analyses.items()
@@ -194,10 +209,37 @@ def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True) -> Map:
             for kind in ("exact", "limit"):
                 if told[kind] is not None:
                     edges.append(Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"])))
+    if specs is not None:
+        edges += transform_edges(specs, analyses)
     return Map(nodes, tuple(edges), time.perf_counter() - start)
 
 
-def load_or_build(hashes: Mapping[str, str], analyses: Callable[[], Mapping[str, Analysis]], store: Path) -> Map:
+def transform_edges(specs: Mapping[str, Spec], analyses: Mapping[str, Analysis]) -> list[Edge]:
+    """Edges from a variant to the one that a transform of its spec makes: same canonical hash, hence mathematics."""
+    from dspace.spec.transforms import TRANSFORMS, TransformError
+
+    known: dict[str, list[str]] = {}
+    for name, analysis in analyses.items():
+        known.setdefault(canonical_hash(analysis.recurrence), []).append(name)
+    edges = []
+    for source, spec in specs.items():
+        for transform, function in TRANSFORMS.items():
+            try:
+                made = function(spec)
+            except TransformError:
+                continue
+            same = canonical_hash(analyse(made).recurrence)
+            proof = (f"the transform {transform} of {source} has the normal form of canonical hash {same[:16]}",)
+            edges += [Edge(source, t, "transform", transform, proof) for t in known.get(same, ()) if t != source]
+    return edges
+
+
+def load_or_build(
+    hashes: Mapping[str, str],
+    analyses: Callable[[], Mapping[str, Analysis]],
+    store: Path,
+    specs: Mapping[str, Spec] | None = None,
+) -> Map:
     """The map from ``store`` if it holds one of the same variants, else built and stored there.
 
     ``hashes`` names what each variant is (the hash of its spec); ``analyses`` is called only to build.
@@ -211,7 +253,7 @@ def load_or_build(hashes: Mapping[str, str], analyses: Callable[[], Mapping[str,
             return Map(nodes, edges, stored["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent, unreadable or of another version: build it anew
-    built = build_map(analyses())
+    built = build_map(analyses(), specs=specs)
     text = json.dumps({"key": key, **built.as_dict()})
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
