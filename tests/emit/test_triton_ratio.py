@@ -150,7 +150,8 @@ def calls(name: str, k: int, v: int, dtype: torch.dtype, fast: bool) -> list[off
 
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_kernel_compiles_without_much_spilling(target: str) -> None:
-    launches = calls("palimpsa", 48, 48, torch.bfloat16, fast=target.startswith("sm"))
+    size = 48 if target == "sm_90" else 16
+    launches = calls("palimpsa", size, size, torch.bfloat16, fast=target.startswith("sm"))
     assert {launch.name for launch in launches} == {
         "_sums_kernel",
         "_states_kernel",

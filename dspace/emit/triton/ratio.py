@@ -1,6 +1,6 @@
 """The Triton section of class c: ratios (any elementwise read) of affine states with one decay per token.
 
-A generated section has six kernels (:mod:`.ratio_text`, :mod:`.ratio_forward`, :mod:`.ratio_backward`) and their
+A generated section has six kernels (:mod:`.ratio_text`, :mod:`.ratio_forward`, :mod:`.ratio_backward`, :mod:`.ratio_settle`) and their
 launches. Time is taken in windows, each a call of all kernels with the state (or adjoint) of its border carried in
 float32, so that the states at chunk starts and their adjoints (2 bytes an element every 16 tokens in bfloat16) need
 not exist for all tokens at once.
@@ -16,8 +16,9 @@ from dspace.emit.base import Section
 from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import host
-from dspace.emit.triton.ratio_backward import along, carry_kernel, local_kernel, settle_kernel
+from dspace.emit.triton.ratio_backward import along, local_kernel
 from dspace.emit.triton.ratio_forward import SLABS, reads_kernel, states_kernel
+from dspace.emit.triton.ratio_settle import carry_kernel, settle_kernel
 from dspace.emit.triton.ratio_text import HELPERS, Words
 from dspace.math.functions import Softplus
 from dspace.math.ir import Analysis, Axes, Recurrence, axes_of
@@ -328,7 +329,8 @@ _ratio_op.register_autograd(_ratio_gradient, setup_context=_ratio_save)
 
 def _core(recurrence: Recurrence, words: Words) -> str:
     n, plan, names = _lists(words), words.plan, words.names
-    every = [names[v.name] for v in (*recurrence.inputs, *recurrence.parameters, *recurrence.states)]
+    every = [names[v.name] for v in (*recurrence.inputs, *recurrence.parameters)]
+    every += [names[s.name] for s in recurrence.states]
     like = names[recurrence.inputs[0].name]
     lines = [f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):"]
     lines.append(

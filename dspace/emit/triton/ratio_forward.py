@@ -80,11 +80,11 @@ def states_kernel(words: Words) -> str:
         )
     lines += key_lines(words, "", 8)
     show = RatioPrinter(words.names)
-    for s in plan.states:
-        name = words.of(s.symbol)
-        lines.append(f"        {name} = {name} * tl.exp(whole_{s.group})")
-        for w in s.writes:
-            value = f"(({show(plan.values[w.value])}) * until_{s.group}[:, None]).to(OT)"
+    for state in plan.states:
+        name = words.of(state.symbol)
+        lines.append(f"        {name} = {name} * tl.exp(whole_{state.group})")
+        for w in state.writes:
+            value = f"(({show(plan.values[w.value])}) * until_{state.group}[:, None]).to(OT)"
             lines.append(f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)")
     lines += [f"    tl.store({s}_end + user, {s}, mask=m_tile)" for s in words.states]
     return "\n".join(lines) + "\n"
@@ -159,12 +159,12 @@ def reads_kernel(words: Words) -> str:
     lines.append("        m_out = live[None, :] & m_v[:, None]")
     lines.append("        at_v = at[None, :] * V + (first + o_v)[:, None]")
     for j, r in enumerate(reads):
-        pad = "        "
+        space = "        "
         if j >= count:
-            lines.append(pad + "if VARIANCE:")
-            pad += "    "
+            lines.append(space + "if VARIANCE:")
+            space += "    "
         lines += [
-            pad + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16]) * ({RatioPrinter()(words.coefficient(j))})",
-            pad + f"tl.store({r}_out + start * V + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
+            space + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16]) * ({RatioPrinter()(words.coefficient(j))})",
+            space + f"tl.store({r}_out + start * V + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
         ]
     return "\n".join(lines) + "\n"
