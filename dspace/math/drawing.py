@@ -111,7 +111,7 @@ def draw(drawn: Map, path: Path) -> None:
         style |= {"linestyle": LINES[e.kind]}
         style |= {"connectionstyle": f"arc3,rad={bend}"}
         axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
-        share = (0.34 if e.kind == "limit" else 0.56) + 0.05 * (i % 3 - 1)
+        share = {"limit": 0.34, "exact": 0.56, "transform": 0.3}[e.kind] + 0.05 * (i % 3 - 1)
         x = start[0] + share * (end[0] - start[0])
         y = start[1] + share * (end[1] - start[1])
         if not level:  # halfway out along the bend

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from dspace.spec import Spec
 
-VERSION = "2"
+VERSION = "3"
 """Part of the key of stored maps: raise it when the search or the proofs change."""
 
-INVERSES = {"non_metaplastic": "metaplastic"}
-"""Transforms that undo another: pictures show the other one."""
+INVERSES = frozenset({"non_metaplastic"})
+"""Transforms that undo another: pictures leave them out, since they go where an exact reduction goes."""
 
 COLOURS = {
     "a": "#4c78a8",
@@ -118,12 +118,7 @@ class Map:
             pair = (family[e.source], family[e.target])
             if e.kind == "exact" and pair in needed and (pair not in best or len(e.text) < len(best[pair].text)):
                 best[pair] = e
-        made = {(e.source, e.target, e.text) for e in self.edges if e.kind == "transform"}
-        moves = [
-            e
-            for e in self.edges
-            if e.kind == "transform" and not (e.text in INVERSES and (e.target, e.source, INVERSES[e.text]) in made)
-        ]
+        moves = [e for e in self.edges if e.kind == "transform" and e.text not in INVERSES]
         inner = [e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]]
         limits = self._limits(exact, family)
         return (*best.values(), *inner, *limits, *moves)
