@@ -141,7 +141,7 @@ def calls(name: str, size: int, dtype: torch.dtype) -> list[offline.Launch]:
 @pytest.mark.parametrize("name", ["gla", "palimpsa_folded"])
 def test_every_kernel_compiles_without_much_spilling(name: str, target: str) -> None:
     launches = calls(name, 64, torch.bfloat16)
-    assert len({launch.name for launch in launches}) == 7
+    assert len({launch.name for launch in launches}) == (7 if name == "gla" else 10)
     for launch in launches:
         built = offline.build(launch, target)
         bound = max((most for part, most in SPILLED.items() if part in built.name), default=64)

@@ -90,7 +90,7 @@ class _Core:
         kinds = sorted({kind(s) for s in self.plan.matrix_states})
         parts = [host.COMMON, host.TABLES, boundary.SPAN]
         if self.groups:
-            parts.append(vector.COMPOSE)
+            parts += [vector.COMPOSE, vector.CARRY]
             if self.plan.exclusive:
                 parts.append(vector.BEFORE)
         kernel_names = dict(self.names)
