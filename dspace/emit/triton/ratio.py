@@ -84,7 +84,7 @@ def _forward_tiles(K, V, dtype):
         BK = 32 if K <= 128 else 64
     if dtype != torch.bfloat16:
         return BK, 8, 4, 1, 0
-    return BK, 8, 4, 2, 128 if BK == 16 else 168 if BK == 32 else 0
+    return BK, 8, 4, 2, 128 if BK <= 32 else 0
 
 
 def _backward_tiles(K, V, dtype):
