@@ -169,3 +169,23 @@ def test_conditional_lines_must_be_known_and_closed() -> None:
         printer.specialise("#if nothing\n#endif\n", {})
     with pytest.raises(CompilerBug):
         printer.specialise("#if x\n", {"x": True})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_and_its_backward_are_one_graph(packed: bool) -> None:
+    made = build("palimpsa_folded")
+    of_size = {"": (), "k": (16,), "v": (16,), "kv": (16, 16)}
+    batch, sequences = (1, 3) if packed else (2, 2)
+    tensors = [torch.zeros(batch, 70, 2, *of_size[v["axes"]], requires_grad=True) for v in made.SPEC["inputs"]]
+    tensors += [torch.ones(2, *of_size[p["axes"]], requires_grad=True) for p in made.SPEC["parameters"]]
+    tensors += [torch.zeros(sequences, 2, *of_size[s["axes"]], requires_grad=True) for s in made.SPEC["states"]]
+    offsets = torch.tensor([0, 30, 30, 70]) if packed else None
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        o, variance, *final = made._CORES["cuda", "chunk"](*leaves, 0.5, offsets, True)
+        return o.sum() + variance.sum() + sum(f.sum() for f in final)
+
+    with offline.recording(made) as launches:
+        torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors).backward()
+    assert len({launch.name for launch in launches}) == 10
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
