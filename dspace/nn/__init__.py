@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.nn.attention import SoftmaxAttention
-    from dspace.nn.convert import convert
+    from dspace.nn.surgery import convert
     from dspace.nn.layer import Mixer, MixerState
     from dspace.nn.model import Model
     from dspace.nn.operator import Operator
@@ -19,7 +19,7 @@ _HOMES = {
     "MixerState": "layer",
     "Model": "model",
     "Operator": "operator",
-    "convert": "convert",
+    "convert": "surgery",
     "Evaluation": "training",
     "Result": "training",
     "TrainConfig": "training",

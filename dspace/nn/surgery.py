@@ -117,7 +117,7 @@ class _Exact:
     """The converted variant; while its gain is 0 and its prior 1, with the values of the base and its own gradients.
 
     Both are then the same function, but their kernels round differently. From the first call on at which they are no
-    longer the same, the base is not asked again.
+    longer the same, the base is not asked again; under torch.compile it is never asked.
     """
 
     def __init__(self, made: Callable[..., Any], base: Callable[..., Any], names: _Names) -> None:
