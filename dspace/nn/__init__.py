@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspace.nn.attention import SoftmaxAttention
-    from dspace.nn.surgery import convert
     from dspace.nn.layer import Mixer, MixerState
     from dspace.nn.model import Model
     from dspace.nn.operator import Operator
+    from dspace.nn.surgery import convert
     from dspace.nn.training import Evaluation, Result, TrainConfig, iterate, predict, train
 
 _HOMES = {
