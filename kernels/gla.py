@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'gla', hash 79addc45d60ec12d, by emitter 1.
+Generated from the spec 'gla', hash 79addc45d60ec12d, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib.util
 import itertools
 import math
 import numpy
@@ -46,10 +47,13 @@ SPEC = {'name': 'gla',
              'init': '0'}],
  'variance': False,
  'read': 'after',
- 'forms': {'cpu/chunk': '_chunk_torch_core', 'cpu/recurrent': '_native_core', 'cuda/chunk': '_chunk_triton_core'},
+ 'forms': {'cpu/chunk': '_cpu_chunk_core',
+           'cpu/recurrent': '_native_core',
+           'cuda/chunk': '_chunk_triton_core',
+           'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'linear', 'k': 'linear', 'v': 'linear', 'g': '-softplus(-low_rank) / 16'},
- 'versions': {'emitter': '1'}}
+ 'versions': {'emitter': '2'}}
 _OPS = 'dspace_gla_79addc45'  # namespace of this module's PyTorch operators
 
 
@@ -814,8 +818,12 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+def _cdiv(size, tile):
+    return -(-size // tile)  # Triton's own costs microseconds on the host
+
+
 def _tile(size, most):
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(1 << (size - 1).bit_length(), most))
 
 
 @_kernel
@@ -845,7 +853,7 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _decay_sums_key_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, PACKED: tl.constexpr):
     """G[t] = sum of log decays from the start of t's chunk to t, float32; W values a head."""
     i_c = tl.program_id(0)
@@ -860,7 +868,7 @@ def _decay_sums_key_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constex
     tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _states_key_kernel(
     k, v,
     G,
@@ -902,7 +910,7 @@ def _states_key_kernel(
     tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _cotangents_key_kernel(
     q, d_o,
     G,
@@ -948,10 +956,52 @@ def _cotangents_key_kernel(
     tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _scores_key_kernel(
+    q, k, G, A, spans, T, NT, H,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """A[t, s] = sum_k q_t exp(Gq_t - G_s) k_s, one chunk a program."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    LEVELS: tl.constexpr = tl.constexpr(C.bit_length() - 1)
+    pid = tl.program_id(0)
+    i_h = pid % H
+    begin, end = _chunk(spans, pid // H, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        row = begin + o_c
+        live = row < end
+        at = row * H + i_h
+        apart = o_c[:, None] ^ o_c[None, :]
+        scores = tl.zeros([C, C], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_ck = live[:, None] & (o_k < K)[None, :]
+            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            seen = part
+            for level in range(LEVELS):
+                block = 1 << level
+                upper = ((o_c & block) != 0)[:, None]
+                middle = begin + (o_c | (2 * block - 1)) - block
+                at_mid = tl.minimum(middle, end - 1) * H + i_h
+                mid = tl.load(G + at_mid[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+                weight = tl.exp(tl.minimum(tl.where(upper, seen - mid, mid - part), 0.0))
+                own = tl.where(upper, query, key).to(tl.float32)
+                scaled = (own * weight).to(OT)
+                pairs = (apart >= block) & (apart < 2 * block) & (o_c[:, None] > o_c[None, :])
+                scores += tl.where(pairs, tl.dot(scaled, tl.trans(scaled), input_precision=PRECISION), 0.0)
+            scores += tl.where(apart == 0, tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[:, None], 0.0)
+        tl.store(A + at[:, None] * C + o_c[None, :], scores.to(A.dtype.element_ty), mask=live[:, None])
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _outputs_key_kernel(
     q, k, v,
     G,
+    A,
     states, o, spans, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -959,7 +1009,6 @@ def _outputs_key_kernel(
     """o_t = scale (sum_s (q_t exp(Gq_t - G_s) k_s) v_s + (q_t exp(Gq_t)) S), one chunk and value tile a program."""
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
-    LEVELS: tl.constexpr = tl.constexpr(C.bit_length() - 1)
     pid = tl.program_id(0)
     i_v = pid % NV
     i_h = (pid // NV) % H
@@ -972,8 +1021,7 @@ def _outputs_key_kernel(
         at = row * H + i_h
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
-        apart = o_c[:, None] ^ o_c[None, :]
-        scores = tl.zeros([C, C], dtype=tl.float32)
+        scores = tl.load(A + at[:, None] * C + o_c[None, :], mask=live[:, None], other=0.0)
         out = tl.zeros([C, BV], dtype=tl.float32)
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
@@ -982,176 +1030,139 @@ def _outputs_key_kernel(
             query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
             tile = o_k[:, None] * V + o_v[None, :]
             S = tl.load(states + (i_c.to(tl.int64) * H + i_h) * K * V + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
-            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
             part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            seen = part
-            out = tl.dot((query * tl.exp(seen)).to(OT), S.to(OT), out, input_precision=PRECISION)
-            for level in range(LEVELS):
-                block = 1 << level
-                upper = (o_c & block) != 0
-                middle = begin + (o_c | (2 * block - 1)) - block
-                at_mid = tl.minimum(middle, end - 1) * H + i_h
-                mid = tl.load(G + at_mid[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-                scaled = tl.where(upper[:, None], query, key).to(tl.float32) * tl.exp(
-                    tl.minimum(tl.where(upper[:, None], seen - mid, mid - part), 0.0)
-                )
-                scaled = scaled.to(OT)
-                pairs = (apart >= block) & (apart < 2 * block) & (o_c[:, None] > o_c[None, :])
-                scores += tl.where(pairs, tl.dot(scaled, tl.trans(scaled), input_precision=PRECISION), 0.0)
-            scores += tl.where(apart == 0, tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[:, None], 0.0)
+            out = tl.dot((query * tl.exp(part)).to(OT), S.to(OT), out, input_precision=PRECISION)
         value = tl.load(v + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
         out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
         tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
-@_kernel(do_not_specialize=["T", "NT"])
-def _gradients_key_kernel(
-    q, k, v, d_o,
-    G, dg,
-    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _values_key_kernel(
+    k, d_o, G, A, d_states, dv, spans, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """dq, dk, dv and the log-decay gradient of one chunk, from S at its start and dS at its end.
-
-    dg_r is a sum over the pairs (t, s) whose decay contains r, and is added up as such: terms of queries after
-    r, of keys before r, and of pairs around r. Nothing large is subtracted.
-    """
+    """dv_s = scale sum_t A[t, s] do_t + (k_s exp(G_C - G_s)) dS, one chunk and value tile a program."""
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
-    LEVELS: tl.constexpr = tl.constexpr(C.bit_length() - 1)
     pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
+    i_v = pid % NV
+    i_h = (pid // NV) % H
+    i_c = pid // (NV * H)
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
         o_c = tl.arange(0, C)
         row = begin + o_c
         live = row < end
         at = row * H + i_h
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_cv = live[:, None] & m_v[None, :]
+        scores = tl.load(A + at[None, :] * C + o_c[:, None], mask=live[None, :], other=0.0)
+        d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
+        acc = tl.dot(scores.to(OT), d_out.to(OT), input_precision=PRECISION) * scale
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            whole = tl.load(G + ((end - 1) * H + i_h) * K + o_k, mask=m_k, other=0.0)
+            key = key * tl.exp(tl.minimum(whole[None, :] - part, 0.0))
+            tile = (i_c.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+            dS = tl.load(d_states + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            acc = tl.dot(key.to(OT), dS.to(OT), acc, input_precision=PRECISION)
+        tl.store(dv + at[:, None] * V + o_v[None, :], acc.to(dv.dtype.element_ty), mask=m_cv)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _keys_key_kernel(
+    q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """dq, dk and the log-decay gradient, one chunk and tile of key channels a program.
+
+    dg_r is a sum over the pairs (t, s) whose decay contains r, and is added up as such: terms of queries from r on,
+    of keys before r. Nothing large is subtracted.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    LEVELS: tl.constexpr = tl.constexpr(C.bit_length() - 1)
+    pid = tl.program_id(0)
+    i_k = pid % NK
+    i_h = (pid // NK) % H
+    i_c = pid // (NK * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        row = begin + o_c
+        live = row < end
+        at = row * H + i_h
+        apart = o_c[:, None] ^ o_c[None, :]
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        m_ck = live[:, None] & m_k[None, :]
         at_state = (i_c.to(tl.int64) * H + i_h) * K * V
-        last = (end - 1) * H + i_h
-        inner = live & (o_c > 0)
-        # d_scores[t, s] = do_t . v_s, and its transpose [s, t] by a dot of its own (a transposed dot result
-        # as operand is what Triton before 3.7.1 miscompiles on Hopper).
         d_scores = tl.zeros([C, C], dtype=tl.float32)
         d_scores_t = tl.zeros([C, C], dtype=tl.float32)
+        acc_q = tl.zeros([C, BK], dtype=tl.float32)
+        acc_k = tl.zeros([C, BK], dtype=tl.float32)
+        carried = tl.zeros([BK], dtype=tl.float32)
         for i_v in range(NV):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = o_v < V
             m_cv = live[:, None] & m_v[None, :]
             d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(OT)
             value = tl.load(v + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0).to(OT)
+            tile = o_k[None, :] * V + o_v[:, None]
+            m_tile = m_v[:, None] & m_k[None, :]
+            S = tl.load(states + at_state + tile, mask=m_tile, other=0.0)
+            dS = tl.load(d_states + at_state + tile, mask=m_tile, other=0.0)
             d_scores = tl.dot(d_out, tl.trans(value), d_scores, input_precision=PRECISION)
             d_scores_t = tl.dot(value, tl.trans(d_out), d_scores_t, input_precision=PRECISION)
-        # scores_t[s, t] = q_t . k_s with its decay
-        scores_t = tl.zeros([C, C], dtype=tl.float32)
-        apart = o_c[:, None] ^ o_c[None, :]
-        later = o_c[None, :] > o_c[:, None]
-        for i_k in range(NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            seen = part
-            for level in range(LEVELS):
-                block = 1 << level
-                upper = (o_c & block) != 0
-                middle = begin + (o_c | (2 * block - 1)) - block
-                at_mid = tl.minimum(middle, end - 1) * H + i_h
-                mid = tl.load(G + at_mid[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-                scaled = tl.where(upper[:, None], query, key).to(tl.float32) * tl.exp(
-                    tl.minimum(tl.where(upper[:, None], seen - mid, mid - part), 0.0)
-                )
-                scaled = scaled.to(OT)
-                pairs = (apart >= block) & (apart < 2 * block) & later
-                scores_t += tl.where(pairs, tl.dot(scaled, tl.trans(scaled), input_precision=PRECISION), 0.0)
-            scores_t += tl.where(apart == 0, tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1)[:, None], 0.0)
-        scores_t *= scale
-        # pairs[r, c] = scale * do_max . v_min, symmetric: serves dq above and dk below the middle of a block
-        mixed = tl.where(later, d_scores_t, d_scores) * scale
+            acc_q = tl.dot(d_out, S.to(OT), acc_q, input_precision=PRECISION)
+            acc_k = tl.dot(value, dS.to(OT), acc_k, input_precision=PRECISION)
+            carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
+        # symmetric: [r, c] = scale do_max . v_min serves dq above and dk below the middle of a block
+        mixed = (tl.where(o_c[None, :] > o_c[:, None], d_scores_t, d_scores) * scale).to(OT)
         same = tl.sum(tl.where(apart == 0, d_scores, 0.0), axis=1) * scale
-        scores_t = scores_t.to(OT)
-        # dv_s = sum_t scores[t, s] do_t + (k_s exp(G_C - G_s)) dS
-        for i_v in range(NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            m_v = o_v < V
-            m_cv = live[:, None] & m_v[None, :]
-            acc = tl.zeros([C, BV], dtype=tl.float32)
-            for i_k in range(NK):
-                o_k = i_k * BK + tl.arange(0, BK)
-                m_k = o_k < K
-                m_ck = live[:, None] & m_k[None, :]
-                key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-                tile = o_k[:, None] * V + o_v[None, :]
-                dS = tl.load(d_states + at_state + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
-                whole = tl.load(G + last * K + o_k, mask=m_k, other=0.0)
-                part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-                key = key * tl.exp(tl.minimum(whole[None, :] - part, 0.0))
-                acc = tl.dot(key.to(OT), dS.to(OT), acc, input_precision=PRECISION)
-            d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
-            acc = tl.dot(scores_t, d_out.to(OT), acc, input_precision=PRECISION)
-            tl.store(dv + at[:, None] * V + o_v[None, :], acc.to(dv.dtype.element_ty), mask=m_cv)
-        # dq_t = sum_s d_scores[t, s] k_s + exp(Gq_t) do_t S';  dk_s = sum_t d_scores[t, s] q_t + exp(G_C - G_s) v_s dS'
-        for i_k in range(NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            acc_q = tl.zeros([C, BK], dtype=tl.float32)
-            acc_k = tl.zeros([C, BK], dtype=tl.float32)
-            carried = tl.zeros([BK], dtype=tl.float32)
-            for i_v in range(NV):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = o_v < V
-                m_cv = live[:, None] & m_v[None, :]
-                tile = o_k[None, :] * V + o_v[:, None]
-                m_tile = m_v[:, None] & m_k[None, :]
-                S = tl.load(states + at_state + tile, mask=m_tile, other=0.0)
-                dS = tl.load(d_states + at_state + tile, mask=m_tile, other=0.0)
-                d_out = tl.load(d_o + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
-                value = tl.load(v + at[:, None] * V + o_v[None, :], mask=m_cv, other=0.0)
-                acc_q = tl.dot(d_out.to(OT), S.to(OT), acc_q, input_precision=PRECISION)
-                acc_k = tl.dot(value.to(OT), dS.to(OT), acc_k, input_precision=PRECISION)
-                carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
-            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            whole = tl.load(G + last * K + o_k, mask=m_k, other=0.0)
-            part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            seen = part
-            after = o_c[None, :] >= o_c[:, None]
-            earlier = o_c[None, :] < o_c[:, None]
-            acc_q *= tl.exp(seen) * scale
-            acc_k *= tl.exp(tl.minimum(whole[None, :] - part, 0.0))
-            along_query = (acc_q * query).to(OT)
-            along_key = (acc_k * key).to(OT)
-            acc_g = tl.dot(tl.where(after, 1.0, 0.0).to(OT), along_query, input_precision=PRECISION)
-            acc_g = tl.dot(tl.where(earlier, 1.0, 0.0).to(OT), along_key, acc_g, input_precision=PRECISION)
-            acc_g += (carried * tl.exp(whole))[None, :]
-            for level in range(LEVELS):
-                block = 1 << level
-                upper = (o_c & block) != 0
-                middle = begin + (o_c | (2 * block - 1)) - block
-                at_mid = tl.minimum(middle, end - 1) * H + i_h
-                mid = tl.load(G + at_mid[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-                weight = tl.exp(tl.minimum(tl.where(upper[:, None], seen - mid, mid - part), 0.0))
-                own = tl.where(upper[:, None], query, key).to(tl.float32)
-                pairs = (apart >= block) & (apart < 2 * block)
-                change = tl.dot(
-                    tl.where(pairs, mixed, 0.0).to(OT), (own * weight).to(OT), input_precision=PRECISION
-                ) * weight
-                acc_q += tl.where(upper[:, None], change, 0.0)
-                acc_k += tl.where(upper[:, None], 0.0, change)
-                around = tl.where(apart < block, tl.where(upper[:, None], after, earlier), False)
-                acc_g = tl.dot(
-                    tl.where(around, 1.0, 0.0).to(OT), (change * own).to(OT), acc_g, input_precision=PRECISION
-                )
-            acc_q += same[:, None] * key
-            acc_k += same[:, None] * query
-            tl.store(dg + at[:, None] * K + o_k[None, :], acc_g, mask=m_ck)
-            tl.store(dq + at[:, None] * K + o_k[None, :], acc_q.to(dq.dtype.element_ty), mask=m_ck)
-            tl.store(dk + at[:, None] * K + o_k[None, :], acc_k.to(dk.dtype.element_ty), mask=m_ck)
+        whole = tl.load(G + ((end - 1) * H + i_h) * K + o_k, mask=m_k, other=0.0)
+        query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+        key = tl.load(k + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+        part = tl.load(G + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+        seen = part
+        after = o_c[None, :] >= o_c[:, None]
+        earlier = o_c[None, :] < o_c[:, None]
+        acc_q *= tl.exp(seen) * scale
+        acc_k *= tl.exp(tl.minimum(whole[None, :] - part, 0.0))
+        acc_g = tl.dot(tl.where(after, 1.0, 0.0).to(OT), (acc_q * query).to(OT), input_precision=PRECISION)
+        acc_g = tl.dot(tl.where(earlier, 1.0, 0.0).to(OT), (acc_k * key).to(OT), acc_g, input_precision=PRECISION)
+        acc_g += (carried * tl.exp(whole))[None, :]
+
+        for level in range(LEVELS):
+            block = 1 << level
+            upper = ((o_c & block) != 0)[:, None]
+            middle = begin + (o_c | (2 * block - 1)) - block
+            at_mid = tl.minimum(middle, end - 1) * H + i_h
+            mid = tl.load(G + at_mid[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
+            weight = tl.exp(tl.minimum(tl.where(upper, seen - mid, mid - part), 0.0))
+            own = tl.where(upper, query, key).to(tl.float32)
+            pairs = (apart >= block) & (apart < 2 * block)
+            operand = (own * weight).to(OT)
+            change = tl.dot(tl.where(pairs, mixed, 0.0).to(OT), operand, input_precision=PRECISION) * weight
+            acc_q += tl.where(upper, change, 0.0)
+            acc_k += tl.where(upper, 0.0, change)
+            around = ((apart < block) & ((upper & after) | ((o_c[:, None] & block) == 0) & earlier))
+            around = tl.where(around, 1.0, 0.0).to(OT)
+            acc_g = tl.dot(around, (change * own).to(OT), acc_g, input_precision=PRECISION)
+        acc_q += same[:, None] * key
+        acc_k += same[:, None] * query
+        at_k = at[:, None] * K + o_k[None, :]
+        tl.store(dg + at_k, acc_g, mask=m_ck)
+        tl.store(dq + at_k, acc_q.to(dq.dtype.element_ty), mask=m_ck)
+        tl.store(dk + at_k, acc_k.to(dk.dtype.element_ty), mask=m_ck)
 
 
 def _config_key(K, V, dtype):
@@ -1170,7 +1181,7 @@ def _decay_sums_key(g, spans, T, NT, chunks, C):
     W = g[0, 0, 0].numel()
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
-    grid = (chunks, triton.cdiv(H * W, BW))
+    grid = (chunks, _cdiv(H * W, BW))
     _decay_sums_key_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
     return G
 
@@ -1184,7 +1195,7 @@ def _states_key(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _states_key_kernel[grid](
         k, v,
         G,
@@ -1192,6 +1203,18 @@ def _states_key(k, v,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return states, final
+
+
+def _scores_key(q, k, G, spans, NT, chunks, config):
+    C, _, _, (BK, _, warps, stages) = config
+    B, T, H, K = k.shape
+    OT, precision = _operands(k.dtype)
+    A = torch.empty((B, T, H, C), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
+    _scores_key_kernel[(H * chunks,)](
+        q, k, G, A, spans, T, NT, H, K=K, C=C, BK=BK,
+        OT=OT, PRECISION=precision, PACKED=spans is not None, num_warps=warps, num_stages=stages,
+    )
+    return A
 
 
 def _forward_key(q, k, v,
@@ -1208,9 +1231,11 @@ def _forward_key(q, k, v,
         initial, offsets, bases, NT, chunks, config)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
-    _outputs_key_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+    A = _scores_key(q, k, G, spans, NT, chunks, config)
+    _outputs_key_kernel[(_cdiv(V, BV) * H * chunks,)](
         q, k, v,
         G,
+        A,
         states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
@@ -1233,19 +1258,23 @@ def _backward_key(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _cotangents_key_kernel[grid](
         q, d_o,
         G,
         d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    BK, BV, warps, stages = gradients
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _gradients_key_kernel[(H * chunks,)](
-        q, k, v, d_o,
-        G, dg,
-        states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+    _, _, (BK, BV, warps, stages), gradients = config
+    A = _scores_key(q, k, G, spans, NT, chunks, config)
+    _values_key_kernel[(_cdiv(V, BV) * H * chunks,)](
+        k, d_o, G, A, d_states, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
+    )
+    BK, BV, warps, stages = gradients
+    _keys_key_kernel[(_cdiv(K, BK) * H * chunks,)](
+        q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return (
@@ -1296,10 +1325,27 @@ def _linear_key_gradient(ctx, d_o, d_final):
 _linear_key_op.register_autograd(_linear_key_gradient, setup_context=_linear_key_save)
 
 
+class _linear_key_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.scale, offsets = arguments
+        ctx.save_for_backward(*tensors, offsets)
+        return _forward_key(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_final):
+        *tensors, offsets = ctx.saved_tensors
+        return (*_backward_key(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+
+
 def _linear_key(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    return _linear_key_op(*(t.contiguous() for t in tensors), scale, offsets)
+    run = _linear_key_op if torch.compiler.is_compiling() else _linear_key_eager.apply
+    return run(*(t.contiguous() for t in tensors), scale, offsets)
 
 
 def _chunk_triton_core(q, k, v, g, S, scale, offsets, want_variance):
@@ -1321,10 +1367,355 @@ def _chunk_triton_core(q, k, v, g, S, scale, offsets, want_variance):
     return output, variance, S_final
 
 
+@_kernel
+def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
+    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
+        rows = T
+    else:
+        begin = i_n * T
+        end = begin + T
+        rows = end
+    return begin, (end - begin).to(tl.int32), rows
+
+
+@_kernel
+def _live(x, mask, EXACT: tl.constexpr):
+    """``x`` with 0 in the lanes beyond the last channel."""
+    if EXACT:
+        return x
+    else:
+        return tl.where(mask, x, 0.0)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _sequential_kernel(
+    q_in, k_in, v_in, g_in, S_initial, o, variance, S_final, S_saved,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    S = tl.load(S_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    g_next = tl.load(g_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        q = q_next
+        k = k_next
+        v = v_next
+        g = g_next
+        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next = tl.load(g_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if SAVE:
+            if t % EVERY == 0:
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                tl.store(S_saved + slot * K * V + t_kv, (S).to(S_saved.dtype.element_ty), mask=m_kv)
+        row0 = tl.exp(g)
+        S_new = S * row0 + k * v
+        if OUTPUT:
+            sum0 = tl.sum(_live(S_new * q, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(o + at * V + o_v, (scale * sum0).to(o.dtype.element_ty), mask=m_v)
+        S_after = S_new
+        S = S_after
+    if OUTPUT:
+        tl.store(S_final + i_nh * K * V + t_kv, (S).to(S_final.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_kernel(
+    q_in_, k_in_, v_in_, g_in_, S_saved_, S_past, d_output_in, d_S_final, d_q_out, d_k_out, d_v_out, d_g_out,
+    d_S_initial,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    d_S = tl.load(d_S_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        S = tl.load(S_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next_ = tl.load(g_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(S_past + place * BK * BV + t_past, S)
+            k = k_next_
+            v = v_next_
+            g = g_next_
+            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next_ = tl.load(g_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            row0_ = tl.exp(g)
+            S_new_ = S * row0_ + k * v
+            S_after_ = S_new_
+            S = S_after_
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next__ = tl.load(g_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            S_old = tl.load(S_past + place * BK * BV + t_past)
+            q = q_next_
+            k = k_next__
+            v = v_next__
+            g = g_next__
+            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next__ = tl.load(g_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            d_output = d_output_next
+            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            row0__ = tl.exp(g)
+            sum0_ = tl.sum(_live(S * d_output, m_v, EXACT_V), axis=1)[:, None]
+            row1 = q * scale
+            x0 = d_S + d_output * row1
+            sum1 = tl.sum(_live(v * x0, m_v, EXACT_V), axis=1)[:, None]
+            sum2 = tl.sum(_live(k * x0, m_k, EXACT_K), axis=0)[None, :]
+            sum3 = tl.sum(_live(S_old * x0, m_v, EXACT_V), axis=1)[:, None]
+            x1 = row0__ * x0
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (sum1).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum2).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * sum3).to(d_g_out.dtype.element_ty), mask=m_k)
+            d_S_after = x1
+            d_S = d_S_after
+            S = S_old
+        tl.debug_barrier()
+    tl.store(d_S_initial + i_nh * K * V + t_kv, (d_S).to(d_S_initial.dtype.element_ty), mask=m_kv)
+
+
+_SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = (4, 0, 1)  # inputs, parameters, states
+_SEQUENTIAL_TILES = 1  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_backward_kernel[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor d0, Tensor d1, Tensor d2, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def _cpu_chunk_core(*args):
+    """The faster form for these sizes: matmuls over chunks for large states, else the native loop."""
+    size_k, size_v = _sizes(*args[:-3])
+    large = False
+    return (_chunk_torch_core if large or not _HAS_NUMBA else _native_core)(*args)
+
+
 _CORES = {
-    ('cpu', 'chunk'): _chunk_torch_core,
+    ('cpu', 'chunk'): _cpu_chunk_core,
     ('cpu', 'recurrent'): _native_core,
     ('cuda', 'chunk'): _chunk_triton_core,
+    ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 
 

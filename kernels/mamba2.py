@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'mamba2', hash 967ce082f16a940a, by emitter 1.
+Generated from the spec 'mamba2', hash 967ce082f16a940a, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib.util
 import itertools
 import math
 import numpy
@@ -42,14 +43,17 @@ SPEC = {'name': 'mamba2',
  'states': [{'name': 'S', 'axes': 'kv', 'domain': 'real', 'doc': 'decayed sum of dt x B^T', 'init': '0'}],
  'variance': False,
  'read': 'after',
- 'forms': {'cpu/chunk': '_chunk_torch_core', 'cpu/recurrent': '_native_core', 'cuda/chunk': '_chunk_triton_core'},
+ 'forms': {'cpu/chunk': '_cpu_chunk_core',
+           'cpu/recurrent': '_native_core',
+           'cuda/chunk': '_chunk_triton_core',
+           'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'dt': 'softplus(linear + dt_bias)',
            'q': 'silu(conv(linear))',
            'k': 'silu(conv(linear))',
            'v': 'dt * silu(conv(linear))',
            'g': '-dt * exp(A_log)'},
- 'versions': {'emitter': '1'}}
+ 'versions': {'emitter': '2'}}
 _OPS = 'dspace_mamba2_967ce082'  # namespace of this module's PyTorch operators
 
 
@@ -808,8 +812,12 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+def _cdiv(size, tile):
+    return -(-size // tile)  # Triton's own costs microseconds on the host
+
+
 def _tile(size, most):
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(1 << (size - 1).bit_length(), most))
 
 
 @_kernel
@@ -839,7 +847,7 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, PACKED: tl.constexpr):
     """G[t] = sum of log decays from the start of t's chunk to t, float32; W values a head."""
     i_c = tl.program_id(0)
@@ -854,7 +862,7 @@ def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.cons
     tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _states_scalar_kernel(
     k, v,
     G,
@@ -896,7 +904,7 @@ def _states_scalar_kernel(
     tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _cotangents_scalar_kernel(
     q, d_o,
     G,
@@ -942,7 +950,7 @@ def _cotangents_scalar_kernel(
     tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _outputs_scalar_kernel(
     q, k, v,
     G,
@@ -988,7 +996,7 @@ def _outputs_scalar_kernel(
         tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _gradients_scalar_kernel(
     q, k, v, d_o,
     G, dg,
@@ -1130,7 +1138,7 @@ def _decay_sums_scalar(g, spans, T, NT, chunks, C):
     W = g[0, 0, 0].numel()
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
-    grid = (chunks, triton.cdiv(H * W, BW))
+    grid = (chunks, _cdiv(H * W, BW))
     _decay_sums_scalar_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
     return G
 
@@ -1144,7 +1152,7 @@ def _states_scalar(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _states_scalar_kernel[grid](
         k, v,
         G,
@@ -1168,7 +1176,7 @@ def _forward_scalar(q, k, v,
         initial, offsets, bases, NT, chunks, config)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
-    _outputs_scalar_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+    _outputs_scalar_kernel[(_cdiv(V, BV) * H * chunks,)](
         q, k, v,
         G,
         states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
@@ -1193,15 +1201,15 @@ def _backward_scalar(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _cotangents_scalar_kernel[grid](
         q, d_o,
         G,
         d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    BK, BV, warps, stages = gradients
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    BK, BV, warps, stages = gradients
     _gradients_scalar_kernel[(H * chunks,)](
         q, k, v, d_o,
         G, dg,
@@ -1256,10 +1264,27 @@ def _linear_scalar_gradient(ctx, d_o, d_final):
 _linear_scalar_op.register_autograd(_linear_scalar_gradient, setup_context=_linear_scalar_save)
 
 
+class _linear_scalar_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.scale, offsets = arguments
+        ctx.save_for_backward(*tensors, offsets)
+        return _forward_scalar(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_final):
+        *tensors, offsets = ctx.saved_tensors
+        return (*_backward_scalar(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+
+
 def _linear_scalar(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    return _linear_scalar_op(*(t.contiguous() for t in tensors), scale, offsets)
+    run = _linear_scalar_op if torch.compiler.is_compiling() else _linear_scalar_eager.apply
+    return run(*(t.contiguous() for t in tensors), scale, offsets)
 
 
 def _chunk_triton_core(q, k, v, g, S, scale, offsets, want_variance):
@@ -1281,10 +1306,355 @@ def _chunk_triton_core(q, k, v, g, S, scale, offsets, want_variance):
     return output, variance, S_final
 
 
+@_kernel
+def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
+    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
+        rows = T
+    else:
+        begin = i_n * T
+        end = begin + T
+        rows = end
+    return begin, (end - begin).to(tl.int32), rows
+
+
+@_kernel
+def _live(x, mask, EXACT: tl.constexpr):
+    """``x`` with 0 in the lanes beyond the last channel."""
+    if EXACT:
+        return x
+    else:
+        return tl.where(mask, x, 0.0)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _sequential_kernel(
+    q_in, k_in, v_in, g_in, S_initial, o, variance, S_final, S_saved,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    S = tl.load(S_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    g_next = tl.load(g_in + at).to(tl.float32)
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        q = q_next
+        k = k_next
+        v = v_next
+        g = g_next
+        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next = tl.load(g_in + ahead).to(tl.float32)
+        if SAVE:
+            if t % EVERY == 0:
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                tl.store(S_saved + slot * K * V + t_kv, (S).to(S_saved.dtype.element_ty), mask=m_kv)
+        c0 = tl.exp(g)
+        S_new = S * c0 + k * v
+        if OUTPUT:
+            sum0 = tl.sum(_live(S_new * q, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(o + at * V + o_v, (sum0).to(o.dtype.element_ty), mask=m_v)
+        S_after = S_new
+        S = S_after
+    if OUTPUT:
+        tl.store(S_final + i_nh * K * V + t_kv, (S).to(S_final.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_kernel(
+    q_in_, k_in_, v_in_, g_in_, S_saved_, S_past, d_output_in, d_S_final, d_q_out, d_k_out, d_v_out, d_g_out,
+    d_S_initial,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    d_S = tl.load(d_S_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        S = tl.load(S_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next_ = tl.load(g_in_ + at).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(S_past + place * BK * BV + t_past, S)
+            k = k_next_
+            v = v_next_
+            g = g_next_
+            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next_ = tl.load(g_in_ + ahead).to(tl.float32)
+            c0_ = tl.exp(g)
+            S_new_ = S * c0_ + k * v
+            S_after_ = S_new_
+            S = S_after_
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next__ = tl.load(g_in_ + at).to(tl.float32)
+        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            S_old = tl.load(S_past + place * BK * BV + t_past)
+            q = q_next_
+            k = k_next__
+            v = v_next__
+            g = g_next__
+            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next__ = tl.load(g_in_ + ahead).to(tl.float32)
+            d_output = d_output_next
+            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0__ = tl.exp(g)
+            sum0_ = tl.sum(_live(S * d_output, m_v, EXACT_V), axis=1)[:, None]
+            x0 = d_S + d_output * q
+            sum1 = tl.sum(_live(v * x0, m_v, EXACT_V), axis=1)[:, None]
+            sum2 = tl.sum(_live(k * x0, m_k, EXACT_K), axis=0)[None, :]
+            sum3 = tl.sum(_live(S_old * x0, m_k, EXACT_K), axis=0)[None, :]
+            sum4 = tl.sum(_live(sum3, m_v, EXACT_V))
+            x1 = c0__ * x0
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (sum1).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum2).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at), (c0__ * sum4).to(d_g_out.dtype.element_ty))
+            d_S_after = x1
+            d_S = d_S_after
+            S = S_old
+        tl.debug_barrier()
+    tl.store(d_S_initial + i_nh * K * V + t_kv, (d_S).to(d_S_initial.dtype.element_ty), mask=m_kv)
+
+
+_SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = (4, 0, 1)  # inputs, parameters, states
+_SEQUENTIAL_TILES = 1  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_backward_kernel[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor d0, Tensor d1, Tensor d2, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def _cpu_chunk_core(*args):
+    """The faster form for these sizes: matmuls over chunks for large states, else the native loop."""
+    size_k, size_v = _sizes(*args[:-3])
+    large = size_k * size_v >= 128 * 128
+    return (_chunk_torch_core if large or not _HAS_NUMBA else _native_core)(*args)
+
+
 _CORES = {
-    ('cpu', 'chunk'): _chunk_torch_core,
+    ('cpu', 'chunk'): _cpu_chunk_core,
     ('cpu', 'recurrent'): _native_core,
     ('cuda', 'chunk'): _chunk_triton_core,
+    ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 
 

@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'metaplastic_gla', hash 5120c2450b5a742e, by emitter 1.
+Generated from the spec 'metaplastic_gla', hash 5120c2450b5a742e, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -52,14 +52,17 @@ SPEC = {'name': 'metaplastic_gla',
             {'name': 'Ibar', 'axes': 'kv', 'domain': 'nonnegative', 'doc': 'precision - I_p', 'init': '0'}],
  'variance': True,
  'read': 'after',
- 'forms': {'cpu/chunk': '_native_core', 'cpu/recurrent': '_native_core'},
+ 'forms': {'cpu/chunk': '_native_core',
+           'cpu/recurrent': '_native_core',
+           'cuda/chunk': '_recurrent_triton_core',
+           'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'l2norm(silu(conv(linear)))',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(-low_rank) / 16'},
- 'versions': {'emitter': '1'}}
+ 'versions': {'emitter': '2'}}
 _OPS = 'dspace_metaplastic_gla_5120c245'  # namespace of this module's PyTorch operators
 
 
@@ -926,9 +929,556 @@ def _native_core(*args):
     return (o, variance if want_variance else None, *rest[: len(_STATES)])
 
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton here: the forms for the CPU work without it
+    triton = tl = None
+
+
+def _kernel(function=None, **options):
+    """triton.jit, or nothing where there is no Triton."""
+    if function is None:
+        return lambda f: _kernel(f, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+@_kernel
+def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
+    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
+        rows = T
+    else:
+        begin = i_n * T
+        end = begin + T
+        rows = end
+    return begin, (end - begin).to(tl.int32), rows
+
+
+@_kernel
+def _live(x, mask, EXACT: tl.constexpr):
+    """``x`` with 0 in the lanes beyond the last channel."""
+    if EXACT:
+        return x
+    else:
+        return tl.where(mask, x, 0.0)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _sequential_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_final, Ibar_final, M_saved,
+    Ibar_saved,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    I_p = tl.load(I_p_in + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    M = tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    Ibar = tl.load(Ibar_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_next = tl.load(b_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    g_next = tl.load(g_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        q = q_next
+        k = k_next
+        v = v_next
+        b = b_next
+        g = g_next
+        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next = tl.load(b_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next = tl.load(g_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if SAVE:
+            if t % EVERY == 0:
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                tl.store(M_saved + slot * K * V + t_kv, (M).to(M_saved.dtype.element_ty), mask=m_kv)
+                tl.store(Ibar_saved + slot * K * V + t_kv, (Ibar).to(Ibar_saved.dtype.element_ty), mask=m_kv)
+        row0 = tl.exp(g)
+        row1 = k * k
+        Ibar_new = Ibar * row0 + b * row1
+        M_new = M * row0 + k * v
+        if OUTPUT:
+            x0 = 1.0 / (I_p + Ibar_new)
+            sum0 = tl.sum(_live(M_new * q * x0, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(o + at * V + o_v, (scale * sum0).to(o.dtype.element_ty), mask=m_v)
+        if VARIANCE:
+            c0 = scale * scale
+            row2 = q * q
+            x0 = 1.0 / (I_p + Ibar_new)
+            sum1 = tl.sum(_live(row2 * x0, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(variance + at * V + o_v, (c0 * sum1).to(variance.dtype.element_ty), mask=m_v)
+        M_after = M_new
+        Ibar_after = Ibar_new
+        M = M_after
+        Ibar = Ibar_after
+    if OUTPUT:
+        tl.store(M_final + i_nh * K * V + t_kv, (M).to(M_final.dtype.element_ty), mask=m_kv)
+        tl.store(Ibar_final + i_nh * K * V + t_kv, (Ibar).to(Ibar_final.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_kernel(
+    q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, M_past, Ibar_past, d_output_in,
+    d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
+    d_Ibar_initial,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in_ + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p = zero_k
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next_ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next_ = tl.load(g_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past + place * BK * BV + t_past, M)
+            tl.store(Ibar_past + place * BK * BV + t_past, Ibar)
+            k = k_next_
+            v = v_next_
+            b = b_next_
+            g = g_next_
+            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next_ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next_ = tl.load(g_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            row0_ = tl.exp(g)
+            row1_ = k * k
+            Ibar_new_ = Ibar * row0_ + b * row1_
+            M_new_ = M * row0_ + k * v
+            M_after_ = M_new_
+            Ibar_after_ = Ibar_new_
+            M = M_after_
+            Ibar = Ibar_after_
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next__ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next__ = tl.load(g_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old = tl.load(M_past + place * BK * BV + t_past)
+            Ibar_old = tl.load(Ibar_past + place * BK * BV + t_past)
+            q = q_next_
+            k = k_next__
+            v = v_next__
+            b = b_next__
+            g = g_next__
+            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next__ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next__ = tl.load(g_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            d_output = d_output_next
+            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            row0__ = tl.exp(g)
+            x0_ = 1.0 / (I_p + Ibar)
+            x1 = d_output * x0_
+            sum0_ = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
+            row1__ = q * scale
+            x4 = M * d_output * row1__ * x0_ * x0_
+            x5 = d_Ibar - x4
+            sum1_ = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
+            x2 = d_M + row1__ * x1
+            sum2 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum3 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
+            row2_ = k * k
+            sum4 = tl.sum(_live(row2_ * x5, m_k, EXACT_K), axis=0)[None, :]
+            sum5 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum6 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
+            sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
+            x3 = row0__ * x2
+            x6 = row0__ * x5
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
+            sum_I_p += -sum7
+            d_M_after = x3
+            d_Ibar_after = x6
+            d_M = d_M_after
+            d_Ibar = d_Ibar_after
+            M = M_old
+            Ibar = Ibar_old
+        tl.debug_barrier()
+    tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+    tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_variance_kernel(
+    q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, M_past_, Ibar_past_,
+    d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
+    d_I_p_out_, d_M_initial_, d_Ibar_initial_,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in__ + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p_ = zero_k
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next___ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next___ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next___ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next___ = tl.load(g_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past_ + place * BK * BV + t_past, M)
+            tl.store(Ibar_past_ + place * BK * BV + t_past, Ibar)
+            k = k_next___
+            v = v_next___
+            b = b_next___
+            g = g_next___
+            k_next___ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next___ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next___ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next___ = tl.load(g_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            row0___ = tl.exp(g)
+            row1___ = k * k
+            Ibar_new__ = Ibar * row0___ + b * row1___
+            M_new__ = M * row0___ + k * v
+            M_after__ = M_new__
+            Ibar_after__ = Ibar_new__
+            M = M_after__
+            Ibar = Ibar_after__
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next__ = tl.load(q_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next____ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next____ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next____ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next____ = tl.load(g_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        d_output__next = tl.load(d_output_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        d_variance_next = tl.load(d_variance_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old_ = tl.load(M_past_ + place * BK * BV + t_past)
+            Ibar_old_ = tl.load(Ibar_past_ + place * BK * BV + t_past)
+            q = q_next__
+            k = k_next____
+            v = v_next____
+            b = b_next____
+            g = g_next____
+            q_next__ = tl.load(q_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next____ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next____ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next____ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next____ = tl.load(g_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            d_output_ = d_output__next
+            d_output__next = tl.load(d_output_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            d_variance = d_variance_next
+            d_variance_next = tl.load(d_variance_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0_ = scale * scale
+            c1 = 2.0 * c0_
+            row0____ = tl.exp(g)
+            x0__ = 1.0 / (I_p + Ibar)
+            x1_ = d_output_ * x0__
+            sum0__ = tl.sum(_live(M * x1_, m_v, EXACT_V), axis=1)[:, None]
+            sum1__ = tl.sum(_live(d_variance * x0__, m_v, EXACT_V), axis=1)[:, None]
+            row1____ = q * scale
+            row2__ = c0_ * q * q
+            x4_ = x0__ * x0__ * (-M * d_output_ * row1____ - d_variance * row2__)
+            x5_ = d_Ibar_ + x4_
+            sum2_ = tl.sum(_live(b * x5_, m_v, EXACT_V), axis=1)[:, None]
+            x2_ = d_M_ + row1____ * x1_
+            sum3_ = tl.sum(_live(v * x2_, m_v, EXACT_V), axis=1)[:, None]
+            sum4_ = tl.sum(_live(k * x2_, m_k, EXACT_K), axis=0)[None, :]
+            row3 = k * k
+            sum5_ = tl.sum(_live(row3 * x5_, m_k, EXACT_K), axis=0)[None, :]
+            sum6_ = tl.sum(_live(M_old_ * x2_, m_v, EXACT_V), axis=1)[:, None]
+            sum7_ = tl.sum(_live(Ibar_old_ * x5_, m_v, EXACT_V), axis=1)[:, None]
+            sum8 = tl.sum(_live(x4_, m_v, EXACT_V), axis=1)[:, None]
+            x3_ = row0____ * x2_
+            x6_ = row0____ * x5_
+            tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=m_k)
+            sum_I_p_ += sum8
+            d_M__after = x3_
+            d_Ibar__after = x6_
+            d_M_ = d_M__after
+            d_Ibar_ = d_Ibar__after
+            M = M_old_
+            Ibar = Ibar_old_
+        tl.debug_barrier()
+    tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_).to(d_I_p_out_.dtype.element_ty), mask=m_k)
+    tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
+
+
+_SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = (5, 1, 2)  # inputs, parameters, states
+_SEQUENTIAL_TILES = 2  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
 _CORES = {
     ('cpu', 'chunk'): _native_core,
     ('cpu', 'recurrent'): _native_core,
+    ('cuda', 'chunk'): _recurrent_triton_core,
+    ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 
 

@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'palimpsa', hash 97a151199cdfebe1, by emitter 1.
+Generated from the spec 'palimpsa', hash 97a151199cdfebe1, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -48,14 +48,17 @@ SPEC = {'name': 'palimpsa',
             {'name': 'Ibar', 'axes': 'kv', 'domain': 'nonnegative', 'doc': 'precision - I_p', 'init': '0'}],
  'variance': True,
  'read': 'after',
- 'forms': {'cpu/chunk': '_native_core', 'cpu/recurrent': '_native_core'},
+ 'forms': {'cpu/chunk': '_native_core',
+           'cpu/recurrent': '_native_core',
+           'cuda/chunk': '_chunk_triton_core',
+           'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'l2norm(silu(conv(linear)))',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '1'}}
+ 'versions': {'emitter': '2'}}
 _OPS = 'dspace_palimpsa_97a15119'  # namespace of this module's PyTorch operators
 
 
@@ -902,9 +905,1357 @@ def _native_core(*args):
     return (o, variance if want_variance else None, *rest[: len(_STATES)])
 
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton here: the forms for the CPU work without it
+    triton = tl = None
+
+
+def _kernel(function=None, **options):
+    """triton.jit, or nothing where there is no Triton."""
+    if function is None:
+        return lambda f: _kernel(f, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def _plan(T, offsets, N, C):
+    """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
+    if offsets is None:
+        NT = -(-T // C)
+        return None, None, NT, N * NT
+    counts = (offsets[1:] - offsets[:-1] + C - 1) // C
+    ends = counts.cumsum(0)
+    bases = ends - counts
+    chunks = T // C + N
+    index = torch.arange(chunks, device=offsets.device)
+    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
+    begin = offsets[sequence] + (index - bases[sequence]) * C
+    end = torch.minimum(begin + C, offsets[sequence + 1])
+    spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
+    return spans.contiguous(), bases, 0, chunks
+
+
+def _operands(dtype):
+    """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "tf32"
+    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def _cdiv(size, tile):
+    return -(-size // tile)  # Triton's own costs microseconds on the host
+
+
+def _tile(size, most):
+    return max(16, min(1 << (size - 1).bit_length(), most))
+
+
+@_kernel
+def _reciprocal(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@_kernel
+def _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED: tl.constexpr):
+    """First token, end token and first chunk of what sequence ``i_n`` has in the window."""
+    if PACKED:
+        begin = tl.load(offsets + i_n).to(tl.int64)
+        end = tl.load(offsets + i_n + 1).to(tl.int64)
+        base = tl.load(bases + i_n).to(tl.int64)
+    else:
+        begin = i_n.to(tl.int64) * T + LOW
+        end = i_n.to(tl.int64) * T + HIGH
+        base = i_n.to(tl.int64) * NT
+    return begin, end, base
+
+
+@_kernel
+def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
+    """First and end token of chunk ``i_c`` of the window; empty for the spare chunks of a packed batch."""
+    if PACKED:
+        begin = tl.load(spans + 2 * i_c).to(tl.int64)
+        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
+    else:
+        sequence = (i_c // NT).to(tl.int64)
+        begin = sequence * T + LOW + (i_c % NT).to(tl.int64) * 16
+        end = tl.minimum(begin + 16, sequence * T + HIGH)
+    return begin, end
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of log decays from the start of each token's chunk, float32."""
+    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    row = begin + tl.arange(0, 16)
+    here = (row < end)[:, None] & (o_h < H)[None, :]
+    at = row[:, None] * H + o_h[None, :]
+    step = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
+    # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits.
+    step = tl.minimum(tl.maximum(step, -40.0), 0.0)
+    tl.store(sums + at, tl.cumsum(step, axis=0), mask=here)
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _states_kernel(
+    k_in, v_in, b_in, sums_0, M_start, Ibar_start, chunks, M_end, Ibar_end, offsets, bases,
+    T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
+    o_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    i_n = tl.program_id(2) // H
+    i_h = tl.program_id(2) % H
+    begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
+    o_c = tl.arange(0, 16)
+    m_v = o_v < V
+    m_k = o_k < K
+    m_tile = m_v[:, None] & m_k[None, :]
+    user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
+    tile = o_v[:, None] * K + o_k[None, :]
+    M = tl.load(M_start + user, mask=m_tile, other=0.0).to(tl.float32)
+    Ibar = tl.load(Ibar_start + user, mask=m_tile, other=0.0).to(tl.float32)
+    for i_c in range(0, tl.cdiv(end - begin, 16)):
+        slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
+        if STORE:
+            tl.store(slot + 0 * V * K, M.to(chunks.dtype.element_ty), mask=m_tile)
+            tl.store(slot + 1 * V * K, Ibar.to(chunks.dtype.element_ty), mask=m_tile)
+        row = begin + i_c * 16 + o_c
+        live = row < end
+        at = row * H + i_h
+        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
+        whole_0 = tl.load(sums_0 + last)
+        part = tl.load(sums_0 + at, mask=live, other=0.0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
+        raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
+        k = raw_k.to(tl.float32)
+        v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0).to(tl.float32)
+        b = tl.load(b_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0).to(tl.float32)
+        key_0 = raw_k.to(OT)
+        key_1 = (k * k).to(OT)
+        M = M * tl.exp(whole_0)
+        M = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, M, input_precision=PRECISION)
+        Ibar = Ibar * tl.exp(whole_0)
+        Ibar = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, Ibar, input_precision=PRECISION)
+    tl.store(M_end + user, M, mask=m_tile)
+    tl.store(Ibar_end + user, Ibar, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _reads_kernel(
+    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, read_0_out, read_1_out, spans,
+    scale, T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+    VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """read_0 = sum_k M*q*scale/(I_p + Ibar); read_1 = sum_k q**2*scale**2/(I_p + Ibar)."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
+    o_c = tl.arange(0, 16)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    # offsets in a chunk are 32 bit wide, from starts that are 64
+    start = begin * H + i_h
+    at = o_c * H
+    live = begin + o_c < end
+    causal = o_c[:, None] >= o_c[None, :]
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.where(live, tl.load(sums_0 + start + at, mask=live, other=0.0), whole)
+    within_0 = tl.where(causal, tl.exp(tl.minimum(part[:, None] - part[None, :], 0.0)), 0.0)
+    since_0 = tl.exp(part)
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    m_0 = live[:, None] & (0 * BK + o_k < K)[None, :]
+    raw_k_0 = tl.load(k_in + start * K + at[:, None] * K + (0 * BK + o_k)[None, :], mask=m_0, other=0.0)
+    k_0 = raw_k_0.to(tl.float32)
+    raw_q_0 = tl.load(q_in + start * K + at[:, None] * K + (0 * BK + o_k)[None, :], mask=m_0, other=0.0)
+    q_0 = raw_q_0.to(tl.float32)
+    key_0_0 = raw_k_0.to(OT)
+    key_1_0 = (k_0 * k_0).to(OT)
+    if NK > 1:
+        m_1 = live[:, None] & (1 * BK + o_k < K)[None, :]
+        raw_k_1 = tl.load(k_in + start * K + at[:, None] * K + (1 * BK + o_k)[None, :], mask=m_1, other=0.0)
+        k_1 = raw_k_1.to(tl.float32)
+        raw_q_1 = tl.load(q_in + start * K + at[:, None] * K + (1 * BK + o_k)[None, :], mask=m_1, other=0.0)
+        q_1 = raw_q_1.to(tl.float32)
+        key_0_1 = raw_k_1.to(OT)
+        key_1_1 = (k_1 * k_1).to(OT)
+    if NK > 2:
+        m_2 = live[:, None] & (2 * BK + o_k < K)[None, :]
+        raw_k_2 = tl.load(k_in + start * K + at[:, None] * K + (2 * BK + o_k)[None, :], mask=m_2, other=0.0)
+        k_2 = raw_k_2.to(tl.float32)
+        raw_q_2 = tl.load(q_in + start * K + at[:, None] * K + (2 * BK + o_k)[None, :], mask=m_2, other=0.0)
+        q_2 = raw_q_2.to(tl.float32)
+        key_0_2 = raw_k_2.to(OT)
+        key_1_2 = (k_2 * k_2).to(OT)
+    if NK > 3:
+        m_3 = live[:, None] & (3 * BK + o_k < K)[None, :]
+        raw_k_3 = tl.load(k_in + start * K + at[:, None] * K + (3 * BK + o_k)[None, :], mask=m_3, other=0.0)
+        k_3 = raw_k_3.to(tl.float32)
+        raw_q_3 = tl.load(q_in + start * K + at[:, None] * K + (3 * BK + o_k)[None, :], mask=m_3, other=0.0)
+        q_3 = raw_q_3.to(tl.float32)
+        key_0_3 = raw_k_3.to(OT)
+        key_1_3 = (k_3 * k_3).to(OT)
+    v_next = tl.load(v_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    b_next = tl.load(b_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    for i_v in range(NV):
+        first = i_v * BV
+        m_v = first + o_v < V
+        block = first // 16 * 16 + tl.arange(0, 16)
+        v = v_next.to(tl.float32)
+        b = b_next.to(tl.float32)
+        # of the next turn, so that its latency hides behind this one
+        v_next = tl.load(v_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        b_next = tl.load(b_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        value_0 = v
+        value_1 = b
+        lead_0 = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_0[None, :, None], 0.0)
+        lead_0 = tl.reshape(lead_0, [BV * 16, 16]).to(OT)
+        rows_0_0 = tl.reshape(value_0[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
+        rows_1_0 = tl.reshape(value_1[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
+        tile = chunks + (i_c.to(tl.int64) * H + i_h) * 2 * V * K + (block[:, None] * K + o_k[None, :])
+        m_tile = (block < V)[:, None] & (0 * BK + o_k < K)[None, :]
+        M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 0 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+        M = tl.dot(rows_0_0, key_0_0, M, input_precision=PRECISION)
+        M = tl.reshape(M, [BV, 16, BK])
+        Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 0 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+        Ibar = tl.dot(rows_1_0, key_1_0, Ibar, input_precision=PRECISION)
+        Ibar = tl.reshape(Ibar, [BV, 16, BK])
+        y_read_0 = M * q_0[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+        if K % BK != 0:
+            y_read_0 = tl.where((0 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
+        y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
+        sum_read_0 = y_read_0
+        if VARIANCE:
+            y_read_1 = q_0[None, :, :] * q_0[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+            if K % BK != 0:
+                y_read_1 = tl.where((0 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
+            y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
+            sum_read_1 = y_read_1
+        if NK > 1:
+            m_tile = (block < V)[:, None] & (1 * BK + o_k < K)[None, :]
+            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 1 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            M = tl.dot(rows_0_0, key_0_1, M, input_precision=PRECISION)
+            M = tl.reshape(M, [BV, 16, BK])
+            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 1 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            Ibar = tl.dot(rows_1_0, key_1_1, Ibar, input_precision=PRECISION)
+            Ibar = tl.reshape(Ibar, [BV, 16, BK])
+            y_read_0 = M * q_1[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+            if K % BK != 0:
+                y_read_0 = tl.where((1 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
+            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
+            sum_read_0 += y_read_0
+            if VARIANCE:
+                y_read_1 = q_1[None, :, :] * q_1[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+                if K % BK != 0:
+                    y_read_1 = tl.where((1 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
+                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
+                sum_read_1 += y_read_1
+        if NK > 2:
+            m_tile = (block < V)[:, None] & (2 * BK + o_k < K)[None, :]
+            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 2 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            M = tl.dot(rows_0_0, key_0_2, M, input_precision=PRECISION)
+            M = tl.reshape(M, [BV, 16, BK])
+            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 2 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            Ibar = tl.dot(rows_1_0, key_1_2, Ibar, input_precision=PRECISION)
+            Ibar = tl.reshape(Ibar, [BV, 16, BK])
+            y_read_0 = M * q_2[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+            if K % BK != 0:
+                y_read_0 = tl.where((2 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
+            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
+            sum_read_0 += y_read_0
+            if VARIANCE:
+                y_read_1 = q_2[None, :, :] * q_2[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+                if K % BK != 0:
+                    y_read_1 = tl.where((2 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
+                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
+                sum_read_1 += y_read_1
+        if NK > 3:
+            m_tile = (block < V)[:, None] & (3 * BK + o_k < K)[None, :]
+            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 3 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            M = tl.dot(rows_0_0, key_0_3, M, input_precision=PRECISION)
+            M = tl.reshape(M, [BV, 16, BK])
+            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 3 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
+            Ibar = tl.dot(rows_1_0, key_1_3, Ibar, input_precision=PRECISION)
+            Ibar = tl.reshape(Ibar, [BV, 16, BK])
+            y_read_0 = M * q_3[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+            if K % BK != 0:
+                y_read_0 = tl.where((3 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
+            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
+            sum_read_0 += y_read_0
+            if VARIANCE:
+                y_read_1 = q_3[None, :, :] * q_3[None, :, :] * _reciprocal(I_p + Ibar, FAST)
+                if K % BK != 0:
+                    y_read_1 = tl.where((3 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
+                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
+                sum_read_1 += y_read_1
+        m_out = live[None, :] & m_v[:, None]
+        at_v = at[None, :] * V + (first + o_v)[:, None]
+        total = tl.reshape(tl.sum(sum_read_0, 1), [BV, 16]) * (scale)
+        tl.store(read_0_out + start * V + at_v, total.to(read_0_out.dtype.element_ty), mask=m_out)
+        if VARIANCE:
+            total = tl.reshape(tl.sum(sum_read_1, 1), [BV, 16]) * (scale * scale)
+            tl.store(read_1_out + start * V + at_v, total.to(read_1_out.dtype.element_ty), mask=m_out)
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _local_kernel(
+    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_part, d_v_part, d_b_part, along_0, d_I_p_part, adjoints, spans,
+    scale, T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+    VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Adjoints inside a chunk: all value channels of one head in turn, slabs of key channels within."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
+    o_c = tl.arange(0, 16)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    # offsets in a chunk are 32 bit wide, from starts that are 64
+    start = begin * H + i_h
+    at = o_c * H
+    live = begin + o_c < end
+    causal = o_c[:, None] >= o_c[None, :]
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.where(live, tl.load(sums_0 + start + at, mask=live, other=0.0), whole)
+    within_0 = tl.where(causal, tl.exp(tl.minimum(part[:, None] - part[None, :], 0.0)), 0.0)
+    since_0 = tl.exp(part)
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    own = i_c.to(tl.int64) * 16 * H + i_h
+    # picks the rows of one token out of all channels
+    pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
+    pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
+    slot = (i_c.to(tl.int64) * H + i_h) * 2 * V * K
+    along_0_t = tl.zeros([16], tl.float32)
+    sum_0 = tl.zeros([16, BK], tl.float32)
+    sum_1 = tl.zeros([16, BK], tl.float32)
+    all_d_q = tl.zeros([16, BK], tl.float32)
+    all_d_key_0 = tl.zeros([16, BK], tl.float32)
+    all_d_key_1 = tl.zeros([16, BK], tl.float32)
+    v_next = tl.load(v_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    b_next = tl.load(b_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    d_read_0_next = tl.load(d_read_0_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    if VARIANCE:
+        d_read_1_next = tl.load(d_read_1_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
+    for i_v in range(NV):
+        first = i_v * BV
+        m_v = first + o_v < V
+        block = first // 16 * 16 + tl.arange(0, 16)
+        v = v_next.to(tl.float32)
+        b = b_next.to(tl.float32)
+        d_read_0 = d_read_0_next.to(tl.float32) * (scale)
+        # of the next turn, so that its latency hides behind this one
+        v_next = tl.load(v_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        b_next = tl.load(b_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        d_read_0_next = tl.load(d_read_0_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        value_0 = v
+        value_1 = b
+        lead_0 = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_0[None, :, None], 0.0)
+        lead_0 = tl.reshape(lead_0, [BV * 16, 16]).to(OT)
+        rows_0_0 = tl.reshape(value_0[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
+        rows_1_0 = tl.reshape(value_1[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
+        if VARIANCE:
+            d_read_1 = d_read_1_next.to(tl.float32) * (scale * scale)
+            d_read_1_next = tl.load(d_read_1_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
+        tile = block[:, None] * K + o_k[None, :]
+        ours = ((block // BV) * BV == first) & (block < V)
+        d_rows_0_0 = tl.zeros([BV * 16, 16], tl.float32)
+        d_rows_1_0 = tl.zeros([BV * 16, 16], tl.float32)
+        for i_k in range(NK):
+            slab = i_k * BK
+            m_k = slab + o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            m_tile = (block < V)[:, None] & m_k[None, :]
+            at_k = at[:, None] * K + (slab + o_k)[None, :]
+            raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
+            k = raw_k.to(tl.float32)
+            raw_q = tl.load(q_in + start * K + at_k, mask=m_ck, other=0.0)
+            q = raw_q.to(tl.float32)
+            if NK > 1:
+                d_k_before = tl.load(d_k_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)
+                d_q_before = tl.load(d_q_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)
+            key_0 = raw_k.to(OT)
+            key_1 = (k * k).to(OT)
+            M = tl.dot(lead_0, tl.load(chunks + slot + tile + 0 * V * K + slab, mask=m_tile, other=0.0), input_precision=PRECISION)
+            M = tl.dot(rows_0_0, key_0, M, input_precision=PRECISION)
+            M = tl.reshape(M, [BV, 16, BK])
+            Ibar = tl.dot(lead_0, tl.load(chunks + slot + tile + 1 * V * K + slab, mask=m_tile, other=0.0), input_precision=PRECISION)
+            Ibar = tl.dot(rows_1_0, key_1, Ibar, input_precision=PRECISION)
+            Ibar = tl.reshape(Ibar, [BV, 16, BK])
+            if not VARIANCE:
+                c0 = _reciprocal(I_p + Ibar, FAST)
+                p0 = c0 * d_read_0[:, :, None]
+                d_M = p0 * q[None, :, :]
+                p1 = M * p0
+                d_Ibar = -c0 * p1 * q[None, :, :]
+                d_q_tile = p1
+                if (K % BK != 0) or (V % BV != 0):
+                    d_M = tl.where(m_v[:, None, None] & m_k[None, None, :], d_M, 0.0)
+                    d_Ibar = tl.where(m_v[:, None, None] & m_k[None, None, :], d_Ibar, 0.0)
+                    d_q_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], d_q_tile, 0.0)
+                d_M = tl.reshape(d_M, [BV * 16, BK]).to(OT)
+                d_Ibar = tl.reshape(d_Ibar, [BV * 16, BK]).to(OT)
+                d_q_tile = tl.reshape(d_q_tile, [BV * 16, BK]).to(OT)
+                sum_0 = tl.dot(pick, d_Ibar, sum_0, input_precision=PRECISION)
+            if VARIANCE:
+                c0 = I_p + Ibar
+                c1 = _reciprocal(c0, FAST)
+                p0 = c1 * q[None, :, :]
+                d_M = d_read_0[:, :, None] * p0
+                c3 = d_read_1[:, :, None] * q[None, :, :]
+                p1 = c1 * p0
+                c2 = M * d_read_0[:, :, None]
+                p2 = c2
+                d_Ibar = -c3 * p1 - p1 * p2
+                d_q_tile = c1 * p2 + 2.0 * d_read_1[:, :, None] * p0
+                sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
+                if (K % BK != 0) or (V % BV != 0):
+                    d_M = tl.where(m_v[:, None, None] & m_k[None, None, :], d_M, 0.0)
+                    d_Ibar = tl.where(m_v[:, None, None] & m_k[None, None, :], d_Ibar, 0.0)
+                    d_q_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], d_q_tile, 0.0)
+                    sum_1_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], sum_1_tile, 0.0)
+                d_M = tl.reshape(d_M, [BV * 16, BK]).to(OT)
+                d_Ibar = tl.reshape(d_Ibar, [BV * 16, BK]).to(OT)
+                d_q_tile = tl.reshape(d_q_tile, [BV * 16, BK]).to(OT)
+                sum_1_tile = tl.reshape(sum_1_tile, [BV * 16, BK]).to(OT)
+                sum_0 = tl.dot(pick, d_Ibar, sum_0, input_precision=PRECISION)
+                sum_1 = tl.dot(pick, sum_1_tile, sum_1, input_precision=PRECISION)
+            d_rows_0_0 = tl.dot(d_M, tl.trans(key_0), d_rows_0_0, input_precision=PRECISION)
+            d_rows_1_0 = tl.dot(d_Ibar, tl.trans(key_1), d_rows_1_0, input_precision=PRECISION)
+            d_q = tl.dot(pick, d_q_tile, input_precision=PRECISION)
+            d_key_0 = tl.dot(tl.trans(rows_0_0), d_M, input_precision=PRECISION)
+            d_key_1 = tl.dot(tl.trans(rows_1_0), d_Ibar, input_precision=PRECISION)
+            handed = tl.dot(tl.trans(lead_0), d_M, input_precision=PRECISION)
+            tl.store(adjoints + slot + tile + 0 * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])
+            handed = tl.dot(tl.trans(lead_0), d_Ibar, input_precision=PRECISION)
+            tl.store(adjoints + slot + tile + 1 * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])
+            if NK > 1:
+                tl.store(d_k_part + own * K + at_k, d_key_0 + d_key_1 * (2.0 * k) + d_k_before, mask=m_ck)
+                tl.store(d_q_part + own * K + at_k, d_q + d_q_before, mask=m_ck)
+            else:
+                all_d_q += d_q
+                all_d_key_0 += d_key_0
+                all_d_key_1 += d_key_1
+        m_out = live[None, :] & m_v[:, None]
+        at_v = at[None, :] * V + (first + o_v)[:, None]
+        d_value_0_0 = tl.sum(tl.reshape(d_rows_0_0, [BV, 16, 16]) * within_0[None, :, :], 1)
+        along_0_t += tl.sum(value_0 * d_value_0_0, 0)
+        d_value_1_0 = tl.sum(tl.reshape(d_rows_1_0, [BV, 16, 16]) * within_0[None, :, :], 1)
+        along_0_t += tl.sum(value_1 * d_value_1_0, 0)
+        d_value_0 = d_value_0_0
+        d_value_1 = d_value_1_0
+        tl.store(d_v_part + own * V + at_v, d_value_0, mask=m_out)
+        tl.store(d_b_part + own * V + at_v, d_value_1, mask=m_out)
+    if NK == 1:
+        m_k = live[:, None] & (o_k < K)[None, :]
+        at_k = at[:, None] * K + o_k[None, :]
+        k = tl.load(k_in + start * K + at_k, mask=m_k, other=0.0).to(tl.float32)
+        tl.store(d_k_part + own * K + at_k, all_d_key_0 + all_d_key_1 * (2.0 * k), mask=m_k)
+        tl.store(d_q_part + own * K + at_k, all_d_q, mask=m_k)
+    sum_0_t = tl.sum(sum_0, 1)
+    sum_1_t = tl.sum(sum_1, 1)
+    if not VARIANCE:
+        along_0_t = (-I_p) * sum_0_t - along_0_t
+        d_I_p = tl.sum((1.0) * sum_0_t, 0)
+    if VARIANCE:
+        along_0_t = (1.0) * sum_1_t - along_0_t
+        d_I_p = tl.sum((1.0) * sum_0_t, 0)
+    tl.store(along_0 + own + at, along_0_t, mask=live)
+    tl.store(d_I_p_part + i_h * tl.num_programs(0) + i_c, tl.where(begin < end, d_I_p, 0.0))
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _carry_kernel(
+    chunks, adjoints, sums_0, d_M_end, d_Ibar_end, d_M_start, d_Ibar_start, products, offsets, bases,
+    T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """What each chunk hands over becomes, in place, the adjoint at the chunk's end; products: <start state, adjoint>."""
+    parts = tl.num_programs(0)
+    i_e = tl.program_id(0)
+    i_n = tl.program_id(1) // H
+    i_h = tl.program_id(1) % H
+    begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
+    NK: tl.constexpr = (K + BK - 1) // BK
+    o_k = i_e % NK * BK + tl.arange(0, BK)
+    o_v = i_e // NK * BV + tl.arange(0, BV)
+    m_e = (o_v < V)[:, None] & (o_k < K)[None, :]
+    tile = o_v[:, None] * K + o_k[None, :]
+    user = (i_n.to(tl.int64) * H + i_h) * K * V + (o_k[None, :] * V + o_v[:, None])
+    chunks_here = tl.cdiv(end - begin, 16)
+    d_M = tl.load(d_M_end + user, mask=m_e, other=0.0).to(tl.float32)
+    d_Ibar = tl.load(d_Ibar_end + user, mask=m_e, other=0.0).to(tl.float32)
+    for i_r in range(0, chunks_here):
+        i_c = chunks_here - 1 - i_r
+        slot = ((base + i_c) * H + i_h) * 2 * V * K
+        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
+        handed_0 = tl.load(adjoints + slot + 0 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
+        start_0 = tl.load(chunks + slot + 0 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
+        handed_1 = tl.load(adjoints + slot + 1 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
+        start_1 = tl.load(chunks + slot + 1 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
+        tl.store(adjoints + slot + 0 * V * K + tile, d_M.to(adjoints.dtype.element_ty), mask=m_e)
+        d_M = handed_0 + tl.exp(tl.load(sums_0 + last)) * d_M
+        tl.store(adjoints + slot + 1 * V * K + tile, d_Ibar.to(adjoints.dtype.element_ty), mask=m_e)
+        d_Ibar = handed_1 + tl.exp(tl.load(sums_0 + last)) * d_Ibar
+        tl.store(products + (((base + i_c) * H + i_h) * 1 + 0) * parts + i_e, tl.sum(tl.sum(start_0 * d_M + start_1 * d_Ibar, 1), 0))
+    tl.store(d_M_start + user, d_M, mask=m_e)
+    tl.store(d_Ibar_start + user, d_Ibar, mask=m_e)
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _settle_kernel(
+    k_in, v_in, b_in, sums_0, adjoints, products, along_0, d_k_part, d_q_part, d_v_part, d_b_part, d_k_out, d_q_out, d_v_out, d_b_out, d_decay_0, spans,
+    T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PARTS: tl.constexpr, BP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Final gradients of one chunk of one head; BK covers all key channels."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
+    o_c = tl.arange(0, 16)
+    o_p = tl.arange(0, BP)
+    o_k = tl.arange(0, BK)
+    start = begin * H + i_h
+    own = i_c.to(tl.int64) * 16 * H + i_h
+    slot = i_c.to(tl.int64) * H + i_h
+    at = o_c * H
+    live = begin + o_c < end
+    m_k = o_k < K
+    m_ck = live[:, None] & m_k[None, :]
+    at_k = at[:, None] * K + o_k[None, :]
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
+    until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
+    along_0_t = tl.load(along_0 + own + at, mask=live, other=0.0)
+    raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
+    k = raw_k.to(tl.float32)
+    key_0 = raw_k.to(OT)
+    key_1 = (k * k).to(OT)
+    d_key_0 = tl.zeros([16, BK], tl.float32)
+    d_key_1 = tl.zeros([16, BK], tl.float32)
+    for i_v in range(NV):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_cv = live[:, None] & m_v[None, :]
+        at_v = at[:, None] * V + o_v[None, :]
+        tile = o_v[:, None] * K + o_k[None, :]
+        m_tile = m_v[:, None] & m_k[None, :]
+        v = tl.load(v_in + start * V + at_v, mask=m_cv, other=0.0).to(tl.float32)
+        b = tl.load(b_in + start * V + at_v, mask=m_cv, other=0.0).to(tl.float32)
+        value_0 = v
+        value_1 = b
+        d_M = tl.load(adjoints + (slot * 2 + 0) * V * K + tile, mask=m_tile, other=0.0).to(OT)
+        d_rows_0_0 = tl.dot(key_0, tl.trans(d_M), input_precision=PRECISION) * until_0[:, None]
+        weighted = (value_0 * until_0[:, None]).to(OT)
+        d_key_0 = tl.dot(weighted, d_M, d_key_0, input_precision=PRECISION)
+        wrote = tl.sum(d_rows_0_0 * value_0, 1)
+        along_0_t -= wrote
+        d_Ibar = tl.load(adjoints + (slot * 2 + 1) * V * K + tile, mask=m_tile, other=0.0).to(OT)
+        d_rows_1_0 = tl.dot(key_1, tl.trans(d_Ibar), input_precision=PRECISION) * until_0[:, None]
+        weighted = (value_1 * until_0[:, None]).to(OT)
+        d_key_1 = tl.dot(weighted, d_Ibar, d_key_1, input_precision=PRECISION)
+        wrote = tl.sum(d_rows_1_0 * value_1, 1)
+        along_0_t -= wrote
+        d_value_0 = d_rows_0_0
+        d_value_1 = d_rows_1_0
+        inner = tl.load(d_v_part + own * V + at_v, mask=m_cv, other=0.0)
+        tl.store(d_v_out + start * V + at_v, (inner + d_value_0).to(d_v_out.dtype.element_ty), mask=m_cv)
+        inner = tl.load(d_b_part + own * V + at_v, mask=m_cv, other=0.0)
+        tl.store(d_b_out + start * V + at_v, (inner + d_value_1).to(d_b_out.dtype.element_ty), mask=m_cv)
+    inner = tl.load(d_k_part + own * K + at_k, mask=m_ck, other=0.0)
+    tl.store(d_k_out + start * K + at_k, (inner + d_key_0 + d_key_1 * (2.0 * k)).to(d_k_out.dtype.element_ty), mask=m_ck)
+    inner = tl.load(d_q_part + own * K + at_k, mask=m_ck, other=0.0)
+    tl.store(d_q_out + start * K + at_k, (inner).to(d_q_out.dtype.element_ty), mask=m_ck)
+    product = tl.sum(tl.load(products + (slot * 1 + 0) * PARTS + o_p, mask=o_p < PARTS, other=0.0), 0)
+    tl.store(d_decay_0 + start + at, product - tl.cumsum(along_0_t, 0) + along_0_t, mask=live)
+
+
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _registers(tensor, count):
+    """Compile option: fewer registers a thread, for more blocks on a multiprocessor."""
+    return {"maxnreg": count} if _fast(tensor) and count else {}
+
+
+def _forward_tiles(K, V, dtype):
+    """(BK, BV, warps, stages, registers) of the forward kernel; it spells out at most 4 slabs of BK channels."""
+    if K <= 16 or K <= 64 and K % 32:
+        BK = 16
+    else:
+        BK = 32 if K <= 128 else 64
+    if dtype != torch.bfloat16:
+        return BK, 8, 4, 1, 0
+    return BK, 8, 4, 2, 128 if BK <= 32 else 0
+
+
+def _backward_tiles(K, V, dtype):
+    """The same for the kernel of local adjoints, whose slabs are a loop unless there is only one."""
+    BK = 16 if K <= 16 else 64 if 32 < K <= 64 else 32
+    if dtype != torch.bfloat16:
+        return min(BK, 32), 8, 4, 1, 0
+    return BK, 8, 4, 2, 0
+
+
+def _windows(T, bytes_a_token, share):
+    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then."""
+    size = max(256, share * 100663296 // max(1, bytes_a_token) // 256 * 256)
+    return list(range(0, T, size)) + [T]
+
+
+def _window(T, low, high, offsets, N):
+    """What a window has of every sequence: (T, low, high) and tables as the kernels take them, and its chunks."""
+    if offsets is None:
+        NT = -(-(high - low) // 16)
+        return None, None, None, NT, N * NT
+    offsets = offsets.clamp(low, high)
+    inside = offsets - low
+    spans, bases, NT, chunks = _plan(high - low, inside, N, 16)
+    return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
+
+
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    _sums_kernel[(chunks, triton.cdiv(H, BH))](
+        decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None
+    )
+
+
+def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance):
+    """Reads of every token and final states."""
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    N = M.shape[0]
+    dtype, device = k.dtype, k.device
+    OT, precision = _operands(dtype)
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
+    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
+    bounds = _windows(T, 2 * B * H * K * V * kept.itemsize // 16, 3)
+    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
+    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
+    read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)
+    read_1 = torch.empty((B, T, H, V) if variance else (0,), dtype=dtype, device=device)
+    M_end = M
+    Ibar_end = Ibar
+    border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
+    for low, high in zip(bounds[:-1], bounds[1:]):
+        M_start, M_end = M_end, torch.empty_like(M)
+        Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
+        inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
+        place = (T, low, high, NT, H)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+        BK, BV = _tile(K, 32), _tile(V, 64)
+        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
+            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+        )
+        BK, BV, warps, stages, registers = _forward_tiles(K, V, dtype)
+        _reads_kernel[(chunks, H)](
+            k, q, v, b, sums_0, I_p, border, read_0, read_1, spans,
+            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,
+            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,
+        )
+    return read_0, read_1, M_end, Ibar_end
+
+
+def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_end, d_Ibar_end, scale, offsets, variance):
+    """Gradients of tensors, log decays, parameters and initial states."""
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    N = M.shape[0]
+    dtype, device = k.dtype, k.device
+    OT, precision = _operands(dtype)
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
+    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
+    bounds = _windows(T, 4 * B * H * K * V * kept.itemsize // 16, 1)
+    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
+    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
+    d_k_out = torch.empty_like(k)
+    d_q_out = torch.empty_like(q)
+    d_v_out = torch.empty_like(v)
+    d_b_out = torch.empty_like(b)
+    d_decay_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
+    d_I_p = torch.zeros(H, dtype=torch.float32, device=device)
+    border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
+    adjoints = torch.empty_like(border)
+    d_k_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
+    d_q_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
+    d_v_part = torch.empty(most * 16 * H * V, dtype=torch.float32, device=device)
+    d_b_part = torch.empty(most * 16 * H * V, dtype=torch.float32, device=device)
+    along_0 = torch.empty(most * 16 * H, dtype=torch.float32, device=device)
+    ck, cv = _tile(K, 32), _tile(V, 16)  # tiles of the scan over chunks
+    parts = triton.cdiv(K, ck) * triton.cdiv(V, cv)
+    products = torch.empty(most * H * 1 * parts, dtype=torch.float32, device=device)
+    # states at the start of every window
+    M_end, M_starts = M, []
+    Ibar_end, Ibar_starts = Ibar, []
+    for low, high in zip(bounds[:-1], bounds[1:]):
+        M_starts.append(M_end)
+        Ibar_starts.append(Ibar_end)
+        if high == T:
+            break
+        M_start, M_end = M_end, torch.empty_like(M)
+        Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
+        inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
+        place = (T, low, high, NT, H)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+        BK, BV = _tile(K, 32), _tile(V, 64)
+        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
+            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=4, num_stages=3, **common,
+        )
+    for low, high in zip(bounds[-2::-1], bounds[:0:-1]):
+        M_start, M_end = M_starts.pop(), torch.empty_like(M)
+        Ibar_start, Ibar_end = Ibar_starts.pop(), torch.empty_like(Ibar)
+        inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
+        place = (T, low, high, NT, H)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+        BK, BV = _tile(K, 32), _tile(V, 64)
+        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
+            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+        )
+        d_I_p_part = torch.empty((H, chunks), dtype=torch.float32, device=device)
+        BK, BV, warps, stages, registers = _backward_tiles(K, V, dtype)
+        _local_kernel[(chunks, H)](
+            k, q, v, b, sums_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_part, d_v_part, d_b_part, along_0, d_I_p_part, adjoints, spans,
+            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,
+            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,
+        )
+        d_I_p += d_I_p_part.sum(1)
+        d_M_start = torch.empty_like(M)
+        d_Ibar_start = torch.empty_like(Ibar)
+        _carry_kernel[(parts, N * H)](
+            border, adjoints, sums_0, d_M_end, d_Ibar_end,
+            d_M_start, d_Ibar_start, products, inside, bases, *place,
+            K=K, V=V, BK=ck, BV=cv, PACKED=offsets is not None, num_warps=1,
+        )
+        BK = max(16, triton.next_power_of_2(K))  # all key channels
+        BV = _tile(V, 64 if BK <= 64 else 32)
+        _settle_kernel[(chunks, H)](
+            k, v, b, sums_0, adjoints, products, along_0, d_k_part, d_q_part, d_v_part, d_b_part,
+            d_k_out, d_q_out, d_v_out, d_b_out, d_decay_0, spans,
+            *place, K=K, V=V, BK=BK, BV=BV, PARTS=parts, BP=triton.next_power_of_2(parts),
+            num_warps=4, num_stages=2, **common,
+        )
+        d_M_end = d_M_start
+        d_Ibar_end = d_Ibar_start
+    return d_k_out, d_v_out, d_b_out, d_q_out, d_decay_0.to(decay_0.dtype), d_I_p.to(I_p.dtype), d_M_start, d_Ibar_start
+
+
+_ratio_op = torch.library.custom_op(
+    f"{_OPS}::ratio", lambda *arguments: _ratio_forward(*arguments), mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor b, Tensor q, Tensor decay_0, Tensor I_p, Tensor M, Tensor Ibar, float scale, Tensor? offsets, bool variance) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_ratio_backward_op = torch.library.custom_op(
+    f"{_OPS}::ratio_backward", lambda *arguments: _ratio_backward(*arguments), mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor b, Tensor q, Tensor decay_0, Tensor I_p, Tensor M, Tensor Ibar, Tensor d_read_0, Tensor d_read_1, Tensor d_M_end, Tensor d_Ibar_end, float scale, Tensor? offsets, bool variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_ratio_op.register_fake
+def _ratio_fake(*arguments):
+    *tensors, scale, offsets, variance = arguments
+    like = tensors[1].new_empty(tensors[1].shape, dtype=tensors[0].dtype)
+    return like.new_empty(like.shape, dtype=like.dtype), like.new_empty(like.shape if variance else (0,), dtype=like.dtype), *(torch.empty_like(t) for t in tensors[6:])
+
+
+@_ratio_backward_op.register_fake
+def _ratio_backward_fake(*arguments):
+    return tuple(torch.empty_like(t) for t in arguments[:8])
+
+
+def _ratio_save(ctx, inputs, output):
+    *tensors, ctx.scale, offsets, ctx.variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _ratio_gradient(ctx, *grads):
+    *tensors, offsets = ctx.saved_tensors
+    given = (g.contiguous() for g in grads)
+    return (*_ratio_backward_op(*tensors, *given, ctx.scale, offsets, ctx.variance), None, None, None)
+
+
+_ratio_op.register_autograd(_ratio_gradient, setup_context=_ratio_save)
+
+
+def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance):
+    """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""
+    if q.dtype == torch.float64:  # no tensor cores for it
+        return _reference_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance)
+    size_k, size_v = _sizes(q, k, v, b, g, I_p, M, Ibar)
+    batch, steps, heads = q.shape[:3]
+    dtype = torch.promote_types(torch.promote_types(torch.promote_types(k.dtype, v.dtype), b.dtype), q.dtype)  # operands of the matmuls
+    read_0, read_1, M_end, Ibar_end = _ratio_op(
+        k.to(dtype).contiguous(), v.to(dtype).contiguous(), b.to(dtype).contiguous(), q.to(dtype).contiguous(), g.contiguous(), I_p.contiguous(), M.contiguous(), Ibar.contiguous(), scale, offsets, want_variance,
+    )
+    output = read_0.to(q.dtype)
+    variance = None
+    if want_variance:
+        variance = read_1.to(q.dtype)
+    return output, variance, M_end, Ibar_end
+
+
+@_kernel
+def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
+    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
+        rows = T
+    else:
+        begin = i_n * T
+        end = begin + T
+        rows = end
+    return begin, (end - begin).to(tl.int32), rows
+
+
+@_kernel
+def _live(x, mask, EXACT: tl.constexpr):
+    """``x`` with 0 in the lanes beyond the last channel."""
+    if EXACT:
+        return x
+    else:
+        return tl.where(mask, x, 0.0)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _sequential_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_final, Ibar_final, M_saved,
+    Ibar_saved,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    M = tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    Ibar = tl.load(Ibar_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_next = tl.load(b_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    g_next = tl.load(g_in + at).to(tl.float32)
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        q = q_next
+        k = k_next
+        v = v_next
+        b = b_next
+        g = g_next
+        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next = tl.load(b_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next = tl.load(g_in + ahead).to(tl.float32)
+        if SAVE:
+            if t % EVERY == 0:
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                tl.store(M_saved + slot * K * V + t_kv, (M).to(M_saved.dtype.element_ty), mask=m_kv)
+                tl.store(Ibar_saved + slot * K * V + t_kv, (Ibar).to(Ibar_saved.dtype.element_ty), mask=m_kv)
+        c0 = tl.exp(g)
+        row0 = k * k
+        Ibar_new = Ibar * c0 + b * row0
+        M_new = M * c0 + k * v
+        if OUTPUT:
+            x0 = 1.0 / (I_p + Ibar_new)
+            sum0 = tl.sum(_live(M_new * q * x0, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(o + at * V + o_v, (scale * sum0).to(o.dtype.element_ty), mask=m_v)
+        if VARIANCE:
+            c1 = scale * scale
+            row1 = q * q
+            x0 = 1.0 / (I_p + Ibar_new)
+            sum1 = tl.sum(_live(row1 * x0, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(variance + at * V + o_v, (c1 * sum1).to(variance.dtype.element_ty), mask=m_v)
+        M_after = M_new
+        Ibar_after = Ibar_new
+        M = M_after
+        Ibar = Ibar_after
+    if OUTPUT:
+        tl.store(M_final + i_nh * K * V + t_kv, (M).to(M_final.dtype.element_ty), mask=m_kv)
+        tl.store(Ibar_final + i_nh * K * V + t_kv, (Ibar).to(Ibar_final.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_kernel(
+    q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, M_past, Ibar_past, d_output_in,
+    d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
+    d_Ibar_initial,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in_ + i_h).to(tl.float32)
+    d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p = zero_
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next_ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next_ = tl.load(g_in_ + at).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past + place * BK * BV + t_past, M)
+            tl.store(Ibar_past + place * BK * BV + t_past, Ibar)
+            k = k_next_
+            v = v_next_
+            b = b_next_
+            g = g_next_
+            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next_ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next_ = tl.load(g_in_ + ahead).to(tl.float32)
+            c0_ = tl.exp(g)
+            row0_ = k * k
+            Ibar_new_ = Ibar * c0_ + b * row0_
+            M_new_ = M * c0_ + k * v
+            M_after_ = M_new_
+            Ibar_after_ = Ibar_new_
+            M = M_after_
+            Ibar = Ibar_after_
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next__ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next__ = tl.load(g_in_ + at).to(tl.float32)
+        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old = tl.load(M_past + place * BK * BV + t_past)
+            Ibar_old = tl.load(Ibar_past + place * BK * BV + t_past)
+            q = q_next_
+            k = k_next__
+            v = v_next__
+            b = b_next__
+            g = g_next__
+            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next__ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next__ = tl.load(g_in_ + ahead).to(tl.float32)
+            d_output = d_output_next
+            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0__ = tl.exp(g)
+            x0_ = 1.0 / (I_p + Ibar)
+            x1 = d_output * x0_
+            sum0_ = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
+            row0__ = q * scale
+            x4 = M * d_output * row0__ * x0_ * x0_
+            x5 = d_Ibar - x4
+            sum1_ = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
+            x2 = d_M + row0__ * x1
+            sum2 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum3 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
+            row1_ = k * k
+            sum4 = tl.sum(_live(row1_ * x5, m_k, EXACT_K), axis=0)[None, :]
+            sum5 = tl.sum(_live(Ibar_old * x5 + M_old * x2, m_k, EXACT_K), axis=0)[None, :]
+            sum6 = tl.sum(_live(sum5, m_v, EXACT_V))
+            sum7 = tl.sum(_live(x4, m_k, EXACT_K), axis=0)[None, :]
+            sum8 = tl.sum(_live(sum7, m_v, EXACT_V))
+            x3 = c0__ * x2
+            x6 = c0__ * x5
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at), (c0__ * sum6).to(d_g_out.dtype.element_ty))
+            sum_I_p += -sum8
+            d_M_after = x3
+            d_Ibar_after = x6
+            d_M = d_M_after
+            d_Ibar = d_Ibar_after
+            M = M_old
+            Ibar = Ibar_old
+        tl.debug_barrier()
+    tl.store(d_I_p_out + shared, (sum_I_p).to(d_I_p_out.dtype.element_ty))
+    tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_variance_kernel(
+    q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, M_past_, Ibar_past_,
+    d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
+    d_I_p_out_, d_M_initial_, d_Ibar_initial_,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in__ + i_h).to(tl.float32)
+    d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p_ = zero_
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next___ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next___ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next___ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next___ = tl.load(g_in__ + at).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past_ + place * BK * BV + t_past, M)
+            tl.store(Ibar_past_ + place * BK * BV + t_past, Ibar)
+            k = k_next___
+            v = v_next___
+            b = b_next___
+            g = g_next___
+            k_next___ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next___ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next___ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next___ = tl.load(g_in__ + ahead).to(tl.float32)
+            c0___ = tl.exp(g)
+            row0___ = k * k
+            Ibar_new__ = Ibar * c0___ + b * row0___
+            M_new__ = M * c0___ + k * v
+            M_after__ = M_new__
+            Ibar_after__ = Ibar_new__
+            M = M_after__
+            Ibar = Ibar_after__
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next__ = tl.load(q_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next____ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next____ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next____ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        g_next____ = tl.load(g_in__ + at).to(tl.float32)
+        d_output__next = tl.load(d_output_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        d_variance_next = tl.load(d_variance_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old_ = tl.load(M_past_ + place * BK * BV + t_past)
+            Ibar_old_ = tl.load(Ibar_past_ + place * BK * BV + t_past)
+            q = q_next__
+            k = k_next____
+            v = v_next____
+            b = b_next____
+            g = g_next____
+            q_next__ = tl.load(q_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next____ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next____ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next____ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            g_next____ = tl.load(g_in__ + ahead).to(tl.float32)
+            d_output_ = d_output__next
+            d_output__next = tl.load(d_output_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            d_variance = d_variance_next
+            d_variance_next = tl.load(d_variance_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0____ = tl.exp(g)
+            c1_ = scale * scale
+            c2 = 2.0 * c1_
+            x0__ = 1.0 / (I_p + Ibar)
+            x1_ = d_output_ * x0__
+            sum0__ = tl.sum(_live(M * x1_, m_v, EXACT_V), axis=1)[:, None]
+            sum1__ = tl.sum(_live(d_variance * x0__, m_v, EXACT_V), axis=1)[:, None]
+            row0____ = q * scale
+            row1__ = c1_ * q * q
+            x4_ = x0__ * x0__ * (-M * d_output_ * row0____ - d_variance * row1__)
+            x5_ = d_Ibar_ + x4_
+            sum2_ = tl.sum(_live(b * x5_, m_v, EXACT_V), axis=1)[:, None]
+            x2_ = d_M_ + row0____ * x1_
+            sum3_ = tl.sum(_live(v * x2_, m_v, EXACT_V), axis=1)[:, None]
+            sum4_ = tl.sum(_live(k * x2_, m_k, EXACT_K), axis=0)[None, :]
+            row2 = k * k
+            sum5_ = tl.sum(_live(row2 * x5_, m_k, EXACT_K), axis=0)[None, :]
+            sum6_ = tl.sum(_live(Ibar_old_ * x5_ + M_old_ * x2_, m_k, EXACT_K), axis=0)[None, :]
+            sum7_ = tl.sum(_live(sum6_, m_v, EXACT_V))
+            sum8_ = tl.sum(_live(x4_, m_k, EXACT_K), axis=0)[None, :]
+            sum9 = tl.sum(_live(sum8_, m_v, EXACT_V))
+            x3_ = c0____ * x2_
+            x6_ = c0____ * x5_
+            tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c2 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at), (c0____ * sum7_).to(d_g_out_.dtype.element_ty))
+            sum_I_p_ += sum9
+            d_M__after = x3_
+            d_Ibar__after = x6_
+            d_M_ = d_M__after
+            d_Ibar_ = d_Ibar__after
+            M = M_old_
+            Ibar = Ibar_old_
+        tl.debug_barrier()
+    tl.store(d_I_p_out_ + shared, (sum_I_p_).to(d_I_p_out_.dtype.element_ty))
+    tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
+
+
+_SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = (5, 1, 2)  # inputs, parameters, states
+_SEQUENTIAL_TILES = 2  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
 _CORES = {
     ('cpu', 'chunk'): _native_core,
     ('cpu', 'recurrent'): _native_core,
+    ('cuda', 'chunk'): _chunk_triton_core,
+    ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 
 

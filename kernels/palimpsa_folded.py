@@ -15,7 +15,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; Ibar varies only along k, so it divides the query and variance and
     what remains is class a
 
-Generated from the spec 'palimpsa_folded', hash 2791163132bc0e28, by emitter 1.
+Generated from the spec 'palimpsa_folded', hash 2791163132bc0e28, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import importlib.util
 import itertools
 import math
 import numpy
@@ -48,14 +49,17 @@ SPEC = {'name': 'palimpsa_folded',
             {'name': 'Ibar', 'axes': 'k', 'domain': 'nonnegative', 'doc': 'precision - I_p', 'init': '0'}],
  'variance': True,
  'read': 'after',
- 'forms': {'cpu/chunk': '_chunk_torch_core', 'cpu/recurrent': '_native_core', 'cuda/chunk': '_chunk_triton_core'},
+ 'forms': {'cpu/chunk': '_cpu_chunk_core',
+           'cpu/recurrent': '_native_core',
+           'cuda/chunk': '_chunk_triton_core',
+           'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'l2norm(silu(conv(linear)))',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(linear) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '1'}}
+ 'versions': {'emitter': '2'}}
 _OPS = 'dspace_palimpsa_folded_27911631'  # namespace of this module's PyTorch operators
 
 
@@ -1122,8 +1126,12 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+def _cdiv(size, tile):
+    return -(-size // tile)  # Triton's own costs microseconds on the host
+
+
 def _tile(size, most):
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(1 << (size - 1).bit_length(), most))
 
 
 @_kernel
@@ -1159,32 +1167,103 @@ def _compose(decay_a, write_a, decay_b, write_b):
     return decay_a * decay_b, write_a * decay_b + write_b
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _carry_vector_kernel(
+    total, local, start, border, final, offsets, bases, T, NT, H,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Values at chunk borders from what each chunk does: value' = total value + local, in either direction."""
+    NW: tl.constexpr = (W + BW - 1) // BW
+    pid = tl.program_id(0)
+    i_nh = (pid // NW).to(tl.int64)
+    i_h = i_nh % H
+    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    o_w = (pid % NW) * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    chunks = tl.cdiv(end - begin, C)
+    value = tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    first = chunks - 1 if REVERSE else chunks * 0
+    tl.store(border + ((base + first) * H + i_h) * W + o_w, value, mask=o_w < tl.where(begin < end, W, 0))
+    for i in range(0, chunks, BN):
+        step = i + tl.arange(0, BN)
+        chunk = chunks - 1 - step if REVERSE else step
+        at = ((base + chunk) * H + i_h)[:, None] * W + o_w[None, :]
+        mask = (step < chunks)[:, None] & m_w[None, :]
+        decay = tl.load(total + at, mask=mask, other=1.0)
+        write = tl.load(local + at, mask=mask, other=0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose)
+        after = decay * value[None, :] + write
+        there = at - H * W if REVERSE else at + H * W
+        tl.store(border + there, after, mask=mask & (step + 1 < chunks)[:, None])
+        value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
+    tl.store(final + i_nh * W + o_w, value, mask=m_w)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _vector_k_sums_kernel(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_total, Ibar_local,
+    spans, scale, T, NT, H,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+):
+    """What a chunk does to each state: S' = total S + local."""
+    NW: tl.constexpr = (W + BW - 1) // BW
+    pid = tl.program_id(0)
+    i_w = pid % NW
+    i_h = (pid // NW) % H
+    i_c = pid // (NW * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    if begin < end:
+        row = begin + o_c
+        live = row < end
+        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
+        at = row * H + i_h
+        wide = at[:, None] * W + o_w[None, :]
+        m_cw = live[:, None] & m_w[None, :]
+        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
+        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
+        decay = tl.exp(g)
+        write = b * k * k
+        decay = tl.where(m_cw, decay, 1.0)
+        write = tl.where(m_cw, write, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose)
+        ending = o_c[:, None] == C - 1
+        tl.store(Ibar_total + at_border, tl.sum(tl.where(ending, decay, 0.0), axis=0), mask=m_w)
+        tl.store(Ibar_local + at_border, tl.sum(tl.where(ending, write, 0.0), axis=0), mask=m_w)
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _vector_k_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_initial, feature_0_out, Ibar_out, Ibar_border, Ibar_final,
-    offsets, bases, scale, T, NT, H,
+    q_in, k_in, b_in, g_in, I_p_in, feature_0_out, Ibar_out, Ibar_border,
+    spans, scale, T, NT, H,
     W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Ibar = exp(g) Ibar + b*k**2; features of every token."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
-    i_nh = (pid // NW).to(tl.int64)
-    i_h = i_nh % H
-    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    i_h = (pid // NW) % H
+    i_c = pid // (NW * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     o_w = i_w * BW + tl.arange(0, BW)
     m_w = o_w < W
     o_c = tl.arange(0, C)
+    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_start = tl.load(Ibar_initial + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
-    for i_c in range(0, tl.cdiv(end - begin, C)):
-        tl.store(Ibar_border + ((base + i_c) * H + i_h) * W + o_w, Ibar_start, mask=m_w)
-        row = begin + i_c * C + o_c
+    if begin < end:
+        row = begin + o_c
         live = row < end
         inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
         at = row * H + i_h
         wide = at[:, None] * W + o_w[None, :]
         m_cw = live[:, None] & m_w[None, :]
+        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
         # the decays and writes of the token before, so that the scan ends just before each token
         q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
         k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
@@ -1208,38 +1287,99 @@ def _vector_k_kernel(
         tl.store(feature_0_out + wide, (feature_0_now).to(feature_0_out.dtype.element_ty), mask=m_cw)
         if RAW:
             tl.store(Ibar_out + wide, Ibar, mask=m_cw)
-        Ibar_start = tl.sum(tl.where(o_c[:, None] == C - 1, Ibar, 0.0), axis=0)
-    tl.store(Ibar_final + i_nh * W + o_w, Ibar_start, mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "TOTAL"])
-def _vector_k_backward_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, d_feature_0_in, d_Ibar_in, d_Ibar_final, d_q_out, d_k_out, d_b_out, d_g_out, d_I_p_out, d_Ibar_initial, TOTAL,
-    offsets, bases, scale, T, NT, H,
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _vector_k_back_sums_kernel(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, d_feature_0_in, d_Ibar_in, Ibar_total, Ibar_local,
+    spans, scale, T, NT, H,
     W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Cotangents of the inputs, parameters and initial states, chunks in reverse."""
+    """What a chunk does to the cotangent of each state, last token first: dS' = total dS + local."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
-    i_nh = (pid // NW).to(tl.int64)
-    i_h = i_nh % H
-    begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+    i_h = (pid // NW) % H
+    i_c = pid // (NW * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     o_w = i_w * BW + tl.arange(0, BW)
     m_w = o_w < W
     o_c = tl.arange(0, C)
+    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_carry = tl.load(d_Ibar_final + i_nh * W + o_w, mask=m_w, other=0.0)
-    sum_I_p = tl.zeros([BW], dtype=tl.float32)
-    chunks = tl.cdiv(end - begin, C)
-    for i_r in range(0, chunks):
-        i_c = chunks - 1 - i_r
-        row = begin + i_c * C + o_c
+    if begin < end:
+        row = begin + o_c
         live = row < end
         inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
         at = row * H + i_h
         wide = at[:, None] * W + o_w[None, :]
         m_cw = live[:, None] & m_w[None, :]
-        Ibar_start = tl.load(Ibar_border + ((base + i_c) * H + i_h) * W + o_w, mask=m_w, other=0.0)
+        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
+        # the decays and writes of the token before, so that the scan ends just before each token
+        q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        b_ = tl.load(b_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
+        g_ = tl.load(g_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
+        decay = tl.exp(g_)
+        write = b_ * k_ * k_
+        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
+        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose)
+        Ibar_before = decay * Ibar_start[None, :] + write
+        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
+        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
+        Ibar_decay = tl.exp(g)
+        write = b * k * k
+        Ibar_decay = tl.where(live[:, None] & m_w[None, :], Ibar_decay, 1.0)
+        Ibar = Ibar_decay * Ibar_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
+        d_feature_0 = tl.load(d_feature_0_in + wide, mask=m_cw, other=0.0).to(tl.float32)
+        Ibar_in_token = -d_feature_0 * q / ((I_p + Ibar) * (I_p + Ibar))
+        if RAW:
+            Ibar_in_token += tl.load(d_Ibar_in + wide, mask=m_cw, other=0.0)
+        # cotangent of a state = its own part of this token + next token's decay times next cotangent
+        q_ = tl.load(q_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
+        b_ = tl.load(b_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
+        g_ = tl.load(g_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
+        decay = tl.exp(g_)
+        follows = live & (o_c < C - 1) & (row + 1 < end)
+        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
+        write = tl.where(m_cw, Ibar_in_token, 0.0)
+        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
+        starting = o_c[:, None] == 0
+        decay = tl.sum(tl.where(starting, Ibar_decay * decay, 0.0), axis=0)
+        write = tl.sum(tl.where(starting, Ibar_decay * write, 0.0), axis=0)
+        tl.store(Ibar_total + at_border, decay, mask=m_w)
+        tl.store(Ibar_local + at_border, write, mask=m_w)
+
+@_kernel(do_not_specialize=["T", "NT", "H", "TOTAL"])
+def _vector_k_backward_kernel(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, d_feature_0_in, d_Ibar_in, d_Ibar_border, d_q_out, d_k_out, d_b_out, d_g_out, d_I_p_out, TOTAL,
+    spans, scale, T, NT, H,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of the inputs, and of the parameters from each chunk."""
+    NW: tl.constexpr = (W + BW - 1) // BW
+    pid = tl.program_id(0)
+    i_w = pid % NW
+    i_h = (pid // NW) % H
+    i_c = pid // (NW * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    if begin < end:
+        row = begin + o_c
+        live = row < end
+        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
+        at = row * H + i_h
+        wide = at[:, None] * W + o_w[None, :]
+        m_cw = live[:, None] & m_w[None, :]
+        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
+        Ibar_carry = tl.load(d_Ibar_border + at_border, mask=m_w, other=0.0)
         # the decays and writes of the token before, so that the scan ends just before each token
         q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
         k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
@@ -1274,7 +1414,6 @@ def _vector_k_backward_kernel(
         write = tl.where(m_cw, Ibar_in_token, 0.0)
         decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
         d_Ibar = decay * Ibar_carry[None, :] + write
-        Ibar_carry = tl.sum(tl.where(o_c[:, None] == 0, Ibar_decay * d_Ibar, 0.0), axis=0)
         c0 = I_p + Ibar
         grad_q = d_feature_0 / c0
         grad_k = 2.0 * b * d_Ibar * k
@@ -1285,9 +1424,7 @@ def _vector_k_backward_kernel(
         tl.store(d_k_out + wide, tl.where(m_cw, grad_k, 0.0).to(d_k_out.dtype.element_ty), mask=m_cw)
         tl.store(d_b_out + i_w * TOTAL + at, tl.sum(tl.where(m_cw, grad_b, 0.0), axis=1), mask=live)
         tl.store(d_g_out + i_w * TOTAL + at, tl.sum(tl.where(m_cw, grad_g, 0.0), axis=1), mask=live)
-        sum_I_p += tl.sum(tl.where(m_cw, grad_I_p, 0.0), axis=0)
-    tl.store(d_I_p_out + i_nh * W + o_w, sum_I_p, mask=m_w)
-    tl.store(d_Ibar_initial + i_nh * W + o_w, Ibar_carry, mask=m_w)
+        tl.store(d_I_p_out + at_border, tl.sum(tl.where(m_cw, grad_I_p, 0.0), axis=0), mask=m_w)
 
 
 _VECTOR_k = (True, True, False, False, False)  # which inputs and parameters have channels
@@ -1305,16 +1442,26 @@ def _vector_k_forward(*arguments):
     W = tensors[5].shape[2]
     N = initial[0].shape[0]
     C, BW, warps = _vector_k_tile(W)
-    _, bases, NT, chunks = _plan(T, offsets, N, C)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
     like = initial[0]
     channels = (W,) if True else ()
     features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range(1)]
     values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
     borders = [like.new_empty((chunks, H, *channels)) for _ in initial]
     final = [torch.empty_like(t) for t in initial]
-    grid = (triton.cdiv(W, BW) * N * H,)
+    total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
+    grid = (_cdiv(W, BW) * H * chunks,)
+    _vector_k_sums_kernel[grid](
+        *inputs, *parameters, *total, *local, spans, scale, T, NT, H,
+        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+    )
+    for state in zip(total, local, initial, borders, final):
+        _carry_vector_kernel[(_cdiv(W, BW) * N * H,)](
+            *state, offsets, bases, T, NT, H,
+            W=W, C=C, BW=BW, BN=16, REVERSE=False, PACKED=offsets is not None, num_warps=1,
+        )
     _vector_k_kernel[grid](
-        *inputs, *parameters, *initial, *features, *values, *borders, *final, offsets, bases, scale, T, NT, H,
+        *inputs, *parameters, *features, *values, *borders, spans, scale, T, NT, H,
         W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
     )
     return (*features, *values, *borders, *final)
@@ -1332,17 +1479,27 @@ def _vector_k_backward(*arguments):
     B, T = inputs[0].shape[:2] if inputs else d_features[0].shape[:2]
     W = like.shape[2] if True else 1
     C, BW, warps = _vector_k_tile(W)
-    _, bases, NT, chunks = _plan(T, offsets, N, C)
-    tiles = triton.cdiv(W, BW)
-    grid = (tiles * N * H,)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
+    tiles = _cdiv(W, BW)
+    grid = (tiles * H * chunks,)
     d_inputs = [
         torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_k)
     ]
-    d_parameters = [like.new_empty((N, H, W)) for _ in parameters]
+    d_parameters = [like.new_zeros((chunks, H, W)) for _ in parameters]
     d_initial = [torch.empty_like(t) for t in d_final]
+    d_borders, total, local = ([torch.empty_like(t) for t in borders] for _ in range(3))
+    _vector_k_back_sums_kernel[grid](
+        *inputs, *parameters, *borders, *d_features, *d_values, *total, *local, spans, scale, T, NT, H,
+        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+    )
+    for state in zip(total, local, d_final, d_borders, d_initial):
+        _carry_vector_kernel[(tiles * N * H,)](
+            *state, offsets, bases, T, NT, H,
+            W=W, C=C, BW=BW, BN=16, REVERSE=True, PACKED=offsets is not None, num_warps=1,
+        )
     _vector_k_backward_kernel[grid](
-        *inputs, *parameters, *borders, *d_features, *d_values, *d_final, *d_inputs, *d_parameters, *d_initial,
-        B * T * H, offsets, bases, scale, T, NT, H,
+        *inputs, *parameters, *borders, *d_features, *d_values, *d_borders, *d_inputs, *d_parameters,
+        B * T * H, spans, scale, T, NT, H,
         W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
     )
     d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_k)]
@@ -1397,14 +1554,35 @@ def _vector_k_gradient(ctx, *cotangents):
 _vector_k_op.register_autograd(_vector_k_gradient, setup_context=_vector_k_save)
 
 
+class _vector_k_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _vector_k_forward(*arguments)
+        _vector_k_save(ctx, arguments, output)
+        borders = output[2:3]
+        ctx.mark_non_differentiable(*borders)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *saved, offsets = ctx.saved_tensors
+        used = [*cotangents[:2], *cotangents[3:]]
+        grads = _vector_k_backward(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
+        return (*grads, None, None, None, None)
+
+
 def _vector_k(*arguments):
     """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
     *tensors, scale, raw, offsets, like = arguments
-    out = _vector_k_op(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
+    run = _vector_k_op if torch.compiler.is_compiling() else _vector_k_eager.apply
+    out = run(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
     return out[:1], out[1:2], out[3:]
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, PACKED: tl.constexpr):
     """G[t] = sum of log decays from the start of t's chunk to t, float32; W values a head."""
     i_c = tl.program_id(0)
@@ -1419,7 +1597,7 @@ def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.cons
     tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _states_scalar_kernel(
     k, v,
     G,
@@ -1461,7 +1639,7 @@ def _states_scalar_kernel(
     tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _cotangents_scalar_kernel(
     q, d_o,
     G,
@@ -1507,7 +1685,7 @@ def _cotangents_scalar_kernel(
     tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _outputs_scalar_kernel(
     q, k, v,
     G,
@@ -1553,7 +1731,7 @@ def _outputs_scalar_kernel(
         tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
-@_kernel(do_not_specialize=["T", "NT"])
+@_kernel(do_not_specialize=["T", "NT", "H"])
 def _gradients_scalar_kernel(
     q, k, v, d_o,
     G, dg,
@@ -1695,7 +1873,7 @@ def _decay_sums_scalar(g, spans, T, NT, chunks, C):
     W = g[0, 0, 0].numel()
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
-    grid = (chunks, triton.cdiv(H * W, BW))
+    grid = (chunks, _cdiv(H * W, BW))
     _decay_sums_scalar_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
     return G
 
@@ -1709,7 +1887,7 @@ def _states_scalar(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _states_scalar_kernel[grid](
         k, v,
         G,
@@ -1733,7 +1911,7 @@ def _forward_scalar(q, k, v,
         initial, offsets, bases, NT, chunks, config)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
-    _outputs_scalar_kernel[(triton.cdiv(V, BV) * H * chunks,)](
+    _outputs_scalar_kernel[(_cdiv(V, BV) * H * chunks,)](
         q, k, v,
         G,
         states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
@@ -1758,15 +1936,15 @@ def _backward_scalar(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (triton.cdiv(K, BK) * triton.cdiv(V, BV) * initial.shape[0] * H,)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
     _cotangents_scalar_kernel[grid](
         q, d_o,
         G,
         d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    BK, BV, warps, stages = gradients
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    BK, BV, warps, stages = gradients
     _gradients_scalar_kernel[(H * chunks,)](
         q, k, v, d_o,
         G, dg,
@@ -1821,10 +1999,27 @@ def _linear_scalar_gradient(ctx, d_o, d_final):
 _linear_scalar_op.register_autograd(_linear_scalar_gradient, setup_context=_linear_scalar_save)
 
 
+class _linear_scalar_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.scale, offsets = arguments
+        ctx.save_for_backward(*tensors, offsets)
+        return _forward_scalar(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_final):
+        *tensors, offsets = ctx.saved_tensors
+        return (*_backward_scalar(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+
+
 def _linear_scalar(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    return _linear_scalar_op(*(t.contiguous() for t in tensors), scale, offsets)
+    run = _linear_scalar_op if torch.compiler.is_compiling() else _linear_scalar_eager.apply
+    return run(*(t.contiguous() for t in tensors), scale, offsets)
 
 
 def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance):
@@ -1861,10 +2056,550 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     return output, variance, M_final, Ibar_final
 
 
+@_kernel
+def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
+    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
+        rows = T
+    else:
+        begin = i_n * T
+        end = begin + T
+        rows = end
+    return begin, (end - begin).to(tl.int32), rows
+
+
+@_kernel
+def _live(x, mask, EXACT: tl.constexpr):
+    """``x`` with 0 in the lanes beyond the last channel."""
+    if EXACT:
+        return x
+    else:
+        return tl.where(mask, x, 0.0)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _sequential_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_final, Ibar_final, M_saved,
+    Ibar_saved,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    M = tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    Ibar = tl.load(Ibar_initial + i_nh * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_next = tl.load(b_in + at).to(tl.float32)
+    g_next = tl.load(g_in + at).to(tl.float32)
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        q = q_next
+        k = k_next
+        v = v_next
+        b = b_next
+        g = g_next
+        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next = tl.load(b_in + ahead).to(tl.float32)
+        g_next = tl.load(g_in + ahead).to(tl.float32)
+        if SAVE:
+            if t % EVERY == 0:
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                tl.store(M_saved + slot * K * V + t_kv, (M).to(M_saved.dtype.element_ty), mask=m_kv)
+                if i_v == 0:
+                    tl.store(Ibar_saved + slot * K + o_k, (Ibar).to(Ibar_saved.dtype.element_ty), mask=m_k)
+        c0 = tl.exp(g)
+        Ibar_new = Ibar * c0 + b * k * k
+        M_new = M * c0 + k * v
+        if OUTPUT:
+            row0 = 1.0 / (I_p + Ibar_new)
+            row1 = q * row0
+            sum0 = tl.sum(_live(M_new * row1, m_k, EXACT_K), axis=0)[None, :]
+            tl.store(o + at * V + o_v, (scale * sum0).to(o.dtype.element_ty), mask=m_v)
+        if VARIANCE:
+            row0 = 1.0 / (I_p + Ibar_new)
+            sum1 = tl.sum(_live(q * q * row0, m_k, EXACT_K))
+            tl.store(variance + at * V + o_v, (scale * scale * sum1 + zero_v).to(variance.dtype.element_ty), mask=m_v)
+        M_after = M_new
+        Ibar_after = Ibar_new
+        M = M_after
+        Ibar = Ibar_after
+    if OUTPUT:
+        tl.store(M_final + i_nh * K * V + t_kv, (M).to(M_final.dtype.element_ty), mask=m_kv)
+        if i_v == 0:
+            tl.store(Ibar_final + i_nh * K + o_k, (Ibar).to(Ibar_final.dtype.element_ty), mask=m_k)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_kernel(
+    q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, M_past, Ibar_past, d_output_in,
+    d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
+    d_Ibar_initial,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in_ + i_h).to(tl.float32)
+    d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar = tl.where(i_v == 0, tl.load(d_Ibar_final + i_nh * K + o_k, mask=m_k, other=0.0).to(tl.float32), 0.0)
+    sum_I_p = zero_
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved_ + slot * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next_ = tl.load(b_in_ + at).to(tl.float32)
+        g_next_ = tl.load(g_in_ + at).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past + place * BK * BV + t_past, M)
+            tl.store(Ibar_past + place * BK + tl.arange(0, BK)[:, None], Ibar)
+            k = k_next_
+            v = v_next_
+            b = b_next_
+            g = g_next_
+            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next_ = tl.load(b_in_ + ahead).to(tl.float32)
+            g_next_ = tl.load(g_in_ + ahead).to(tl.float32)
+            c0_ = tl.exp(g)
+            Ibar_new_ = Ibar * c0_ + b * k * k
+            M_new_ = M * c0_ + k * v
+            M_after_ = M_new_
+            Ibar_after_ = Ibar_new_
+            M = M_after_
+            Ibar = Ibar_after_
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next__ = tl.load(b_in_ + at).to(tl.float32)
+        g_next__ = tl.load(g_in_ + at).to(tl.float32)
+        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old = tl.load(M_past + place * BK * BV + t_past)
+            Ibar_old = tl.load(Ibar_past + place * BK + tl.arange(0, BK)[:, None])
+            q = q_next_
+            k = k_next__
+            v = v_next__
+            b = b_next__
+            g = g_next__
+            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next__ = tl.load(b_in_ + ahead).to(tl.float32)
+            g_next__ = tl.load(g_in_ + ahead).to(tl.float32)
+            d_output = d_output_next
+            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0__ = tl.exp(g)
+            c1 = 2.0 * b
+            row0_ = 1.0 / (I_p + Ibar)
+            row1_ = row0_ * scale
+            sum0_ = tl.sum(_live(M * d_output, m_v, EXACT_V), axis=1)[:, None]
+            row3 = -q * row0_ * row0_ * scale * sum0_
+            row4 = d_Ibar + row3
+            row5 = c0__ * row4
+            row2 = q * row1_
+            x0 = d_M + d_output * row2
+            sum1_ = tl.sum(_live(v * x0, m_v, EXACT_V), axis=1)[:, None]
+            sum2 = tl.sum(_live(k * x0, m_k, EXACT_K), axis=0)[None, :]
+            sum3 = tl.sum(_live(k * k * row4, m_k, EXACT_K))
+            sum4 = tl.sum(_live(Ibar_old * row4, m_k, EXACT_K))
+            sum5 = tl.sum(_live(M_old * x0, m_k, EXACT_K), axis=0)[None, :]
+            sum6 = tl.sum(_live(sum5, m_v, EXACT_V))
+            sum7 = tl.sum(_live(row3, m_k, EXACT_K))
+            x1 = c0__ * x0
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row1_ * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * k * row4 + sum1_).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum2).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out + (i_v.to(tl.int64) * TOTAL + at), (sum3).to(d_b_out.dtype.element_ty))
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at), (c0__ * (sum4 + sum6)).to(d_g_out.dtype.element_ty))
+            sum_I_p += sum7
+            d_M_after = x1
+            d_Ibar_after = row5
+            d_M = d_M_after
+            d_Ibar = d_Ibar_after
+            M = M_old
+            Ibar = Ibar_old
+        tl.debug_barrier()
+    tl.store(d_I_p_out + shared, (sum_I_p).to(d_I_p_out.dtype.element_ty))
+    tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial + shared * K + o_k, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_k)
+
+
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+def _sequential_backward_variance_kernel(
+    q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, M_past_, Ibar_past_,
+    d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
+    d_I_p_out_, d_M_initial_, d_Ibar_initial_,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_nh = (pid // NV).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in__ + i_h).to(tl.float32)
+    d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar_ = tl.where(i_v == 0, tl.load(d_Ibar_final_ + i_nh * K + o_k, mask=m_k, other=0.0).to(tl.float32), 0.0)
+    sum_I_p_ = zero_
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (begin // EVERY + i_n + segment) * H + i_h
+        M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved__ + slot * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        # The states of this segment once more.
+        at = first * H + i_h
+        k_next___ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next___ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next___ = tl.load(b_in__ + at).to(tl.float32)
+        g_next___ = tl.load(g_in__ + at).to(tl.float32)
+        for t in range(0, count):
+            at = (first + t) * H + i_h
+            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            tl.store(M_past_ + place * BK * BV + t_past, M)
+            tl.store(Ibar_past_ + place * BK + tl.arange(0, BK)[:, None], Ibar)
+            k = k_next___
+            v = v_next___
+            b = b_next___
+            g = g_next___
+            k_next___ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next___ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next___ = tl.load(b_in__ + ahead).to(tl.float32)
+            g_next___ = tl.load(g_in__ + ahead).to(tl.float32)
+            c0___ = tl.exp(g)
+            Ibar_new__ = Ibar * c0___ + b * k * k
+            M_new__ = M * c0___ + k * v
+            M_after__ = M_new__
+            Ibar_after__ = Ibar_new__
+            M = M_after__
+            Ibar = Ibar_after__
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        # Cotangents, last token first.
+        at = (first + count - 1) * H + i_h
+        q_next__ = tl.load(q_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        k_next____ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        v_next____ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_next____ = tl.load(b_in__ + at).to(tl.float32)
+        g_next____ = tl.load(g_in__ + at).to(tl.float32)
+        d_output__next = tl.load(d_output_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        d_variance_next = tl.load(d_variance_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        for back_t in range(0, count):
+            t = count - 1 - back_t
+            at = (first + t) * H + i_h
+            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h
+            place = pid.to(tl.int64) * EVERY + t
+            M_old_ = tl.load(M_past_ + place * BK * BV + t_past)
+            Ibar_old_ = tl.load(Ibar_past_ + place * BK + tl.arange(0, BK)[:, None])
+            q = q_next__
+            k = k_next____
+            v = v_next____
+            b = b_next____
+            g = g_next____
+            q_next__ = tl.load(q_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            k_next____ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            v_next____ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_next____ = tl.load(b_in__ + ahead).to(tl.float32)
+            g_next____ = tl.load(g_in__ + ahead).to(tl.float32)
+            d_output_ = d_output__next
+            d_output__next = tl.load(d_output_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            d_variance = d_variance_next
+            d_variance_next = tl.load(d_variance_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            c0____ = tl.exp(g)
+            sum1__ = tl.sum(_live(d_variance, m_v, EXACT_V))
+            c1_ = scale * scale * sum1__
+            c2 = 2.0 * c1_
+            c3 = 2.0 * b
+            row0__ = 1.0 / (I_p + Ibar)
+            row1__ = q * row0__
+            sum0__ = tl.sum(_live(M * d_output_, m_v, EXACT_V), axis=1)[:, None]
+            row3_ = scale * sum0__
+            row4_ = row0__ * row0__ * (-c1_ * q * q - q * row3_)
+            row5_ = d_Ibar_ + row4_
+            row6 = c0____ * row5_
+            row2_ = row1__ * scale
+            x0_ = d_M_ + d_output_ * row2_
+            sum2_ = tl.sum(_live(v * x0_, m_v, EXACT_V), axis=1)[:, None]
+            sum3_ = tl.sum(_live(k * x0_, m_k, EXACT_K), axis=0)[None, :]
+            sum4_ = tl.sum(_live(k * k * row5_, m_k, EXACT_K))
+            sum5_ = tl.sum(_live(Ibar_old_ * row5_, m_k, EXACT_K))
+            sum6_ = tl.sum(_live(M_old_ * x0_, m_k, EXACT_K), axis=0)[None, :]
+            sum7_ = tl.sum(_live(sum6_, m_v, EXACT_V))
+            sum8 = tl.sum(_live(row4_, m_k, EXACT_K))
+            x1_ = c0____ * x0_
+            tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c2 * row1__ + row0__ * row3_).to(d_q_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c3 * k * row5_ + sum2_).to(d_k_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out_ + at * V + o_v, (sum3_).to(d_v_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out_ + (i_v.to(tl.int64) * TOTAL + at), (sum4_).to(d_b_out_.dtype.element_ty))
+            tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at), (c0____ * (sum5_ + sum7_)).to(d_g_out_.dtype.element_ty))
+            sum_I_p_ += sum8
+            d_M__after = x1_
+            d_Ibar__after = row6
+            d_M_ = d_M__after
+            d_Ibar_ = d_Ibar__after
+            M = M_old_
+            Ibar = Ibar_old_
+        tl.debug_barrier()
+    tl.store(d_I_p_out_ + shared, (sum_I_p_).to(d_I_p_out_.dtype.element_ty))
+    tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial_ + shared * K + o_k, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_k)
+
+
+_SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
+_SEQUENTIAL_COUNTS = (5, 1, 2)  # inputs, parameters, states
+_SEQUENTIAL_TILES = 1  # states on kv: what the registers hold
+
+
+def _sequential_config(K, V, steps, backward):
+    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+
+    Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
+    states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
+    """
+    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    if _SEQUENTIAL_SPLITS:
+        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
+    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
+    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
+    return BK, BV, warps
+
+
+def _sequential_sizes(inputs, parameters, states, offsets):
+    """B, T, H, K, V, number of sequences, mean tokens a sequence."""
+    B, T, H = inputs[0].shape[:3]
+    K, V = _sizes(*inputs, *parameters, *states)
+    N = B if offsets is None else offsets.shape[0] - 1
+    return B, T, H, K, V, N, -(-B * T // max(N, 1))
+
+
+def _sequential_split(arguments):
+    """Inputs, parameters, states, and the other arguments."""
+    a, b, c = _SEQUENTIAL_COUNTS
+    return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
+
+
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    BK, BV, warps = config
+    with torch.cuda.device_of(inputs[0]):
+        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
+            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+            PACKED=offsets is not None, num_warps=warps,
+        )
+
+
+def _sequential_forward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    none = [None] * len(states)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
+    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+
+
+def _sequential_backward(*arguments):
+    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
+    every = 1 << min((max(steps, 1) - 1).bit_length() + 1 >> 1, 7)
+    slots = B * T // every + N
+    none = [None] * len(states)
+    saved = [s.new_empty(slots, *s.shape[1:]) for s in states]
+    config = _sequential_config(K, V, steps, False)
+    _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
+
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    blocks = triton.cdiv(V, BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
+    # What has no v axis gets a row from each block of v, summed below.
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    d_parameters = [
+        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
+        for p, (_, axes) in zip(parameters, _PARAMETERS)
+    ]
+    d_states = [
+        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    with torch.cuda.device_of(inputs[0]):
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
+            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        )
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
+    )
+
+
+_sequential_op = torch.library.custom_op(
+    f"{_OPS}::sequential",
+    _sequential_forward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_sequential_backward_op = torch.library.custom_op(
+    f"{_OPS}::sequential_backward",
+    _sequential_backward,
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_sequential_op.register_fake
+def _sequential_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_sequential_backward_op.register_fake
+def _sequential_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _sequential_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _sequential_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+def _recurrent_triton_core(*arguments):
+    """Token by token, states in registers; the same kernel decodes."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def _cpu_chunk_core(*args):
+    """The faster form for these sizes: matmuls over chunks for large states, else the native loop."""
+    size_k, size_v = _sizes(*args[:-3])
+    large = size_k * size_v >= 128 * 128
+    return (_chunk_torch_core if large or not _HAS_NUMBA else _native_core)(*args)
+
+
 _CORES = {
-    ('cpu', 'chunk'): _chunk_torch_core,
+    ('cpu', 'chunk'): _cpu_chunk_core,
     ('cpu', 'recurrent'): _native_core,
     ('cuda', 'chunk'): _chunk_triton_core,
+    ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 
 
