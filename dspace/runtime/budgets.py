@@ -31,14 +31,6 @@ ROUNDING = 4.0
 float32, token by token: no kernel can be asked for digits that the problem does not have."""
 
 
-INPUT_ROUNDING: dict[str, float] = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
-"""Half a unit in the last place, relative: what is lost when a number is rounded to this dtype once."""
-
-CONDITION = 2.0
-"""A kernel on 16-bit inputs may also err this many times as much as the exact result moves when every input moves by
-half a unit in its last place: a sum that nearly cancels (a parameter's gradient over few heads) is no more known than that."""
-
-
 def budget(dtype: str, kind: Kind, form: str, letter: str) -> float:
     """The accepted relative RMS error of a quantity of ``form`` ("chunk", "recurrent", ...) in class ``letter``."""
     matmul = dtype == "float32" and form == "chunk" and letter in MATMUL_CLASSES
