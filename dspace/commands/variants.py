@@ -79,7 +79,7 @@ def generate(
 
     if bool(source) == (all_ or (check and not source)):
         raise (
-            UserError("give one SPEC, or --all\n  cure: dspace generate palimpsa")
+            UserError("give one SPEC, or --all\n  cure: dspace generate my_variant.toml")
             if not source
             else UserError("give either one SPEC or --all, not both")
         )

@@ -42,7 +42,7 @@ def resolve_tables(
 
     if base is not None:
         if not isinstance(base, str) or not base or len(base) > 1_000 or "\0" in base:
-            fail("extends", "the name or path of one spec is expected here", 'for example extends = "simple_gla"')
+            fail("extends", "the name or path of one spec is expected here", 'for example extends = "my_base.toml"')
         path = _base_path(base, folder)
         if path is None:
             known = builtin_names()

@@ -20,7 +20,15 @@ class _Printer(StrPrinter):
     def _print_Function(self, expr):
         return f"{_SPELLING[type(expr)]}({', '.join(self._print(a) for a in expr.args)})"
 
-    _print_Abs = _print_Min = _print_Max = _print_Function
+    def _print_extremum(self, expr):
+        # SymPy joins nested ones; the language knows two arguments only. Sorted, so that the text is the same every time.
+        first, *rest = sorted((self._print(a) for a in expr.args), key=str)
+        for other in rest:
+            first = f"{_SPELLING[type(expr)]}({first}, {other})"
+        return first
+
+    _print_Abs = _print_Function
+    _print_Min = _print_Max = _print_extremum
 
     def _print_log(self, expr):
         return f"log({self._print(expr.args[0])})"

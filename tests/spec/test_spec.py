@@ -232,6 +232,11 @@ def test_formulas_mean_what_they_say_and_are_written_back(text, a, x, h):
         assert float(value.evalf(30)) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
+def test_nested_extrema_are_written_back_with_two_arguments():
+    expr = output_of("minimum(-(x), minimum(a, x))").subs(SumK(0), 0)
+    assert output_of(formula(expr)).subs(SumK(0), 0) == expr
+
+
 def test_functions_differentiate_and_know_their_signs():
     x = sympy.Symbol("x", real=True)
     assert sympy.diff(Softplus(x), x) == Sigmoid(x)
