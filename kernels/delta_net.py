@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal 1, outer product of -beta*k and k,
     both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'delta_net', hash 8913d80cf05da075, by emitter 2.
+Generated from the spec 'delta_net', hash 1f9f70e0a304ac4b, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'delta_net',
  'title': 'DeltaNet: erase what the key recalls, then write',
  'references': ['arXiv:2406.06484'],
- 'hash': '8913d80cf05da075650543630d06f44d39d20c334daedfa4820774862ac9e473',
+ 'hash': '1f9f70e0a304ac4bfbf3ebb4b66e3dbcde3c5e8ebee0bc67bf8d60ab82118c95',
  'class': 'd',
  'class_name': 'affine, rank-one transition',
  'reason': 'S is affine and its transition is a diagonal plus one outer product (diagonal 1, outer product of '
@@ -53,7 +53,7 @@ SPEC = {'name': 'delta_net',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_delta_net_8913d80c'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_delta_net_1f9f70e0'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'delta_net'

@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of
     -beta*k*exp(g) and k, both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'gated_delta_net', hash ad5c5f024bde7125, by emitter 2.
+Generated from the spec 'gated_delta_net', hash 7f29db58b84abd1e, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'gated_delta_net',
  'title': 'Gated DeltaNet: the delta rule on a decayed state',
  'references': ['arXiv:2412.06464'],
- 'hash': 'ad5c5f024bde71257b620c29c8260bc2e17781670aa97bb5f12339655e5ce441',
+ 'hash': '7f29db58b84abd1edecd4839872ee1c7964d8137ea416295dd0df787265fb386',
  'class': 'd',
  'class_name': 'affine, rank-one transition',
  'reason': 'S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of '
@@ -56,7 +56,7 @@ SPEC = {'name': 'gated_delta_net',
            'beta': 'sigmoid(linear)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_gated_delta_net_ad5c5f02'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_gated_delta_net_7f29db58'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'gated_delta_net'

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'gla', hash 79addc45d60ec12d, by emitter 2.
+Generated from the spec 'gla', hash cb878de4576b6b02, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'gla',
  'title': 'Gated linear attention: a data-dependent decay per key channel',
  'references': ['arXiv:2312.06635'],
- 'hash': '79addc45d60ec12d6f70c56fd662e23b4d63cbc807a7adc5092167dd85d1b52e',
+ 'hash': 'cb878de4576b6b026553c2c913e96671c99ed55840a20ed80c9a0d3d2d56431b',
  'class': 'b',
  'class_name': 'affine, decay per channel',
  'reason': 'every state is affine, its decay is per channel, its writes are products key * value, the readout is '
@@ -54,7 +54,7 @@ SPEC = {'name': 'gla',
  'double_backward': ['reference'],
  'layer': {'q': 'linear', 'k': 'linear', 'v': 'linear', 'g': '-softplus(-low_rank) / 16'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_gla_79addc45'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_gla_cb878de4'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'gla'

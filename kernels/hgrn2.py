@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'hgrn2', hash 49e83220db8fec1c, by emitter 2.
+Generated from the spec 'hgrn2', hash 0104e562f7e6f57d, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'hgrn2',
  'title': 'HGRN2: gated linear attention whose key is the complement of its retention',
  'references': ['arXiv:2404.07904'],
- 'hash': '49e83220db8fec1cebb91941ce93690534ef1099292c4181c08ca3def19e6915',
+ 'hash': '0104e562f7e6f57dd916e3f7e59239a34dbc085454eb0277cbdb329f21da8e25',
  'class': 'b',
  'class_name': 'affine, decay per channel',
  'reason': 'every state is affine, its decay is per channel, its writes are products key * value, the readout is '
@@ -56,7 +56,7 @@ SPEC = {'name': 'hgrn2',
  'double_backward': ['reference'],
  'layer': {'q': 'silu(linear)', 'v': 'linear', 'g': '-softplus(-linear)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_hgrn2_49e83220'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_hgrn2_0104e562'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'hgrn2'

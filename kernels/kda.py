@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of -beta*k and
     k*exp(g), both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'kda', hash 154e3e6ae4a84bcc, by emitter 2.
+Generated from the spec 'kda', hash 50a2d676eff1efb7, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'kda',
  'title': 'Kimi delta attention: the delta rule with a decay per key channel',
  'references': ['arXiv:2510.26692'],
- 'hash': '154e3e6ae4a84bcc92af73616150beae62bfb40ec6f16ed3bf72e1b859e1e108',
+ 'hash': '50a2d676eff1efb7b1888b04778aa5c7645c3892b38e75c4fddb4de23e26d757',
  'class': 'd',
  'class_name': 'affine, rank-one transition',
  'reason': 'S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of '
@@ -56,7 +56,7 @@ SPEC = {'name': 'kda',
            'beta': 'sigmoid(linear)',
            'g': '-softplus(low_rank + dt_bias) * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_kda_154e3e6a'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_kda_50a2d676'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'kda'

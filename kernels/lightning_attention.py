@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'lightning_attention', hash 97c4542b9c85418e, by emitter 2.
+Generated from the spec 'lightning_attention', hash d645dec6fcba91da, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'lightning_attention',
  'title': 'Lightning attention: a constant slope per head',
  'references': ['arXiv:2401.04658', 'arXiv:2405.17381'],
- 'hash': '97c4542b9c85418efb56f2cf2d3f2e01c547dbc20e837dfe54de382593173c35',
+ 'hash': 'd645dec6fcba91da968209700d7198933dbc3095ac3155d99ead4fb4d4388466',
  'class': 'a',
  'class_name': 'affine, scalar decay',
  'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
@@ -53,7 +53,7 @@ SPEC = {'name': 'lightning_attention',
  'double_backward': ['reference'],
  'layer': {'q': 'silu(linear)', 'k': 'silu(linear)', 'v': 'silu(linear)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_lightning_attention_97c4542b'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_lightning_attention_d645dec6'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'lightning_attention'

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'linear_attention', hash 5b5accd0a6397040, by emitter 2.
+Generated from the spec 'linear_attention', hash ad7ea38717c0a3e4, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'linear_attention',
  'title': 'Linear attention: a state that never forgets',
  'references': ['arXiv:2006.16236'],
- 'hash': '5b5accd0a63970400db97ed1104f3d26b5fcf340d9e077b31fb99c1c7bae1083',
+ 'hash': 'ad7ea38717c0a3e48d1a126d48e68701280e56b6c02c8902eeade7d3781bda1e',
  'class': 'a',
  'class_name': 'affine, scalar decay',
  'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
@@ -49,7 +49,7 @@ SPEC = {'name': 'linear_attention',
  'double_backward': ['reference'],
  'layer': {'q': 'softplus(conv(linear))', 'k': 'softplus(conv(linear))', 'v': 'conv(linear)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_linear_attention_5b5accd0'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_linear_attention_ad7ea387'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'linear_attention'

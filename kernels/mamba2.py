@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'mamba2', hash 967ce082f16a940a, by emitter 2.
+Generated from the spec 'mamba2', hash 37aa25105fd4508a, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'mamba2',
  'title': 'Mamba-2: state space duality',
  'references': ['arXiv:2405.21060'],
- 'hash': '967ce082f16a940a1a4a4122f239273bfaee6da6545b4ef5fe1d502d6a28631d',
+ 'hash': '37aa25105fd4508ad92c435164f804dd00353c2e8fe6a83b49cea236016fc131',
  'class': 'a',
  'class_name': 'affine, scalar decay',
  'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
@@ -54,7 +54,7 @@ SPEC = {'name': 'mamba2',
            'v': 'dt * silu(conv(linear))',
            'g': '-dt * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_mamba2_967ce082'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_mamba2_37aa2510'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'mamba2'

@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'meta_mamba2', hash f36b7fadf9f15ed0, by emitter 2.
+Generated from the spec 'meta_mamba2', hash 2147f93753615335, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -33,7 +33,7 @@ import torch
 SPEC = {'name': 'meta_mamba2',
  'title': 'MetaMamba2: Mamba-2 with Bayesian metaplasticity',
  'references': ['arXiv:2405.21060'],
- 'hash': 'f36b7fadf9f15ed0d78abb6ad5f001bf36d24fa2e070336829a6cc0f34ed7b2a',
+ 'hash': '2147f937536153357361d0f4f643f07c862b7f2f501878b20737d39573350f6a',
  'class': 'c',
  'class_name': 'ratio: nonlinear readout of affine states',
  'reason': 'every state is affine, but the readout divides one by another inside the sum over k, and the divisor '
@@ -64,7 +64,7 @@ SPEC = {'name': 'meta_mamba2',
            'g': '-dt * exp(A_log)',
            'b': 'dt * sigmoid(low_rank) * softplus(head_scale)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_meta_mamba2_f36b7fad'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_meta_mamba2_2147f937'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'meta_mamba2'

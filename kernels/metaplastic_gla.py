@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'metaplastic_gla', hash 5120c2450b5a742e, by emitter 2.
+Generated from the spec 'metaplastic_gla', hash 7d174aeadbe77316, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -33,7 +33,7 @@ import torch
 SPEC = {'name': 'metaplastic_gla',
  'title': 'Metaplastic gated linear attention: retention and prior precision per key channel',
  'references': ['arXiv:2602.09075', 'arXiv:2312.06635'],
- 'hash': '5120c2450b5a742eaadb06c5d6f1253b5891e6b97f176d6f41e74f77be6f5150',
+ 'hash': '7d174aeadbe77316e26426deccb46891a7ed52723f80f3c1dc5517e71d270fa0',
  'class': 'c',
  'class_name': 'ratio: nonlinear readout of affine states',
  'reason': 'every state is affine, but the readout divides one by another inside the sum over k, and the divisor '
@@ -63,7 +63,7 @@ SPEC = {'name': 'metaplastic_gla',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(-low_rank) / 16'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_metaplastic_gla_5120c245'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_metaplastic_gla_7d174aea'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'metaplastic_gla'

@@ -14,7 +14,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; z varies only along k, so it divides the output and what remains is
     class a
 
-Generated from the spec 'normalized_linear_attention', hash 259f248fda32757d, by emitter 2.
+Generated from the spec 'normalized_linear_attention', hash 4ee4f1a3606382fa, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -33,7 +33,7 @@ import torch
 SPEC = {'name': 'normalized_linear_attention',
  'title': 'Normalised linear attention: a kernel average of the values',
  'references': ['arXiv:2006.16236'],
- 'hash': '259f248fda32757d9c823b17cfb6c88d87606d97c14a64a42ff046c1c1d0ebab',
+ 'hash': '4ee4f1a3606382face806aaa695aa06801cde704f00070259d048727584cd23f',
  'class': 'fold',
  'class_name': 'affine, small states fold into the readout',
  'reason': 'all states are affine and the decay is a scalar; z varies only along k, so it divides the output and '
@@ -57,7 +57,7 @@ SPEC = {'name': 'normalized_linear_attention',
  'double_backward': ['reference'],
  'layer': {'q': 'softplus(conv(linear))', 'k': 'softplus(conv(linear))', 'v': 'conv(linear)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_normalized_linear_attention_259f248f'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_normalized_linear_attention_4ee4f1a3'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'normalized_linear_attention'

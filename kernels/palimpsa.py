@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'palimpsa', hash 97a151199cdfebe1, by emitter 2.
+Generated from the spec 'palimpsa', hash 20275009501316fb, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -33,7 +33,7 @@ import torch
 SPEC = {'name': 'palimpsa',
  'title': 'Palimpsa: attention with Bayesian metaplasticity',
  'references': ['arXiv:2602.09075'],
- 'hash': '97a151199cdfebe13cf687f83a7b46a0ef64d612bb1a517b0268b3cf8b257f99',
+ 'hash': '20275009501316fbb28d59cbdf167dc858a968127d9a4f0e9c00e5c4bf39c254',
  'class': 'c',
  'class_name': 'ratio: nonlinear readout of affine states',
  'reason': 'every state is affine, but the readout divides one by another inside the sum over k, and the divisor '
@@ -59,7 +59,7 @@ SPEC = {'name': 'palimpsa',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_palimpsa_97a15119'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_palimpsa_20275009'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'palimpsa'

@@ -15,7 +15,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; Ibar varies only along k, so it divides the query and variance and
     what remains is class a
 
-Generated from the spec 'palimpsa_folded', hash 2791163132bc0e28, by emitter 2.
+Generated from the spec 'palimpsa_folded', hash 7a6b861700dcaeac, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -34,7 +34,7 @@ import torch
 SPEC = {'name': 'palimpsa_folded',
  'title': 'Palimpsa with one importance gain per head: the precision folds into the query',
  'references': ['arXiv:2602.09075'],
- 'hash': '2791163132bc0e2835173e8f8669a762ed67cc66b414dfa5da61ca820a42db5e',
+ 'hash': '7a6b861700dcaeacb4c8191f024b021022a4d588203f4e24327ae4137a8411d9',
  'class': 'fold',
  'class_name': 'affine, small states fold into the readout',
  'reason': 'all states are affine and the decay is a scalar; Ibar varies only along k, so it divides the query and '
@@ -60,7 +60,7 @@ SPEC = {'name': 'palimpsa_folded',
            'b': 'write_gate * sigmoid(linear) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_palimpsa_folded_27911631'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_palimpsa_folded_7a6b8617'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'palimpsa_folded'

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'retnet', hash 78d18cba2d89ed34, by emitter 2.
+Generated from the spec 'retnet', hash f535d5f9ab66a4ae, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'retnet',
  'title': 'RetNet: one constant decay per head',
  'references': ['arXiv:2307.08621'],
- 'hash': '78d18cba2d89ed34b7d92c047a17767a95d811476756aa512c9014ac0f0297dd',
+ 'hash': 'f535d5f9ab66a4ae7f7ff6cc3f1fe8752a8a50afc6101d5bb87147d6a6c23e63',
  'class': 'a',
  'class_name': 'affine, scalar decay',
  'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
@@ -53,7 +53,7 @@ SPEC = {'name': 'retnet',
  'double_backward': ['reference'],
  'layer': {'q': 'linear', 'k': 'linear', 'v': 'linear'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_retnet_78d18cba'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_retnet_f535d5f9'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'retnet'

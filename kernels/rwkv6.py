@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'rwkv6', hash e1a6b987d3bda3b3, by emitter 2.
+Generated from the spec 'rwkv6', hash cc917fea3b34bc03, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'rwkv6',
  'title': 'RWKV-6 (Finch): read before the write, with a bonus for the present token',
  'references': ['arXiv:2404.05892'],
- 'hash': 'e1a6b987d3bda3b352190c5b877f57df701c49dbb61b8bb6d63076654de32243',
+ 'hash': 'cc917fea3b34bc035239cab62ff82cbfbff6cdab80860837457c1f9a8640e24c',
  'class': 'b',
  'class_name': 'affine, decay per channel',
  'reason': 'every state is affine, its decay is per channel, its writes are products key * value, the readout is '
@@ -54,7 +54,7 @@ SPEC = {'name': 'rwkv6',
  'double_backward': ['reference'],
  'layer': {'q': 'conv(linear)', 'k': 'conv(linear)', 'v': 'conv(linear)', 'w': '-exp(minimum(low_rank - 1, 2))'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_rwkv6_e1a6b987'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_rwkv6_cc917fea'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'rwkv6'

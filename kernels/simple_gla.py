@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'simple_gla', hash a67b38b794944986, by emitter 2.
+Generated from the spec 'simple_gla', hash 930ac1822aca4400, by emitter 2.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -30,7 +30,7 @@ import torch
 SPEC = {'name': 'simple_gla',
  'title': 'Simple gated linear attention: one data-dependent decay per head',
  'references': ['arXiv:2405.21060', 'arXiv:2312.06635'],
- 'hash': 'a67b38b79494498680aebf0b4c77e2720a71d1d334998c0252d49d0592d103c9',
+ 'hash': '930ac1822aca4400886ad8d91e418f13af7ded45aa0e91ebfad090997e0d31bb',
  'class': 'a',
  'class_name': 'affine, scalar decay',
  'reason': 'every state is affine, its decay is a scalar, its writes are products key * value, the readout is '
@@ -53,7 +53,7 @@ SPEC = {'name': 'simple_gla',
            'v': 'write_gate * silu(conv(linear))',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
  'versions': {'emitter': '2'}}
-_OPS = 'dspace_simple_gla_a67b38b7'  # namespace of this module's PyTorch operators
+_OPS = 'dspace_simple_gla_930ac182'  # namespace of this module's PyTorch operators
 
 
 _NAME = 'simple_gla'

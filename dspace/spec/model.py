@@ -224,6 +224,7 @@ class Spec(_Table):
         how a formula is written as far as SymPy sees it (``k*v`` is ``v*k``). The order of inputs, of
         parameters and of states is part of it, since it is the order of the generated signature.
         """
+        from dspace.spec.printing import signature
         from dspace.spec.syntax import unparse
 
         content = {
@@ -233,7 +234,7 @@ class Spec(_Table):
             "structure": self.structure,
             "states": [(n, d.axes, d.domain) for n, d in self.state.items()],
             "read": self.readout.read,
-            "formulas": {place: sympy.srepr(m.expr) for place, m in sorted(self.meanings.formulas.items())},
+            "formulas": {place: signature(m.expr) for place, m in sorted(self.meanings.formulas.items())},
             "layer": {key: unparse(node) for key, node in sorted(self.meanings.layer.items())},
         }
         if self.forgetting is not None and self.forgetting.target != "prior":

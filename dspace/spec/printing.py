@@ -40,3 +40,18 @@ class _Printer(StrPrinter):
 def formula(expr: sympy.Expr) -> str:
     """Text that parses back to ``expr`` (up to the assumptions of its symbols)."""
     return _Printer({"order": "none"}).doprint(expr)
+
+
+def signature(expr: sympy.Basic) -> str:
+    """Text of the tree of ``expr`` that is the same in every process and at any time.
+
+    SymPy hands out a cached expression for any equal one, whose symbols may have been declared in other words
+    (``real=True, positive=True`` equals ``positive=True``), so ``srepr`` depends on what ran before. Here a
+    symbol is its name, and the arguments of sums, products and extrema are sorted as text.
+    """
+    if not expr.args:
+        return str(expr)
+    args = [signature(a) for a in expr.args]
+    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Min, sympy.Max)):
+        args.sort()
+    return f"{type(expr).__name__}({', '.join(args)})"
