@@ -88,27 +88,32 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     return list(distinct.values())
 
 
-def build(launch: Launch, target: str) -> Build:
-    """Compile one launch for ``target`` ("sm_90", "gfx942", ...) and read the assembler's report."""
+def compiled(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel of one launch for ``target`` ("sm_90", "gfx942", ...)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = _signature(launch)
-    wrong: tuple[str, ...] = ()
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if target.startswith("gfx"):
-        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        text = compiled.asm["amdgcn"]
+        return triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+
+
+def build(launch: Launch, target: str) -> Build:
+    """Compile one launch for ``target`` and read the assembler's report."""
+    made = compiled(launch, target)
+    wrong: tuple[str, ...] = ()
+    if target.startswith("gfx"):
+        text = made.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
         spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
     else:
-        capability = int(target.removeprefix("sm_"))
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        registers, spilled = _resources(compiled.asm["cubin"])
-        if capability == 90:
-            wrong = sass.faults(sass.disassemble(compiled.asm["cubin"]))
-    return Build(launch.name, target, registers, spilled, compiled.metadata.shared, wrong)
+        registers, spilled = _resources(made.asm["cubin"])
+        if target == "sm_90":
+            wrong = sass.faults(sass.disassemble(made.asm["cubin"]))
+    return Build(launch.name, target, registers, spilled, made.metadata.shared, wrong)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -93,13 +93,13 @@ def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False,
 CASES = [
     case("palimpsa", "palimpsa", 37, 16, 8),
     case("one token", "palimpsa", 1, 16, 16),
-    case("several slabs and blocks", "palimpsa", 20, 40, 20),
-    case("packed in windows", "palimpsa", 75, 5, 12, packed=True, window=32),
-    case("windows", "palimpsa", 70, 8, 12, window=32),
-    case("many", MANY, 35, 12, 10),
-    case("many in slabs, packed", MANY, 75, 33, 9, packed=True),
-    case("read before", EXCLUSIVE, 40, 12, 10, window=16),
-    case("lasting", LASTING, 35, 12, 10),
+    case("several slabs and blocks", "palimpsa", 18, 40, 20),
+    case("packed in windows", "palimpsa", 75, 5, 4, packed=True, window=32),
+    case("windows", "palimpsa", 70, 8, 3, window=32),
+    case("many", MANY, 35, 12, 5),
+    case("many in slabs, packed", MANY, 75, 33, 2, packed=True),
+    case("read before", EXCLUSIVE, 40, 12, 5, window=16),
+    case("lasting", LASTING, 35, 12, 5),
 ]
 
 
@@ -162,7 +162,7 @@ def test_every_kernel_compiles_without_much_spilling(target: str) -> None:
     }
     for launch in launches:
         built = offline.build(launch, target)
-        bound = 1024 if built.name == "_local_kernel" else 256
+        bound = 512 if built.name == "_local_kernel" else 256
         assert built.spilled <= bound, built
 
 
@@ -183,8 +183,21 @@ def test_a_cotangent_is_a_product_of_another() -> None:
     local = code[code.index("def _local_kernel") : code.index("def _carry_kernel")]
     body = local[local.index("if not VARIANCE") : local.index("if VARIANCE:", local.index("if not VARIANCE"))]
     assert body.count("_reciprocal(") == 1
-    assert body[: body.index("if (K %")].count(" * ") <= 6
+    assert body[: body.index("if K %")].count(" * ") <= 6
     assert all(isinstance(b, sympy.Expr) for b in plan.bodies)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiles_never_change_their_layout(dtype: torch.dtype) -> None:
+    """What mma.sync computes depends on which lane holds what: a conversion of layout would be a wrong result."""
+    checked = set()
+    for launch in calls("palimpsa", 48, 48, dtype, fast=True):
+        if launch.name in ("_reads_kernel", "_local_kernel"):
+            text = offline.compiled(launch, "sm_90").asm["ttgir"]
+            assert "mma.sync" in text
+            assert "convert_layout" not in text and "local_alloc" not in text
+            checked.add(launch.name)
+    assert len(checked) == 2
 
 
 def test_other_classes_and_decays_are_left_to_others() -> None:

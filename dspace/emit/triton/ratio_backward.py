@@ -1,14 +1,13 @@
-"""Kernels of class c, backward.
+"""Kernel of class c, backward, inside the chunks.
 
-The adjoint of an affine state is affine too, so it splits. ``local``: all chunks in parallel, states made again by
-matmuls, and of every gradient the part that stays inside the chunk; what the chunk hands to earlier ones is kept.
-``carry``: an elementwise scan turns those into the adjoint at the end of each chunk. ``settle``: all chunks in
-parallel, the part of each gradient that came through the adjoint at the end.
+The adjoint of an affine state is affine too, so it splits. Here, all chunks in parallel: states made again by products,
+and of every gradient the part that stays inside the chunk; what the chunk hands to earlier ones is kept. The rest,
+which comes through the chunks behind, is :mod:`.ratio_settle`'s.
 
-The log-decay gradient needs no product of the size of a state. With S' the adjoint of S, dlog a_t = <a_t S_(t-1), S'_t>
-obeys dlog a_(t+1) = dlog a_t + <write_t, S'_t> - <S_t, direct part of S'_t>, both sums over the chunk's own gradients;
-its first value in a chunk is the product of start state and adjoint, so that errors do not pile up over chunks
-(THEORY.md section 3c, identities G1 and G2).
+With S' the adjoint of a state S and D the part of S' that comes straight from the reads, one product of tiles serves
+all: ``back[k, s] = sum_t D[k, t] decay(s to t)`` is the adjoint of what token s wrote, as far as the chunk sees it;
+times the value it is a key's gradient, times the key and summed a value's, and in the first column, decayed once
+more, it is what the chunk hands over.
 """
 
 from __future__ import annotations
@@ -22,14 +21,16 @@ from dspace.emit.triton.ratio_text import (
     RatioPrinter,
     Words,
     chunk_start,
-    cotangent,
-    fetch,
+    kept_keys,
     key_lines,
+    octet,
+    side,
     signature,
+    start_lines,
     state_lines,
     statements,
-    value_block,
-    whole,
+    tuples,
+    write_lines,
 )
 
 
@@ -85,10 +86,16 @@ def _in_bodies(words: Words, axes: str) -> list:
     return [(t, words.of(t)) for t in words.plan.tensors if t.axes == axes and t.symbol in used]
 
 
-def along(words: Words) -> list[str]:
-    """Buffers of one number a token and decay group: <S, direct adjoint> - <write, adjoint>, and the latter."""
-    groups = range(len(words.plan.decays))
-    return [f"along_{d}" for d in groups] + ([f"wrote_{d}" for d in groups] if words.plan.exclusive else [])
+def kept_sums(words: Words) -> list[str]:
+    """What the local kernel keeps for each token and value channel: gradients of values
+    by decay group, and of tensors in bodies."""
+    beside = [f"beside_{n}" for n in words.tensors("v", words.plan.bodies)]
+    return [f"d_value_{j}_{d}" for j, d in words.rows()] + beside
+
+
+def k_gradient(words: Words, name: str) -> str:
+    """Where the gradient of a tensor on k goes: what the chunks behind add to is a part."""
+    return f"d_{name}_part" if name in words.tensors("k", words.plan.keys) else f"d_{name}_out"
 
 
 def local_kernel(words: Words) -> str:
@@ -96,214 +103,184 @@ def local_kernel(words: Words) -> str:
     plan = words.plan
     cases = {False: adjoints(words, False), True: adjoints(words, True)}
     reads = [r.name for r in plan.reads]
-    keyed = words.tensors("k", plan.keys)
     queried = words.tensors("k", plan.bodies)
     both = words.tensors("k", [*plan.keys, *plan.bodies])
     channels = words.tensors("v", [*plan.values, *plan.bodies])
-    valued = words.tensors("v", plan.values)
     beside = words.tensors("v", plan.bodies)
     sums = max(len(c.sums) for c in cases.values())
-    states = words.states
+    states, keys = words.states, range(len(plan.keys))
+    keyed = words.tensors("k", plan.keys)
+    parts = kept_sums(words)
     pointers = [*(f"{n}_in" for n in (*both, *channels)), *words.sums, *(f"{p}_in" for p in words.parameters)]
-    pointers += ["chunks", *(f"d_{r}_in" for r in reads), *(f"d_{n}_part" for n in (*both, *channels))]
-    pointers += along(words) + [f"d_{p}_part" for p in words.parameters] + ["adjoints", "spans"]
+    pointers += ["chunks", *(f"d_{r}_in" for r in reads), *(k_gradient(words, n) for n in both)]
+    pointers += [f"{n}_part" for n in parts]
+    pointers += [f"direct_{d}_part" for d in range(len(plan.decays))] + [f"d_{p}_part" for p in words.parameters]
+    pointers += ["adjoints", "spans"]
     lines = signature(
         "_local_kernel",
         pointers,
         "scale, T, LOW, HIGH, NT, H",
-        "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,\n"
-        f"    VARIANCE: tl.constexpr, {OPTIONS}",
+        "K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr,\n"
+        f"    FAST: tl.constexpr, VARIANCE: tl.constexpr, {OPTIONS}",
     )
     lines += [
-        '    """Adjoints inside a chunk: all value channels of one head in turn, slabs of key channels within."""'
+        '    """Adjoints inside a chunk: one slab of N times I tiles of key channels of one head, all value channels.',
+        "",
+        "    Tiles: rows are key channels, columns tokens t (states, their adjoints) or s (of what wrote).",
+        '    """',
     ]
-    lines += ["    NK: tl.constexpr = (K + BK - 1) // BK", "    NV: tl.constexpr = (V + BV - 1) // BV"]
     lines += chunk_start(words)
-    lines += (
-        """
-    own = i_c.to(tl.int64) * 16 * H + i_h
-    # picks the rows of one token out of all channels
-    pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
-    pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
-    slot = (i_c.to(tl.int64) * H + i_h) * STATES * V * K
-""".replace("STATES", str(len(states)))
-        .strip("\n")
-        .splitlines()
-    )
-    lines += [f"    along_{d}_t = tl.zeros([16], tl.float32)" for d in range(len(plan.decays))]
-    lines += [f"    sum_{j} = tl.zeros([16, BK], tl.float32)" for j in range(sums)]
-    kept = [f"d_{n}" for n in queried] + [f"d_key_{j}" for j in range(len(plan.keys))]
-    lines += [f"    all_{n} = tl.zeros([16, BK], tl.float32)" for n in kept]
-    for n in (*channels, *(f"d_{r}" for r in reads)):
-        guard = "    if VARIANCE:\n        " if n in [f"d_{r}" for r in reads[plan.output_reads :]] else "    "
-        lines.append(f"{guard}{n}_next = {fetch(n, '0', 'o_v < V')}")
-    lines.append("    for i_v in range(NV):")
-    lines += value_block(words, [*channels, *(f"d_{r}" for r in reads[: plan.output_reads])], 8)
-    for j, r in list(enumerate(reads))[plan.output_reads :]:
+    lines += [
+        "    first_k = tl.program_id(2) * 16 * I * N",
+        "    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]",
+    ]
+    for d in range(len(plan.decays)):
+        before = plan.exclusive
         lines += [
-            "        if VARIANCE:",
-            f"            {cotangent(words, j)}",
-            f"            d_{r}_next = {fetch('d_' + r, '(first + BV)', 'first + BV + o_v < V')}",
+            f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
+            f"    part = tl.where(live_row, _get(sums_{d} + start + row * H, live_row), whole)  # of s",
         ]
+        if before:
+            lines.append(f"    seen = _get(sums_{d} + start + (column - 1) * H, live_column & (column > 0))  # of t")
+        else:
+            lines.append(f"    seen = _get(sums_{d} + start + column * H, live_column)  # of t")
+        lines += [
+            "    seen = tl.where(live_column, seen, whole)",
+            f"    back_{d} = tl.where(column {'>' if before else '>='} row, tl.exp(tl.minimum(seen - part, 0.0)), 0.0).to(OT)",
+            f"    first_{d} = tl.exp(tl.load(sums_{d} + start, mask=begin < end, other=0.0))",
+        ]
+    kept = [*(f"d_{n}" for n in queried), *(f"d_key_{j}" for j in keys)]
+    lines += tuples([*queried, *kept_keys(words), *(f"key_{j}" for j in keys), *kept], 4)
+    lines += ["    for i_s in tl.static_range(N):", "        channel = first_k + i_s * 16 * I + o_k + row"]
+    lines += key_lines(words, kept_keys(words), 8)
+    for n in queried:
+        at = f"{n}_in + start * K + column * H * K + channel"
+        lines.append(f"        {n} = {n} + (_get({at}, live_column & (channel < K)).to(tl.float32),)")
+    lines += [f"        {n} = {n} + (zero,)" for n in kept]
+    lines += [f"    sum_{j} = tl.zeros([1, 2, 1, 2, 32], tl.float32)" for j in range(sums)]
+    lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
+    lines += start_lines(words, 8)
+    lines += ["        for i_o in tl.static_range(2):", "            first_g = first_v + 8 * i_o"]
+    first, second = reads[: plan.output_reads], reads[plan.output_reads :]
+    lines += octet(words, [*channels, *(f"d_{r}" for r in first)], 12)
+    if second:
+        lines += ["            if VARIANCE:", *octet(words, [f"d_{r}" for r in second], 16)]
     lines += [
-        "        tile = block[:, None] * K + o_k[None, :]",
-        "        ours = ((block // BV) * BV == first) & (block < V)",
+        f"            all_{n} = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels" for n in parts
     ]
-    pairs = [(i, m) for i, s in enumerate(plan.states) for m in range(len(s.writes))]
-    lines += [f"        d_rows_{i}_{m} = tl.zeros([BV * 16, 16], tl.float32)" for i, m in pairs]
-    lines += [f"        d_{n}_rows = tl.zeros([BV, 16], tl.float32)" for n in beside]
-    lines += [
-        "        for i_k in range(NK):",
-        "            slab = i_k * BK",
-        "            m_k = slab + o_k < K",
-        "            m_ck = live[:, None] & m_k[None, :]",
-        "            m_tile = (block < V)[:, None] & m_k[None, :]",
-        "            at_k = at[:, None] * K + (slab + o_k)[None, :]",
-    ]
-    for n in both:
-        lines.append(f"            raw_{n} = tl.load({n}_in + start * K + at_k, mask=m_ck, other=0.0)")
-        lines.append(f"            {n} = raw_{n}.to(tl.float32)")
-    lines += ["            if NK > 1:"]
-    lines += [
-        f"                d_{n}_before = tl.load(d_{n}_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)"
-        for n in both
-    ]
-    lines += key_lines(words, "", 12)
-    lines += state_lines(words, "chunks + slot + tile", "", "slab", 12)
-    # cotangents of the body
-    wide = dict(words.names)
-    wide.update({t.name: f"{words.of(t)}[None, :, :]" for t in plan.tensors if words.of(t) in queried})
-    wide.update({t.name: f"{words.of(t)}[:, :, None]" for t in plan.tensors if words.of(t) in beside})
-    wide.update({f"d_{r}": f"d_{r}[:, :, None]" for r in reads})
+    lines.append("            for i_g in range(0, tl.minimum(8, V - first_g)):")
+    for guard, some in ((0, first), (1, second)):
+        if guard and some:
+            lines.append(" " * 16 + "if VARIANCE:")
+        lines += [" " * (16 + 4 * guard) + f"d_{r} = _pick(d_{r}_8, i_g, FAST)" for r in some]
+    lines += [" " * 16 + f"{n} = _pick({n}_8, i_g, FAST)" for n in channels]
+    lines += write_lines(words, 16)
+    lines += tuples([f"new_{n}" for n in kept], 16)
+    lines.append(" " * 16 + "for i_s in tl.static_range(N):")
+    lines.append(" " * 20 + "channel = first_k + i_s * 16 * I + o_k + row")
+    lines += state_lines(words, True, 20)
+    wide = dict(words.names) | {t.name: f"{words.of(t)}[i_s]" for t in plan.tensors if words.of(t) in queried}
     different = cases[True] != cases[False]
     for variance, case in cases.items():
         if variance and not different:
             continue
-        pad = 12
+        pad = 20
         if different:
-            lines.append("            if VARIANCE:" if variance else "            if not VARIANCE:")
-            pad = 16
+            lines.append(" " * 20 + ("if VARIANCE:" if variance else "if not VARIANCE:"))
+            pad = 24
         exprs = {f"d_{s}": e for s, e in zip(states, case.states, strict=True)}
         exprs |= {f"d_{n}_tile": e for n, e in {**case.queries, **case.beside}.items()}
         extra = [j for j, e in enumerate(case.sums) if e not in case.states]
         exprs |= {f"sum_{j}_tile": case.sums[j] for j in extra}
         lines += statements(exprs, wide, pad)
-        shaped = [*(f"d_{s}" for s in states), *(f"d_{n}_tile" for n in queried), *(f"sum_{j}_tile" for j in extra)]
-        lines.append(" " * pad + "if (K % BK != 0) or (V % BV != 0):")
-        for n in [*shaped, *(f"d_{m}_tile" for m in beside)]:
-            lines.append(" " * pad + f"    {n} = tl.where(m_v[:, None, None] & m_k[None, None, :], {n}, 0.0)")
-        for n in shaped:
-            lines.append(" " * pad + f"{n} = tl.reshape({whole(words, exprs[n], n)}, [BV * 16, BK]).to(OT)")
+        for n, e in exprs.items():
+            if not words.whole(e):
+                lines.append(" " * pad + f"{n} = {n} + zero")
+        lines.append(" " * pad + "if K % (16 * I) != 0:")
+        lines += [" " * pad + f"    {n} = tl.where(channel < K, {n}, 0.0)" for n in exprs]
         for j, e in enumerate(case.sums):
             tile = f"sum_{j}_tile" if j in extra else f"d_{states[case.states.index(e)]}"
-            lines.append(" " * pad + f"sum_{j} = tl.dot(pick, {tile}, sum_{j}, input_precision=PRECISION)")
-    dot = "tl.dot({}, {}, input_precision=PRECISION)"
-    for n in beside:
-        lines.append(f"            d_{n}_rows += tl.sum(d_{n}_tile, 2)")
-    for i, m in pairs:
-        s = plan.states[i]
-        lines.append(
-            f"            d_rows_{i}_{m} = tl.dot(d_{states[i]}, tl.trans(key_{s.writes[m].key}), d_rows_{i}_{m}, input_precision=PRECISION)"
-        )
-    for n in queried:
-        lines.append(f"            d_{n} = {dot.format('pick', f'd_{n}_tile')}")
-    begun: set[int] = set()
-    for i, m in pairs:
-        s, w = plan.states[i], plan.states[i].writes[m]
-        rows = f"tl.trans(rows_{w.value}_{s.group})"
-        more = f", d_key_{w.key}" if w.key in begun else ""
-        begun.add(w.key)
-        lines.append(f"            d_key_{w.key} = tl.dot({rows}, d_{states[i]}{more}, input_precision=PRECISION)")
+            lines.append(" " * pad + f"sum_{j} += tl.sum(tl.sum({tile}, 2, keep_dims=True), 0, keep_dims=True)")
+    space = " " * 20
     for i, s in enumerate(plan.states):
-        handed = dot.format(f"tl.trans(lead_{s.group})", f"d_{states[i]}")
+        n = states[i]
+        more = f" + d_{n}" if plan.exclusive else ""  # the chunk's first read comes before its first decay
         lines += [
-            f"            handed = {handed}",
-            f"            tl.store(adjoints + slot + tile + {i} * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])",
+            f"{space}back_{n} = _mma(d_{n}.to(OT), back_{s.group}, zero, PRECISION, FAST)",
+            f"{space}at_handed = (slot * {len(states)} + {i}) * V * K + (first_g + i_g) * K + channel + 0 * column",
+            f"{space}_put(adjoints + at_handed, back_{n} * first_{s.group}{more}, (column == 0) & (channel < K))",
         ]
-    lines.append("            if NK > 1:")
-    lines += _tensor_parts(words, "d_", 16, " + d_{n}_before", "own * K + at_k", "m_ck")
-    lines.append("            else:")
-    lines += [f"                all_{n} += {n}" for n in kept]
+    grads: dict[str, list[str]] = {}
+    sides: dict[str, list[str]] = {}
+    for i, s in enumerate(plan.states):
+        for w in s.writes:
+            grads.setdefault(f"d_key_{w.key}", []).append(f"value_{w.value} * back_{states[i]}")
+            sides.setdefault(f"d_value_{w.value}_{s.group}", []).append(f"{side(words, w.key)} * back_{states[i]}")
+    for n in queried:
+        grads[f"d_{n}"] = [f"d_{n}_tile"]
+    for n in beside:
+        sides[f"beside_{n}"] = [f"d_{n}_tile"]
+    lines += [f"{space}new_{n} = new_{n} + ({' + '.join([f'{n}[i_s]', *grads[n]])},)" for n in kept]
     lines += [
-        "        m_out = live[None, :] & m_v[:, None]",
-        "        at_v = at[None, :] * V + (first + o_v)[:, None]",
+        f"{space}side = {' + '.join(sides[n])}\n{space}of_{n} = side if i_s == 0 else of_{n} + side" for n in parts
     ]
-    grads: dict[int, list[str]] = {}
-    for i, m in pairs:
-        s, w = plan.states[i], plan.states[i].writes[m]
-        lines.append(
-            f"        d_value_{i}_{m} = tl.sum(tl.reshape(d_rows_{i}_{m}, [BV, 16, 16]) * within_{s.group}[None, :, :], 1)"
-        )
-        lines.append(f"        along_{s.group}_t += tl.sum(value_{w.value} * d_value_{i}_{m}, 0)")
-        grads.setdefault(w.value, []).append(f"d_value_{i}_{m}")
-    lines += [f"        d_value_{j} = {' + '.join(g)}" for j, g in grads.items()]
-    lines += _value_parts(words, channels, valued, beside, 8)
+    lines += [" " * 16 + f"{n} = new_{n}" for n in kept]
     lines += [
-        "    if NK == 1:",
-        "        m_k = live[:, None] & (o_k < K)[None, :]",
-        "        at_k = at[:, None] * K + o_k[None, :]",
+        " " * 16 + f"all_{n} = tl.where(lane_row == i_g, _sum_rows_rounded(of_{n}, OT, FAST), all_{n})" for n in parts
     ]
-    for n in keyed:
-        lines.append(f"        {n} = tl.load({n}_in + start * K + at_k, mask=m_k, other=0.0).to(tl.float32)")
-    lines += _tensor_parts(words, "all_d_", 8, "", "own * K + at_k", "m_k")
-    lines += [f"    sum_{j}_t = tl.sum(sum_{j}, 1)" for j in range(sums)]
+    lines += [
+        "            own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h",
+        "            at_part = (own * V + first_g + lane_row) * 16 + column",
+    ]
+    lines += [f"            _put({n}_part + at_part, all_{n}, first_g + lane_row < V)" for n in parts]
+    lines += ["    for i_s in tl.static_range(N):", "        channel = first_k + i_s * 16 * I + o_k + row"]
+    lines += ["        at_k = slot * 16 * K + column * K + channel"]
+    show = RatioPrinter({t.name: f"raw_{words.of(t)}" for t in plan.tensors})
+    for t in plan.tensors:
+        if t.axes != "k":
+            continue
+        n = words.of(t)
+        terms = [f"d_{n}[i_s]"] if n in queried else []
+        slopes = chain(plan.keys, t.symbol, "d_key_{}[i_s]", show)
+        if any("raw_" in x for x in slopes):
+            for m in keyed:
+                at = f"{m}_in + start * K + column * H * K + channel"
+                lines.append(f"        raw_{m} = _get({at}, live_column & (channel < K)).to(tl.float32)")
+        value = " + ".join([*terms, *slopes])
+        if n in keyed:
+            lines.append(f"        _put(d_{n}_part + at_k, {value}, channel < K)")
+        else:
+            at = "start * K + column * H * K + channel"
+            lines.append(f"        _put(d_{n}_out + {at}, {value}, live_column & (channel < K))")
+    lines += [f"    total_{j} = _sum_rows(sum_{j}, FAST)" for j in range(sums)]
+    lines += ["    own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h"]
     show = RatioPrinter(words.names)
     for variance, case in cases.items():
         if variance and not different:
             continue
-        pad = 4
+        space = " " * 4
         if different:
             lines.append("    if VARIANCE:" if variance else "    if not VARIANCE:")
-            pad = 8
+            space = " " * 8
         for d, (factor, j) in enumerate(case.decays):
-            if plan.exclusive:
-                lines.append(" " * pad + f"wrote_{d}_t = along_{d}_t")
-            lines.append(" " * pad + f"along_{d}_t = ({show(factor)}) * sum_{j}_t - along_{d}_t")
+            place = f"direct_{d}_part + own * 16 + column + 0 * lane_row"
+            lines.append(f"{space}_put({place}, ({show(factor)}) * total_{j}, lane_row == 0)")
         for p, (factor, j) in zip(words.parameters, case.parameters, strict=True):
-            lines.append(" " * pad + f"d_{p} = tl.sum(({show(factor)}) * sum_{j}_t, 0)")
-    lines += [f"    tl.store({a} + own + at, {a}_t, mask=live)" for a in along(words)]
+            once = f"tl.where(lane_row == 0, ({show(factor)}) * total_{j}, 0.0)"
+            lines.append(f"{space}d_{p} = tl.sum(tl.reshape({once}, [128]), 0)")
     for p in words.parameters:
-        lines.append(f"    tl.store(d_{p}_part + i_h * tl.num_programs(0) + i_c, tl.where(begin < end, d_{p}, 0.0))")
+        place = f"d_{p}_part + (i_h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + i_c"
+        lines.append(f"    tl.store({place}, tl.where(begin < end, d_{p}, 0.0))")
     return "\n".join(lines) + "\n"
 
 
-def _tensor_parts(words: Words, prefix: str, indent: int, before: str, at: str, mask: str) -> list[str]:
-    """Stores of the chunk's own part of the gradients of tensors on k, from those of keys and bodies."""
-    plan, lines = words.plan, []
-    queried = words.tensors("k", plan.bodies)
-    show = RatioPrinter(words.names)
-    for t in plan.tensors:
-        n = words.of(t)
-        if t.axes != "k":
-            continue
-        terms = [f"{prefix}{n}"] if n in queried else []
-        terms += chain(plan.keys, t.symbol, f"{prefix}key_", show)
-        lines.append(
-            " " * indent + f"tl.store(d_{n}_part + {at}, {' + '.join(terms)}{before.format(n=n)}, mask={mask})"
-        )
-    return lines
-
-
-def chain(exprs: tuple[sympy.Expr, ...], symbol: sympy.Symbol, prefix: str, show: RatioPrinter) -> list[str]:
-    """Terms of the chain rule: ``PREFIXj * d expr_j / d symbol``."""
+def chain(exprs: tuple[sympy.Expr, ...], symbol: sympy.Symbol, name: str, show: RatioPrinter) -> list[str]:
+    """Terms of the chain rule: ``name.format(j) * d expr_j / d symbol``."""
     terms = []
     for j, e in enumerate(exprs):
         slope = sympy.diff(e, symbol)
         if slope == 1:
-            terms.append(f"{prefix}{j}")
+            terms.append(name.format(j))
         elif slope != 0:
-            terms.append(f"{prefix}{j} * ({show(slope)})")
+            terms.append(f"{name.format(j)} * ({show(slope)})")
     return terms
-
-
-def _value_parts(words: Words, channels: list[str], valued: list[str], beside: list[str], indent: int) -> list[str]:
-    plan, lines = words.plan, []
-    show = RatioPrinter(words.names)
-    for t in plan.tensors:
-        n = words.of(t)
-        if t.axes != "v":
-            continue
-        terms = [f"d_{n}_rows"] if n in beside else []
-        terms += chain(plan.values, t.symbol, "d_value_", show)
-        lines.append(" " * indent + f"tl.store(d_{n}_part + own * V + at_v, {' + '.join(terms)}, mask=m_out)")
-    return lines

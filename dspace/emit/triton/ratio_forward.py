@@ -7,26 +7,24 @@ from dspace.emit.triton.ratio_text import (
     RatioPrinter,
     Words,
     chunk_start,
-    fetch,
     key_lines,
+    octet,
+    operands,
     signature,
+    start_lines,
     state_lines,
     statements,
-    value_block,
-    whole,
+    tuples,
+    write_lines,
 )
-
-SLABS = 4
-"""Slabs of key channels that the forward kernel spells out: up to 4 * BK channels."""
 
 
 def states_kernel(words: Words) -> str:
     """States at the start of every chunk, from each sequence's first state; one tile [BV, BK] a program."""
     plan = words.plan
     keys, values = words.tensors("k", plan.keys), words.tensors("v", plan.values)
-    initial = [f"{s}_start" for s in words.states]
-    final = [f"{s}_end" for s in words.states]
-    pointers = [*(f"{n}_in" for n in (*keys, *values)), *words.sums, *initial, "chunks", *final, "offsets", "bases"]
+    pointers = [*(f"{n}_in" for n in (*keys, *values)), *words.sums, *(f"{s}_start" for s in words.states), "chunks"]
+    pointers += [*(f"{s}_end" for s in words.states), "offsets", "bases"]
     lines = signature(
         "_states_kernel",
         pointers,
@@ -41,8 +39,7 @@ def states_kernel(words: Words) -> str:
     i_h = tl.program_id(2) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
-    m_v = o_v < V
-    m_k = o_k < K
+    m_v, m_k = o_v < V, o_k < K
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
@@ -52,15 +49,14 @@ def states_kernel(words: Words) -> str:
     lines += [
         "    for i_c in range(0, tl.cdiv(end - begin, 16)):",
         f"        slot = chunks + ((base + i_c) * H + i_h) * {len(plan.states)} * V * K + tile",
+        "        if STORE:",
     ]
     for i, s in enumerate(words.states):
-        if i == 0:
-            lines.append("        if STORE:")
         lines.append(f"            tl.store(slot + {i} * V * K, {s}.to(chunks.dtype.element_ty), mask=m_tile)")
     lines += """
-        row = begin + i_c * 16 + o_c
-        live = row < end
-        at = row * H + i_h
+        token = begin + i_c * 16 + o_c
+        live = token < end
+        at = token * H + i_h
         last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
 """.strip("\n").splitlines()
     for d in range(len(plan.decays)):
@@ -69,16 +65,11 @@ def states_kernel(words: Words) -> str:
             f"        part = tl.load(sums_{d} + at, mask=live, other=0.0)",
             f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - part, 0.0)), 0.0)",
         ]
-    for n in keys:
-        lines += [
-            f"        raw_{n} = tl.load({n}_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)",
-            f"        {n} = raw_{n}.to(tl.float32)",
-        ]
-    for n in values:
-        lines.append(
-            f"        {n} = tl.load({n}_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0).to(tl.float32)"
-        )
-    lines += key_lines(words, "", 8)
+    for n, axis in [*((n, "k") for n in keys), *((n, "v") for n in values)]:
+        at = f"{n}_in + at[:, None] * {axis.upper()} + o_{axis}[None, :]"
+        lines.append(f"        raw_{n} = tl.load({at}, mask=live[:, None] & m_{axis}[None, :], other=0.0)")
+        lines.append(f"        {n} = raw_{n}.to(tl.float32)")
+    lines += [" " * 8 + line for line in operands(words)]
     show = RatioPrinter(words.names)
     for state in plan.states:
         name = words.of(state.symbol)
@@ -94,77 +85,92 @@ def reads_kernel(words: Words) -> str:
     """The reads of every token of a chunk: all value channels of one head in turn."""
     plan = words.plan
     reads = [r.name for r in plan.reads]
-    used = words.tensors("k", [*plan.keys, *plan.bodies])
     queried = words.tensors("k", plan.bodies)
+    used = words.tensors("k", [*plan.keys, *plan.bodies])
     channels = words.tensors("v", [*plan.values, *plan.bodies])
-    beside = words.tensors("v", plan.bodies)
+    valued, beside = words.tensors("v", plan.values), words.tensors("v", plan.bodies)
     pointers = [*(f"{n}_in" for n in (*used, *channels)), *words.sums, *(f"{p}_in" for p in words.parameters)]
     pointers += ["chunks", *(f"{r}_out" for r in reads), "spans"]
     lines = signature(
         "_reads_kernel",
         pointers,
         "scale, T, LOW, HIGH, NT, H",
-        "K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,\n"
-        f"    VARIANCE: tl.constexpr, {OPTIONS}",
+        "K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,\n"
+        f"    FAST: tl.constexpr, VARIANCE: tl.constexpr, {OPTIONS}",
     )
-    lines += ['    """' + "; ".join(f"{r} = sum_k {b}" for r, b in zip(reads, plan.bodies, strict=True)) + '."""']
-    lines += ["    NK: tl.constexpr = (K + BK - 1) // BK", "    NV: tl.constexpr = (V + BV - 1) // BV"]
+    lines += ['    """' + "; ".join(f"{r} = sum_k {b}" for r, b in zip(reads, plan.bodies, strict=True)) + "."]
+    lines += ["", "    Tiles: rows are tokens t, columns key channels, N times I of them (a slab) at once.", '    """']
+    lines += ["    NK: tl.constexpr = (K + 16 * I * N - 1) // (16 * I * N)"]
     lines += chunk_start(words)
-    for i in range(SLABS):
-        pad = 4 if i == 0 else 8
-        block = [f"    if NK > {i}:"] if i else []
-        inner = [f"m_{i} = live[:, None] & ({i} * BK + o_k < K)[None, :]"]
-        for n in used:
-            inner.append(
-                f"raw_{n}_{i} = tl.load({n}_in + start * K + at[:, None] * K + ({i} * BK + o_k)[None, :], mask=m_{i}, other=0.0)"
-            )
-            inner.append(f"{n}_{i} = raw_{n}_{i}.to(tl.float32)")
-        block += [" " * pad + line for line in inner]
-        block += key_lines(words, f"_{i}", pad)
-        lines += block
-    for n in channels:
-        lines.append(f"    {n}_next = {fetch(n, '0', 'o_v < V')}")
-    lines.append("    for i_v in range(NV):")
-    lines += value_block(words, channels, 8)
-    lines.append(
-        f"        tile = chunks + (i_c.to(tl.int64) * H + i_h) * {len(plan.states)} * V * K + (block[:, None] * K + o_k[None, :])"
-    )
+    lines.append("    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]")
+
+    def slab(indent: int, first: str) -> list[str]:
+        inner = [f"first_k = {first}", *tuples((*queried, *(f"key_{j}" for j in range(len(plan.keys)))), 0)]
+        inner += ["for i_s in tl.static_range(N):", "    channel = first_k + i_s * 16 * I + o_k + row"]
+        inner += key_lines(words, [], 4)
+        if queried:
+            inner.append("    channel_t = first_k + i_s * 16 * I + o_k + column")
+        for n in queried:
+            at = f"{n}_in + start * K + row * H * K + channel_t"
+            inner.append(f"    {n} = {n} + (_get({at}, live_row & (channel_t < K)).to(tl.float32),)")
+        return [" " * indent + line for line in inner]
+
+    lines += ["    if NK == 1:", *slab(8, "0")]
+    lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
+    sums = [f"sum_{r}" for r in reads]
+    lines += [f"        {n} = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels" for n in sums]
+    lines += ["        for i_k in range(NK):", "            if NK > 1:", *slab(16, "i_k * 16 * I * N")]
+    lines += start_lines(words, 12)
+    lines += ["            for i_o in range(2):", "                first_g = first_v + 8 * i_o"]
+    lines += octet(words, valued, 16)
+    lines += [
+        "                for i_u in range(0, tl.minimum(8, V - first_g), UNROLL):",
+        "                    for i_j in tl.static_range(UNROLL):",
+        "                        i_g = i_u + i_j",
+    ]
+    lines += [" " * 24 + f"{n} = _pick({n}_8, i_g, FAST)" for n in valued]
+    lines += write_lines(words, 24)
+    for n in beside:
+        at = f"{n}_in + start * V + row * H * V + first_g + i_g"
+        lines.append(" " * 24 + f"{n}_t = _get({at}, live_row).to(tl.float32)")
+    lines += [" " * 24 + "for i_s in tl.static_range(N):"]
+    lines += state_lines(words, False, 28)
+    local = dict(words.names)
+    local |= {t.name: f"{words.of(t)}[i_s]" for t in plan.tensors if words.of(t) in queried}
+    local |= {t.name: f"{words.of(t)}_t" for t in plan.tensors if words.of(t) in beside}
     count = plan.output_reads
-    for i in range(SLABS):
-        pad = 8 if i == 0 else 12
-        if i:
-            lines.append(f"        if NK > {i}:")
-        lines.append(" " * pad + f"m_tile = (block < V)[:, None] & ({i} * BK + o_k < K)[None, :]")
-        lines += state_lines(words, "tile", f"_{i}", f"{i} * BK", pad)
-        local = dict(words.names) | {}
-        local.update({t.name: f"{words.of(t)}_{i}[None, :, :]" for t in plan.tensors if words.of(t) in queried})
-        local.update({t.name: f"{words.of(t)}[:, :, None]" for t in plan.tensors if words.of(t) in beside})
-        for guard, part in (("", range(count)), ("if VARIANCE:", range(count, len(reads)))):
-            if not part:
-                continue
-            inner_pad = pad
-            if guard:
-                lines.append(" " * pad + guard)
-                inner_pad += 4
-            lines += statements({f"y_{reads[j]}": words.body(j) for j in part}, local, inner_pad)
-            for j in part:
-                y = f"y_{reads[j]}"
-                lines += [
-                    " " * inner_pad + "if K % BK != 0:",
-                    " " * inner_pad + f"    {y} = tl.where(({i} * BK + o_k < K)[None, None, :], {y}, 0.0)",
-                    " " * inner_pad
-                    + f"{y} = tl.sum(tl.reshape({whole(words, words.body(j), y)}, [BV * 16, BK // 8, 8]), 1)",
-                    " " * inner_pad + (f"sum_{reads[j]} = {y}" if i == 0 else f"sum_{reads[j]} += {y}"),
-                ]
-    lines.append("        m_out = live[None, :] & m_v[:, None]")
-    lines.append("        at_v = at[None, :] * V + (first + o_v)[:, None]")
+    for guard, part in ((0, range(count)), (1, range(count, len(reads)))):
+        if not part:
+            continue
+        pad = 28 + 4 * guard
+        if guard:
+            lines.append(" " * 28 + "if VARIANCE:")
+        lines += statements({f"y_{reads[j]}": words.body(j) for j in part}, local, pad)
+        for r in (reads[j] for j in part):
+            if not words.whole(words.body(reads.index(r))):
+                lines.append(" " * pad + f"y_{r} = y_{r} + zero")
+            lines += [
+                " " * pad + "if K % (16 * I) != 0:",
+                " " * pad + f"    y_{r} = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_{r}, 0.0)",
+                " " * pad + f"total_{r} = y_{r} if i_s == 0 else total_{r} + y_{r}",
+            ]
     for j, r in enumerate(reads):
-        space = "        "
+        pad = 24
         if j >= count:
-            lines.append(space + "if VARIANCE:")
-            space += "    "
-        lines += [
-            space + f"total = tl.reshape(tl.sum(sum_{r}, 1), [BV, 16]) * ({RatioPrinter()(words.coefficient(j))})",
-            space + f"tl.store({r}_out + start * V + at_v, total.to({r}_out.dtype.element_ty), mask=m_out)",
-        ]
+            lines.append(" " * 24 + "if VARIANCE:")
+            pad = 28
+        chosen = f"tl.where((half == i_o) & (column_8 == i_g), sum_{r} + _sum_columns(total_{r}, FAST), sum_{r})"
+        lines.append(" " * pad + f"sum_{r} = {chosen}")
+    lines += [
+        "        at_v = start * V + row * H * V + first_v + column",
+        "        m_out = live_row & (first_v + column < V)",
+    ]
+    for j, r in enumerate(reads):
+        pad = 8
+        if j >= count:
+            lines.append("        if VARIANCE:")
+            pad = 12
+        factor = words.coefficient(j)
+        value = f"sum_{r}" if factor == 1 else f"sum_{r} * ({RatioPrinter()(factor)})"
+        lines.append(" " * pad + f"_put({r}_out + at_v, {value}, m_out)")
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
 """What the kernels of class c share: expressions as statements, names of pointers, the decays of a chunk.
 
-Notation in the emitted kernels: a chunk has 16 tokens; tiles have a row for each (value channel, token) and a
-column for each key channel. ``within[t, s]`` is the decay from the write of token s to the read of token t,
-``since[t]`` that from the start of the chunk. Rows behind a sequence's end repeat its last state and have no
-cotangent; columns and channels that pad a size are taken out where a body could divide by their zero states.
+Notation in the emitted kernels: a chunk has 16 tokens, t where they read and s where they write. For each value
+channel, tokens and key channels make tiles (:mod:`.fragments`). ``within[t, s]`` is the decay from the write of token
+s to the read of token t, ``since[t]`` that from the start of the chunk. Rows behind a sequence's end repeat its last
+state and have no cotangent; channels that pad a size are taken out where a body could divide by their zero states.
 """
 
 from __future__ import annotations
@@ -214,14 +214,9 @@ class Words:
         return found
 
 
-def whole(words: Words, expr: sympy.Expr, text: str) -> str:
-    """``text``, the value of ``expr``, as a complete tile."""
-    return text if words.whole(expr) else f"({text} + tl.zeros([BV, 16, BK], tl.float32))"
-
-
 def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
     return [
-        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])',
+        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])',
         f"def {kernel}(",
         f"    {', '.join(pointers)},",
         f"    {sizes},",
@@ -233,104 +228,132 @@ def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) 
 def chunk_start(words: Words) -> list[str]:
     """Place, decays and parameters of one chunk of 16 tokens of one head of this launch."""
     before = words.plan.exclusive
-    lines = f"""
+    lines = """
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 16)
-    o_k = tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
+    row = _tile_rows()
+    half, column_8 = _tile_columns()
+    column = 8 * half + column_8
+    lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    at = o_c * H
-    live = begin + o_c < end
-    causal = o_c[:, None] {">" if before else ">="} o_c[None, :]
+    slot = i_c.to(tl.int64) * H + i_h
+    live_row, live_column = begin + row < end, begin + column < end
 """.strip("\n").splitlines()
     for d in range(len(words.plan.decays)):
         lines += [
             f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.where(live, tl.load(sums_{d} + start + at, mask=live, other=0.0), whole)",
+            f"    part = tl.where(live_column, _get(sums_{d} + start + column * H, live_column), whole)  # of s",
         ]
         if before:
-            lines += [
-                f"    seen = tl.load(sums_{d} + start + at - H, mask=live & (o_c > 0), other=0.0)",
-                "    seen = tl.where(live, seen, whole)",
-            ]
-        seen = "seen" if before else "part"
+            lines.append(f"    seen = _get(sums_{d} + start + (row - 1) * H, live_row & (row > 0))  # of t")
+        else:
+            lines.append(f"    seen = _get(sums_{d} + start + row * H, live_row)  # of t")
         lines += [
-            f"    within_{d} = tl.where(causal, tl.exp(tl.minimum({seen}[:, None] - part[None, :], 0.0)), 0.0)",
-            f"    since_{d} = tl.exp({seen})",
+            "    seen = tl.where(live_row, seen, whole)",
+            f"    within_{d} = tl.where(row {'>' if before else '>='} column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)",
+            f"    since_{d} = tl.exp(seen)",
         ]
     lines += [f"    {p} = tl.load({p}_in + i_h).to(tl.float32)" for p in words.parameters]
+    lines.append("    zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)")
     return lines
 
 
-def fetch(name: str, first: str, mask: str) -> str:
-    """Load of a ``[BV, 16]`` tile of a tensor on v whose channels start at ``first``."""
-    index = f"at[None, :] * V + ({first} + o_v)[:, None]"
-    return f"tl.load({name}_in + start * V + {index}, mask=live[None, :] & ({mask})[:, None], other=0.0)"
+def tuples(names: Iterable[str], indent: int) -> list[str]:
+    """Empty tuples, which get one group of tiles for each slab of key channels."""
+    return [f"{' ' * indent}{n} = ()" for n in names]
 
 
-def cotangent(words: Words, read: int) -> str:
-    """Cotangent of a read in this turn, times the constant factor of its body."""
-    name = f"d_{words.plan.reads[read].name}"
-    factor = words.coefficient(read)
-    return f"{name} = {name}_next.to(tl.float32)" + ("" if factor == 1 else f" * ({RatioPrinter()(factor)})")
+def side(words: Words, key: int) -> str:
+    """A key in float32 where it multiplies a value's gradient: made anew if that takes few products, else kept."""
+    expr = words.plan.keys[key]
+    if expr.atoms(sympy.Function) or any(not p.exp.is_Integer for p in expr.atoms(sympy.Pow)):
+        return f"full_{key}[i_s]"
+    return f"({RatioPrinter({s.name: f'full_{words.names[s.name]}[i_s]' for s in expr.free_symbols})(expr)})"
 
 
-def value_block(words: Words, fetched: list[str], indent: int) -> list[str]:
-    """Channels of this turn (fetched one turn ahead), values, and the rows that multiply keys and start states."""
-    pad = " " * indent
-    lines = [
-        "first = i_v * BV",
-        "m_v = first + o_v < V",
-        "block = first // 16 * 16 + tl.arange(0, 16)",
-    ]
-    for name in fetched:
-        reads = [f"d_{r.name}" for r in words.plan.reads]
-        lines.append(cotangent(words, reads.index(name)) if name in reads else f"{name} = {name}_next.to(tl.float32)")
-    lines += ["# of the next turn, so that its latency hides behind this one"]
-    for name in fetched:
-        lines += [f"{name}_next = {fetch(name, '(first + BV)', 'first + BV + o_v < V')}"]
-    show = RatioPrinter(words.names)
-    for j, value in enumerate(words.plan.values):
-        lines.append(f"value_{j} = {show(value)}")
-    for d in range(len(words.plan.decays)):
-        lines += [
-            f"lead_{d} = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_{d}[None, :, None], 0.0)",
-            f"lead_{d} = tl.reshape(lead_{d}, [BV * 16, 16]).to(OT)",
-        ]
-    for j, d in words.rows():
-        lines += [
-            f"rows_{j}_{d} = tl.reshape(value_{j}[:, None, :] * within_{d}[None, :, :], [BV * 16, 16]).to(OT)",
-        ]
-    return [pad + line for line in lines]
+def kept_keys(words: Words) -> list[str]:
+    """Names of the float32 tiles that :func:`side` needs."""
+    used = {part.split("[")[0] for j in range(len(words.plan.keys)) for part in side(words, j).split("full_")[1:]}
+    return [f"full_{n}" for n in sorted(used)]
 
 
-def key_lines(words: Words, suffix: str, indent: int) -> list[str]:
-    """Keys of one slab in the operand type, from ``raw_NAME`` tiles as loaded."""
-    pad = " " * indent
-    lines = []
+def key_lines(words: Words, kept: list[str], indent: int) -> list[str]:
+    """Keys of one slab (rows: channels, columns: tokens s) in the operand type; ``kept`` names what stays in float32."""
+    pad, lines = " " * indent, []
+    inner = {t.name: f"raw_{words.of(t)}.to(tl.float32)" for t in words.plan.tensors if t.axes == "k"}
+    for n in words.tensors("k", words.plan.keys):
+        lines.append(f"raw_{n} = _get({n}_in + start * K + column * H * K + channel, live_column & (channel < K))")
+        if f"full_{n}" in kept:
+            lines.append(f"full_{n} = full_{n} + (raw_{n}.to(tl.float32),)")
     for j, key in enumerate(words.plan.keys):
+        text = RatioPrinter(inner)(key)
+        if f"full_{j}" in kept:
+            lines.append(f"full_{j} = full_{j} + ({text},)")
         if key.is_Symbol:
-            text = f"raw_{words.of(key)}{suffix}.to(OT)"
-        else:
-            inner = {s.name: f"{words.of(s)}{suffix}" for s in key.free_symbols}
-            text = f"({RatioPrinter(inner)(key)}).to(OT)"
-        lines.append(f"{pad}key_{j}{suffix} = {text}")
+            text = f"raw_{words.of(key)}"
+        lines.append(f"key_{j} = key_{j} + (({text}).to(OT),)")
+    return [pad + line for line in lines]
+
+
+def operands(words: Words) -> list[str]:
+    """Keys in the operand type, from NAME and, as loaded, raw_NAME."""
+    show = RatioPrinter(words.names)
+    plain = [f"raw_{words.of(k)}" if k.is_Symbol else f"({show(k)})" for k in words.plan.keys]
+    return [f"key_{j} = {text}.to(OT)" for j, text in enumerate(plain)]
+
+
+def start_lines(words: Words, indent: int) -> list[str]:
+    """States at the chunk's start for 16 value channels (rows: key channels, columns: value channels)."""
+    names = [f"{s}_0" for s in words.states]
+    lines = tuples(names, 0)
+    lines += ["for i_s in tl.static_range(N):", "    channel = first_k + i_s * 16 * I + o_k + row"]
+    lines += ["    at_tile = (first_v + column) * K + channel"]
+    for i, n in enumerate(names):
+        load = f"_get(chunks + (slot * {len(names)} + {i}) * V * K + at_tile, (first_v + column < V) & (channel < K))"
+        lines.append(f"    {n} = {n} + ({load}.to(OT),)")
+    return [" " * indent + line for line in lines]
+
+
+def octet(words: Words, names: Iterable[str], indent: int) -> list[str]:
+    """Value channels 8 at a time: lane row g holds channel ``first_g + g``, columns are tokens."""
+    at = "start * V + column * H * V + first_g + lane_row"
+    mask = "live_column & (first_g + lane_row < V)"
+    lines = []
+    for n in names:
+        # the constant factor of a read's body is applied to its cotangent
+        of_read = [words.coefficient(j) for j, r in enumerate(words.plan.reads) if n == f"d_{r.name}"]
+        times = f" * ({RatioPrinter()(of_read[0])})" if of_read and of_read[0] != 1 else ""
+        lines.append(f"{' ' * indent}{n}_8 = _get({n}_in + {at}, {mask}).to(tl.float32){times}")
     return lines
 
 
-def state_lines(words: Words, tile: str, suffix: str, slab: str, indent: int) -> list[str]:
-    """States after (or before) every token of the chunk: start state and writes, each a matmul."""
-    pad = " " * indent
+def state_lines(words: Words, transposed: bool, indent: int) -> list[str]:
+    """States of every token of the chunk for one value channel: start state and writes, each a product.
+
+    Rows are tokens and columns key channels, or the other way round if ``transposed``.
+    """
     lines = []
-    for i, s in enumerate(words.plan.states):
+    for s in words.plan.states:
         name = words.of(s.symbol)
-        load = f"tl.load({tile} + {i} * V * K + {slab}, mask=m_tile, other=0.0)"
-        lines.append(f"{name} = tl.dot(lead_{s.group}, {load}, input_precision=PRECISION)")
+
+        def product(left: str, right: str, more: str) -> str:
+            x, y = (right, left) if transposed else (left, right)
+            return f"_mma({x}, {y}, {more}, PRECISION, FAST)"
+
+        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', 'zero')}")
         for w in s.writes:
-            rows = f"rows_{w.value}_{s.group}"
-            lines.append(f"{name} = tl.dot({rows}, key_{w.key}{suffix}, {name}, input_precision=PRECISION)")
-        lines.append(f"{name} = tl.reshape({name}, [BV, 16, BK])")
-    return [pad + line for line in lines]
+            lines.append(f"{name} = {product(f'rows_{w.value}_{s.group}', f'key_{w.key}[i_s]', name)}")
+    return [" " * indent + line for line in lines]
+
+
+def write_lines(words: Words, indent: int) -> list[str]:
+    """Values of one channel, and what multiplies start states and keys (rows: tokens t; columns: channels, tokens s)."""
+    show = RatioPrinter(words.names)
+    lines = [f"value_{j} = {show(value)}" for j, value in enumerate(words.plan.values)]
+    for d in range(len(words.plan.decays)):
+        lines.append(f"lead_{d} = tl.where((half == i_o) & (column_8 == i_g), since_{d}, 0.0).to(OT)")
+    for j, d in words.rows():
+        lines.append(f"rows_{j}_{d} = (within_{d} * value_{j}).to(OT)")
+    return [" " * indent + line for line in lines]

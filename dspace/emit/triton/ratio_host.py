@@ -1,0 +1,341 @@
+"""Source of the host side of the class c kernels: tiles, windows of time, launches, custom operators.
+
+Time is taken in windows, each a call of all kernels with the state (or adjoint) of its border carried from one to the
+next, so that the states at chunk starts and their adjoints (2 bytes an element every 16 tokens in bfloat16) need not
+exist for all tokens at once.
+"""
+
+from __future__ import annotations
+
+from dspace.emit.triton.ratio_backward import k_gradient, kept_sums
+from dspace.emit.triton.ratio_text import Words
+from dspace.plan.ratio import RatioPlan
+
+BUDGET = 128 * 2**20
+"""Bytes that states and adjoints at chunk starts may take: sets the tokens of a window, never fewer than 256."""
+
+
+def config() -> str:
+    return f'''
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _registers(tensor, count):
+    """Compile option: fewer registers a thread, for more blocks on a multiprocessor."""
+    return {{"maxnreg": count}} if _fast(tensor) and count else {{}}
+
+
+def _forward_tiles(K, V, dtype):
+    """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16:  # twice the registers for operands
+        return 1, min(tiles, 2), 1, 0
+    turns = _cdiv(tiles, 6)
+    N = _cdiv(tiles, turns)
+    if N > 4 and N % 2 == 0:
+        return 2, N // 2, 1, 0
+    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
+
+
+def _backward_tiles(K, V, dtype):
+    """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
+    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
+
+
+def _settle_tiles(K, V):
+    """(BK, BV, warps) of the kernel that settles gradients, which has all key channels at once."""
+    BK = _tile(K, 256)
+    BV = _tile(V, 64 if BK <= 64 else 32)
+    return BK, BV, 1 if BK * BV <= 512 else 4
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _windows(T, bytes_a_token, share, warps_a_chunk, device):
+    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+
+    A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
+    """
+    size = max(256, share * {BUDGET} // max(1, bytes_a_token))
+    turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
+    size = (size // turn * turn if size > turn > 0 else size) // 16 * 16
+    return list(range(0, T, size)) + [T]
+
+
+def _window(T, low, high, offsets, N):
+    """What a window has of every sequence: (T, low, high) and tables as the kernels take them, and its chunks."""
+    if offsets is None:
+        NT = -(-(high - low) // 16)
+        return None, None, None, NT, N * NT
+    offsets = offsets.clamp(low, high)
+    inside = offsets - low
+    spans, bases, NT, chunks = _plan(high - low, inside, N, 16)
+    return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
+
+
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
+'''
+
+
+def lists(words: Words) -> dict[str, list[str]]:
+    plan = words.plan
+    tensors = [words.of(t) for t in plan.tensors]
+    decays = [f"decay_{d}" for d in range(len(plan.decays))]
+    return {
+        "tensors": tensors,
+        "decays": decays,
+        "parameters": words.parameters,
+        "states": words.states,
+        "all": [*tensors, *decays, *words.parameters, *words.states],
+        "key_in": words.tensors("k", plan.keys),
+        "value_in": words.tensors("v", plan.values),
+        "k_in": words.tensors("k", [*plan.keys, *plan.bodies]),
+        "v_in": words.tensors("v", [*plan.values, *plan.bodies]),
+        "reads": [r.name for r in plan.reads],
+    }
+
+
+_SLABS = [
+    "    I_local, N_local, registers = _backward_tiles(K, V, dtype)",
+    "    slabs_here = _cdiv(K, 16 * I_local * N_local)",
+]
+
+
+def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> list[str]:
+    k, v, count = names["k_in"][0], names["v_in"][0], len(words.plan.states)
+    groups = range(len(words.plan.decays))
+    return [
+        f"    B, T, H, K = {k}.shape",
+        f"    V = {v}.shape[-1]",
+        f"    N = {words.states[0]}.shape[0]",
+        f"    dtype, device = {k}.dtype, {k}.device",
+        "    OT, precision = _operands(dtype)",
+        *(_SLABS if adjoints > 1 else []),
+        "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
+        "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
+        *(f"    sums_{d} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for d in groups),
+        f"    bytes_a_token = {adjoints * count} * B * H * K * V * kept.itemsize // 16",
+        f"    bounds = _windows(T, bytes_a_token, {5 - 2 * adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
+        *(["    if given:", "        bounds = [0, T]"] if adjoints > 1 else []),
+        "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
+        "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
+    ]
+
+
+TABLES = """
+        inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
+        place = (T, low, high, NT, H)
+""".strip("\n").splitlines()
+
+
+def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent: int) -> list[str]:
+    """Decay sums and states of one window."""
+    border = [*names["key_in"], *names["value_in"], *words.sums]
+    border += [*(f"{s}_start" for s in names["states"]), "border", *(f"{s}_end" for s in names["states"])]
+    lines = [
+        *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
+        "BK, BV = _tile(K, 32), _tile(V, 64)",
+        "_states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](",
+        f"    {', '.join(border)}, inside, bases, *place,",
+        f"    K=K, V=V, BK=BK, BV=BV, STORE={store}, num_warps=4, num_stages=3, **common,",
+        ")",
+    ]
+    return [" " * indent + line for line in lines]
+
+
+def forward(words: Words) -> str:
+    n, plan = lists(words), words.plan
+    reads, count = n["reads"], len(plan.states)
+    lines = [f"def _ratio_forward({', '.join(n['all'])}, scale, offsets, variance, keep=None):"]
+    lines.append(
+        '    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""'
+    )
+    lines += _sizes_lines(words, n, 1)
+    for j, r in enumerate(reads):
+        kind = "dtype" if _direct(plan, j) else "torch.float32"
+        shape = "(B, T, H, V)" if j < plan.output_reads else "(B, T, H, V) if variance else (0,)"
+        lines.append(f"    {r} = torch.empty({shape}, dtype={kind}, device=device)")
+    lines += [f"    {s}_end = {s}" for s in n["states"]]
+    lines += [
+        f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
+        "    for low, high in zip(bounds[:-1], bounds[1:]):",
+        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
+        *TABLES,
+        *_states_lines(words, n, True, 8),
+        "        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)",
+        "        _reads_kernel[(chunks, H)](",
+        f"            {', '.join([*n['k_in'], *n['v_in'], *words.sums, *n['parameters'], 'border', *reads])}, spans,",
+        "            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
+        "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
+        "        )",
+        f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
+        f"        keep += [border, {', '.join(words.sums)}]",
+        f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _direct(plan: RatioPlan, read: int) -> bool:
+    return plan.output is None if read < plan.output_reads else plan.direct_variance
+
+
+def backward(words: Words) -> str:
+    n, plan = lists(words), words.plan
+    reads, count, states = n["reads"], len(plan.states), n["states"]
+    groups = range(len(plan.decays))
+    given = [*(f"d_{r}" for r in reads), *(f"d_{s}_end" for s in states)]
+    lines = [f"def _ratio_backward({', '.join([*n['all'], *given])}, scale, offsets, variance, given=()):"]
+    lines.append(
+        '    """Gradients of tensors, log decays, parameters and initial states; ``given`` is what the forward pass kept."""'
+    )
+    lines += _sizes_lines(words, n, 2)
+    keyed, parts = n["key_in"], kept_sums(words)
+    fresh = "torch.empty({}, dtype=torch.float32, device=device)"
+    lines += [f"    d_{x}_out = torch.empty_like({x})" for x in (*n["k_in"], *n["v_in"])]
+    lines += [
+        "    BE = 256 if K * V >= 256 else 32  # elements of a state that one warp scans",
+        "    parts = _cdiv(K * V, BE)",
+        *(f"    d_decay_{d} = {fresh.format('(B, T, H)')}" for d in groups),
+        *(f"    d_{p} = 0" for p in n["parameters"]),
+        "    if given:",
+        f"        border, {', '.join(words.sums)} = given",
+        "    else:",
+        f"        border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
+        "    adjoints = torch.empty_like(border)",
+        *(f"    d_{x}_part = {fresh.format('most * 16 * H * K')}" for x in keyed),
+        *(f"    {x}_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)" for x in parts),
+        *(f"    direct_{d}_part = {fresh.format('slabs_here * most * 16 * H')}" for d in groups),
+        f"    products = {fresh.format(f'most * H * {len(plan.decays)} * parts')}",
+        "    # states at the start of every window",
+        *(f"    {s}_end, {s}_starts = {s}, []" for s in states),
+        "    for low, high in zip(bounds[:-1], bounds[1:]):",
+        *(f"        {s}_starts.append({s}_end if low == 0 else {s}_end.to(kept))" for s in states),
+        "        if high == T:",
+        "            break",
+        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in states),
+        *TABLES,
+        *_states_lines(words, n, False, 8),
+        "    for low, high in zip(bounds[-2::-1], bounds[:0:-1]):",
+        *(f"        {s}_start, {s}_end = {s}_starts.pop(), torch.empty_like({s})" for s in states),
+        *TABLES,
+        "        if not given:",
+        *_states_lines(words, n, True, 12),
+        *(f"        d_{p}_part = {fresh.format('(H, slabs_here * chunks)')}" for p in n["parameters"]),
+        "        _local_kernel[(chunks, H, slabs_here)](",
+    ]
+    arguments = [*n["k_in"], *n["v_in"], *words.sums, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
+    arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
+    arguments += [f"direct_{d}_part" for d in groups] + [f"d_{p}_part" for p in n["parameters"]] + ["adjoints", "spans"]
+    settled = [*keyed, *n["value_in"], *words.sums, "adjoints", "products", *(f"{x}_part" for x in parts)]
+    settled += [*(f"direct_{d}_part" for d in groups), *(f"d_{x}_part" for x in keyed)]
+    settled += [f"d_{x}_out" for x in (*keyed, *n["v_in"])] + [f"d_decay_{d}" for d in groups]
+    lines += [
+        f"            {', '.join(arguments)},",
+        "            scale, *place, K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
+        "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
+        "        )",
+        *(f"        d_{p} = d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
+        *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
+        "        _carry_kernel[(parts, N * H)](",
+        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
+        f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
+        "            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,",
+        "        )",
+        "        BK, BV, warps = _settle_tiles(K, V)",
+        "        _settle_kernel[(chunks, H)](",
+        f"            {', '.join(settled)}, spans,",
+        "            *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),",
+        "            num_warps=warps, num_stages=2, **common,",
+        "        )",
+        *(f"        d_{s}_end = d_{s}_start" for s in states),
+    ]
+    results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}.to(decay_{d}.dtype)" for d in groups]
+    results += [f"d_{p}.to({p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in states]
+    lines.append(f"    return {', '.join(results)}")
+    return "\n".join(lines) + "\n"
+
+
+def operators(words: Words) -> str:
+    n, plan = lists(words), words.plan
+    reads = n["reads"]
+    results = ", ".join(["Tensor"] * (len(reads) + len(plan.states)))
+    grads = ", ".join(["Tensor"] * len(n["all"]))
+    inputs = ", ".join(f"Tensor {x}" for x in n["all"])
+    given = [*(f"d_{r}" for r in reads), *(f"d_{s}_end" for s in n["states"])]
+    fakes = []
+    for j in range(len(reads)):
+        kind = "like.dtype" if _direct(plan, j) else "torch.float32"
+        shape = "like.shape" if j < plan.output_reads else "like.shape if variance else (0,)"
+        fakes.append(f"like.new_empty({shape}, dtype={kind})")
+    v = n["all"].index(n["v_in"][0])
+    k = n["all"].index(n["k_in"][0])
+    first = len(n["all"]) - len(plan.states)
+    return f'''
+_ratio_op = torch.library.custom_op(
+    f"{{_OPS}}::ratio", lambda *arguments: _ratio_forward(*arguments), mutates_args=(),
+    schema="({inputs}, float scale, Tensor? offsets, bool variance) -> ({results})",
+)
+_ratio_backward_op = torch.library.custom_op(
+    f"{{_OPS}}::ratio_backward", lambda *arguments: _ratio_backward(*arguments), mutates_args=(),
+    schema="({inputs}, {", ".join(f"Tensor {g}" for g in given)}, float scale, Tensor? offsets, bool variance)"
+    " -> ({grads})",
+)
+
+
+@_ratio_op.register_fake
+def _ratio_fake(*arguments):
+    *tensors, scale, offsets, variance = arguments
+    like = tensors[{v}].new_empty(tensors[{v}].shape, dtype=tensors[{k}].dtype)
+    return {", ".join(fakes)}, *(torch.empty_like(t) for t in tensors[{first}:])
+
+
+@_ratio_backward_op.register_fake
+def _ratio_backward_fake(*arguments):
+    return tuple(torch.empty_like(t) for t in arguments[:{len(n["all"])}])
+
+
+def _ratio_save(ctx, inputs, output):
+    *tensors, ctx.scale, offsets, ctx.variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _ratio_gradient(ctx, *grads):
+    *tensors, offsets = ctx.saved_tensors
+    given = (g.contiguous() for g in grads)
+    return (*_ratio_backward_op(*tensors, *given, ctx.scale, offsets, ctx.variance), None, None, None)
+
+
+_ratio_op.register_autograd(_ratio_gradient, setup_context=_ratio_save)
+
+
+class _ratio_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _ratio_save(ctx, arguments, None)
+        ctx.kept = []
+        return _ratio_forward(*arguments, ctx.kept if any(ctx.needs_input_grad) else None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        *tensors, offsets = ctx.saved_tensors
+        given = (g.contiguous() for g in grads)
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None)
+
+
+def _ratio(*arguments):
+    """Reads of every token and final states, differentiable."""
+    run = _ratio_op if torch.compiler.is_compiling() else _ratio_eager.apply
+    return run(*arguments)
+'''
