@@ -90,25 +90,34 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
 
 def build(launch: Launch, target: str) -> Build:
     """Compile one launch for ``target`` ("sm_90", "gfx942", ...) and read the assembler's report."""
+    compiled = compiled_for(launch, target)
+    wrong: tuple[str, ...] = ()
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
+        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
+    else:
+        registers, spilled = _resources(compiled.asm["cubin"])
+        if target == "sm_90":
+            wrong = sass.faults(sass.disassemble(compiled.asm["cubin"]))
+    return Build(launch.name, target, registers, spilled, compiled.metadata.shared, wrong)
+
+
+def compiled_for(launch: Launch, target: str) -> Any:
+    """One launch compiled for ``target``, as Triton returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = _signature(launch)
-    wrong: tuple[str, ...] = ()
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if target.startswith("gfx"):
-        compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-        text = compiled.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
-        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
-    else:
-        capability = int(target.removeprefix("sm_"))
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        registers, spilled = _resources(compiled.asm["cubin"])
-        if capability == 90:
-            wrong = sass.faults(sass.disassemble(compiled.asm["cubin"]))
-    return Build(launch.name, target, registers, spilled, compiled.metadata.shared, wrong)
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+
+
+def disassembly(launch: Launch, target: str) -> str:
+    """Machine code of one launch for an NVIDIA target, as text."""
+    return sass.disassemble(compiled_for(launch, target).asm["cubin"])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

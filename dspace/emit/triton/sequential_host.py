@@ -45,7 +45,7 @@ def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, va
         _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
             *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
             K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-            PACKED=offsets is not None, num_warps=warps,
+            PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
         )
 
 
