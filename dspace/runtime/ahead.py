@@ -7,6 +7,7 @@ the calls are made in earnest.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -66,4 +67,4 @@ def certificate_calls(examiner: Any, cases: Sequence[Case], dtypes: Sequence[str
             torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
 
     forms = [f for f in FORMS if f != "reference"]
-    return [lambda c=c, d=d, f=f: one(c, d, f) for c in cases if c.shape.T for d in dtypes for f in forms]
+    return [functools.partial(one, c, d, f) for c in cases if c.shape.T for d in dtypes for f in forms]

@@ -114,14 +114,13 @@ def tune_call(
         for config in proposals:
             module._CONFIGS[key] = config
             times.append(_time(module, run, measure))
-        first = times[0]
-        valid = {t: c for t, c in zip(times, proposals, strict=True) if t is not None}
-        best = min(valid) if valid else None
-        if first is not None and best is not None and best > (1 - MARGIN) * first:
-            best = first
-        module._CONFIGS[key] = proposals[0] if best is None else valid[best]
-        if best is not None:
-            found.append(Choice(text, valid[best], best, tuple(zip(proposals, times, strict=True))))
+        valid = {i: t for i, t in enumerate(times) if t is not None}
+        best = min(valid, key=valid.__getitem__, default=0)
+        if 0 in valid and valid[best] > (1 - MARGIN) * valid[0]:
+            best = 0
+        module._CONFIGS[key] = proposals[best]
+        if valid:
+            found.append(Choice(text, proposals[best], valid[best], tuple(zip(proposals, times, strict=True))))
     return found
 
 
