@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 GROUPS = 4
 """Processes that share the built-in specs: importing everything takes as long as certifying one."""
 
-WRONG_GRADIENT = r"(tl\.store\(d_?v(?:_out)?\w* \+ .*?, )(\(.+?\)|\w+)(\.to\()"
-WRONG_VARIANCE = r"(tl\.store\((?:read_1_out|variance)\w* \+ .*?, )(\(.+?\)|\w+)(\.to\()"
+STORE = r"((?:tl\.store|_put)\(%s \+ .*?, )(\(.+?\)|\w+(?: \* \(.+?\))?)(\.to\(|, m)"
+WRONG_GRADIENT = STORE % r"d(?:v|_v_out\w*)"
+WRONG_VARIANCE = STORE % r"(?:read_1_out|variance)\w*"
 PLANTED = {
     ("simple_gla", "d v"): WRONG_GRADIENT,
     ("palimpsa", "d v"): WRONG_GRADIENT,
