@@ -216,6 +216,11 @@ def bad_input(name: str) -> list[tuple[str, str]]:
     o = function(*poisoned)[0]
     clean = bool(o[1].isfinite().all() and o[0, :64].isfinite().all())
     rows.append(("NaN in one sequence", "ok" if clean else "WRONG: spreads to others or before its chunk"))
+    if torch.cuda.device_count() > 1:
+        leaves = [x.to("cuda:1").requires_grad_() for x in good]
+        o = function(*leaves)[0]
+        o.sum().backward()
+        same("a GPU that is not the current one", o, base)
     if table["states"][0]["axes"] == "kv":
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             same("autocast", function(*good)[0], base)

@@ -167,12 +167,17 @@ def tune(
     values: Annotated[int, typer.Option(help="Value channels of a head.")] = 128,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     again: Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")] = False,
+    table: Annotated[
+        Path | None, typer.Option(help="Merge this GPU's choices into FILE, as dspace/runtime/tuned.json ships.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose the fastest configuration of each kernel on this GPU: once, for all lengths and processes."""
-    from dspace.runtime.tuning import tune
+    from dspace.runtime.tuning import tune, write_table
 
     found = tune(source, keys=keys, values=values, dtype=dtype, again=again)
+    if table is not None:
+        write_table(table)
     if as_json:
         show_json([c.as_dict() for c in found])
         return

@@ -99,6 +99,16 @@ def tune(
     return found
 
 
+def write_table(path: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Merge the choices of this machine's GPU into a table such as :data:`SHIPPED`."""
+    file = Path(path)
+    tables = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    name = versions.device_name("cuda")
+    tables[name] = dict(sorted((tables.get(name, {}) | Cache(cache_dir).tuning(_file("cuda"))).items()))
+    file.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return file
+
+
 def tune_call(
     module: ModuleType, run: Callable[[], object], measure: Callable[[Callable[[], object]], float], known: Any = ()
 ) -> list[Choice]:

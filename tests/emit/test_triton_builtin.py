@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,8 +32,8 @@ PLANTED = {
     ("palimpsa", "variance"): WRONG_VARIANCE,
 }
 
-SPILLED = {"_keys_": 1280, "_gradients_": 512, "_local_kernel": 1024, "_reads_kernel": 256, "_backward": 128}
-NARROW = {"_keys_": 7168, "_gradients_": 1024, "_scores_": 2560, "_local_kernel": 1024, "_backward": 128}
+SPILLED = {"_keys_": 1280, "_gradients_": 512, "_local_kernel": 1024, "_reads_kernel": 256, "_states_kernel": 256}
+NARROW = {"_keys_": 7168, "_gradients_": 1024, "_scores_": 2560, "_local_kernel": 1024, "_states_kernel": 256}
 """Bytes a thread that the largest kernels may spill, the others 64: at K = V = 64, and at 32, where the chunkwise
 kernels have two warps only, for Hopper's sake."""
 
@@ -69,13 +70,21 @@ def test_mistakes_planted_in_emitted_kernels_are_refused() -> None:
         assert all(error == pytest.approx(0.02, rel=0.05) for error in failed.values())
 
 
-def launches(folder: Path, size: int, target: str) -> list[offline.Launch]:
-    """Every distinct kernel launch of every built-in spec, forward and backward, chunk and recurrent."""
-    found: dict[str, offline.Launch] = {}
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+    """The generated module of every built-in spec."""
+    folder, made = tmp_path_factory.mktemp("modules"), {}
     for name in builtin_names():
         path = folder / f"offline_{name}.py"
         path.write_text(module_text(name), encoding="utf-8")
-        module = load_file(path, path.stem)
+        made[name] = load_file(path, path.stem)
+    return made
+
+
+def launches(modules: dict[str, ModuleType], size: int, target: str) -> list[offline.Launch]:
+    """Every distinct kernel launch of every built-in spec, forward and backward, chunk and recurrent."""
+    found: dict[str, offline.Launch] = {}
+    for module in modules.values():
         for form in ("chunk", "recurrent"):
             for launch in offline.launches_of(module, form, K=size, V=size, target=target):
                 found.setdefault(launch.key, launch)
@@ -83,11 +92,19 @@ def launches(folder: Path, size: int, target: str) -> list[offline.Launch]:
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)
-def test_every_kernel_of_every_spec_compiles_with_bounded_spills(target: str, tmp_path: Path) -> None:
+def test_every_kernel_of_every_spec_compiles_with_bounded_spills(modules: dict[str, ModuleType], target: str) -> None:
     size, bounds = (64, SPILLED) if target == "sm_90" else (32, NARROW)
-    tried = launches(tmp_path, size, target)
+    tried = launches(modules, size, target)
     assert len(tried) > 60
     reports = [offline.build(launch, target) for launch in tried]
     assert not [b for b in reports if b.faults]
     most = {b: max((bytes for part, bytes in bounds.items() if part in b.name), default=64) for b in reports}
     assert not [b for b in reports if b.spilled > most[b]]
+
+
+def test_no_length_compiles_anything_anew(modules: dict[str, ModuleType]) -> None:
+    """T, odd or divisible by 16, and what is counted from it, is no part of what a kernel is compiled for."""
+    for name, module in modules.items():
+        for form, lengths in (("chunk", (65, 256, 1000, 4096)), ("recurrent", (6, 65, 256, 1000))):
+            keys = [{x.key for x in offline.launches_of(module, form, B=1, T=T, K=16, V=16)} for T in lengths]
+            assert all(found == keys[0] for found in keys), (name, form)

@@ -75,4 +75,8 @@ def test_the_shipped_table_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(versions, "device_name", lambda device: "a GPU")
     tuning.shipped.cache_clear()
     assert tuning.shipped("cuda") == {"family 64": [64, [32, 4]]}
+    Cache().store_tuning(tuning._file("cuda"), {"family 16": (32, (16, 2))})
+    tuning.write_table(table)
+    tuning.shipped.cache_clear()
+    assert tuning.shipped("cuda") == {"family 16": [32, [16, 2]], "family 64": [64, [32, 4]]}
     tuning.shipped.cache_clear()
