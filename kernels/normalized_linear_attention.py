@@ -28,6 +28,7 @@ import math
 import numpy
 import os
 import torch
+import weakref
 
 
 SPEC = {'name': 'normalized_linear_attention',
@@ -73,6 +74,9 @@ def _initial_states(eps, sequences, heads, size_k, size_v, dtype, device):
         torch.zeros(sequences, heads, size_k, size_v, dtype=dtype, device=device),  # S = 0
         torch.zeros(sequences, heads, size_k, dtype=dtype, device=device),  # z = 0
     )
+
+
+_known_offsets = None  # the last cu_seqlens of a GPU that was checked: reference, version, T, device, offsets
 
 
 def _sizes(*tensors):
@@ -133,22 +137,36 @@ def _check(inputs, parameters, states):
 
 
 def _offsets(cu_seqlens, batch, steps, device):
-    """Checked int64 offsets of packed sequences."""
+    """Checked int64 offsets of packed sequences, on ``device``.
+
+    Values on a GPU are read, which waits for it, once for each tensor (and once more after a change in place): the
+    other layers and steps that are given the same one cost nothing. Where they cannot be read (under torch.compile,
+    while a CUDA graph is captured) they are brought into order on the device, so that no kernel leaves its tensors.
+    """
+    global _known_offsets
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_NAME}: cu_seqlens must be an int32 or int64 tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{_NAME}: cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{_NAME}: packed sequences (cu_seqlens) need batch size 1, got {batch}")
-    if not torch.compiler.is_compiling() and not (
-        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):  # the values are only read where reading them costs no graph break
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != steps:
-            raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
-        if any(a > b for a, b in zip(values[:-1], values[1:])):
-            raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
-    return cu_seqlens.to(device=device, dtype=torch.int64)
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        inner = cu_seqlens[1:-1].to(device=device, dtype=torch.int64).clamp(0, steps).cummax(0).values
+        return torch.cat((inner.new_zeros(1), inner, inner.new_full((1,), steps)))
+    memory = cu_seqlens.is_cuda and not cu_seqlens.is_inference()
+    if memory and _known_offsets is not None:
+        reference, version, length, place, offsets = _known_offsets
+        if reference() is cu_seqlens and (version, length, place) == (cu_seqlens._version, steps, device):
+            return offsets
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != steps:
+        raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
+    if any(a > b for a, b in zip(values[:-1], values[1:])):
+        raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
+    offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+    if memory:
+        _known_offsets = weakref.ref(cu_seqlens), cu_seqlens._version, steps, device, offsets
+    return offsets
 
 
 def _expand_heads(tensor, dim, heads):
@@ -180,27 +198,43 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    double = any(t.dtype == torch.float64 for t in inputs)
-    work = torch.float64 if double else torch.float32
-    with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
-        inputs = tuple(_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs)
-        parameters = tuple(_expand_heads(t.to(work), 0, heads) for t in parameters)
-        if given:
-            states = tuple(t.to(work) for t in given)
-        else:
-            states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, device)
-        if steps == 0 or batch == 0:
-            o = first.new_zeros(batch, steps, heads, size_v)
-            variance, final = o, states
-        else:
-            core = _CORES.get((device.type, form), _reference_core)
-            o, variance, *final = core(*inputs, *parameters, *states, scale, offsets, output_variance)
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
+            o, variance, final = _run(sequences, *arguments)
+    else:
+        o, variance, final = _run(sequences, *arguments)
     state = None
     if output_final_state:
         state = final[0] if len(_STATES) == 1 else tuple(final)
     if output_variance:
-        return o.to(first.dtype), variance.to(first.dtype), state
-    return o.to(first.dtype), state
+        return o, variance, state
+    return o, state
+
+
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+    """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
+    batch, steps, heads, size_k, size_v = sizes
+    first = inputs[0]
+    double = any([t.dtype == torch.float64 for t in inputs])
+    work = torch.float64 if double else torch.float32
+    inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
+    parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    if given:
+        states = [t.to(work) for t in given]
+    else:
+        states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
+    if steps == 0 or batch == 0:
+        o = first.new_zeros(batch, steps, heads, size_v)
+        return o, o, states
+    core = _CORES.get((first.device.type, form), _reference_core)
+    arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if first.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            o, variance, *final = core(*arguments)
+    else:
+        o, variance, *final = core(*arguments)
+    return o.to(first.dtype), None if variance is None else variance.to(first.dtype), final
 
 
 def _reference_core(q, k, v, eps, S, z, scale, offsets, want_variance):
@@ -854,6 +888,24 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
+_PROPOSALS = {}  # what there was to choose from, by key
+_CONFIGS = {}  # what is in use, by key
+
+
+def _chosen(propose, *key):
+    """The configuration for ``key``: the tuned one if it is among the proposals, else the first of them.
+
+    The key holds what a kernel is compiled for, so never T: nothing is tuned, or compiled, again for another length.
+    """
+    config = _CONFIGS.get(key)
+    if config is None:
+        proposals = _PROPOSALS[key] = propose(*key[1:])
+        tuned = _TUNED.get(" ".join(map(str, key)))
+        config = _CONFIGS[key] = tuned if tuned in proposals else proposals[0]
+    return config
+
+
 def _plan(T, offsets, N, C):
     """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
     if offsets is None:
@@ -1285,8 +1337,14 @@ class _vector_k_eager(torch.autograd.Function):
 def _vector_k(*arguments):
     """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
     *tensors, scale, raw, offsets, like = arguments
-    run = _vector_k_op if torch.compiler.is_compiling() else _vector_k_eager.apply
-    out = run(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _vector_k_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _vector_k_eager.apply
+    else:
+        run = _vector_k_forward
+    out = run(*tensors, scale, raw, offsets, like.detach())
     return out[:0], out[0:1], out[2:]
 
 
@@ -1504,15 +1562,29 @@ def _gradients_none_kernel(
             tl.store(dk + at[:, None] * K + o_k[None, :], acc_k.to(dk.dtype.element_ty), mask=m_ck)
 
 
-def _config_none(K, V, dtype):
-    """Chunk and tile sizes, warps and stages of each kernel, from the shared memory and registers they take."""
+def _config_proposals_none(K, V, dtype):
+    """Chunk and (k tile, v tile, warps, stages) of the states, outputs and gradients kernels; the first by default.
+
+    Tiles follow from the shared memory and registers that they take.
+    """
     if dtype != torch.bfloat16:  # float32 operands take twice the shared memory, and three products each
-        return 32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1)
+        return [(32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1))]
     k, v = _tile(K, 64), _tile(V, 64)
     # Two warps keep to the older matrix instructions: with operands narrower than 64, Triton 3.6 miscompiles the
-    # gradients for the warp-group ones.
-    warps = 4 if min(k, v) >= 64 else 2
-    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
+    # gradients for the warp-group ones. So do chunks of 32.
+    narrow = min(k, v) < 64
+    warps = 2 if narrow else 4
+    first = 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
+    if narrow:
+        small = [(32, (k, v, w, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (2, 4)]
+        return [first, *small]
+    deep = first[0], (k, v, warps, 4), first[2], first[3]
+    wide = first[0], (k, _tile(V, 128), warps, 2), first[2], first[3]
+    return [first, deep, wide]
+
+
+def _config_none(K, V, dtype):
+    return _chosen(_config_proposals_none, "linear_none", K, V, dtype)
 
 
 def _states_none(k, v,
@@ -1642,8 +1714,12 @@ class _linear_none_eager(torch.autograd.Function):
 def _linear_none(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    run = _linear_none_op if torch.compiler.is_compiling() else _linear_none_eager.apply
-    return run(*(t.contiguous() for t in tensors), scale, offsets)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        return _linear_none_op(*tensors, scale, offsets)
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        return _linear_none_eager.apply(*tensors, scale, offsets)
+    return _forward_none(*tensors, scale, offsets)
 
 
 def _chunk_triton_core(q, k, v, eps, S, z, scale, offsets, want_variance):
@@ -1703,20 +1779,22 @@ def _sequential_kernel(
     q_in, k_in, v_in, eps_in, S_initial, z_initial, o, variance, S_final, z_final, S_saved, z_saved,
     offsets, scale, T, EVERY, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
-    SAVE: tl.constexpr, PACKED: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,
 ):
-    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."""
     NV: tl.constexpr = (V + BV - 1) // BV
     EXACT_K: tl.constexpr = K == BK
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -1727,22 +1805,27 @@ def _sequential_kernel(
     zero_k = tl.zeros([BK, 1], tl.float32)
     zero_v = tl.zeros([1, BV], tl.float32)
     zero_kv = tl.zeros([BK, BV], tl.float32)
-    eps = tl.load(eps_in + i_h).to(tl.float32)
-    S = tl.load(S_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    z = tl.load(z_initial + i_nh * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead
+        steps = 1
     at = tl.minimum(begin, rows - 1) * H + i_h
-    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    eps = tl.load(eps_in + i_h)
+    q_next = tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0)
+    k_next = tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0)
+    v_next = tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0)
+    S = tl.load(S_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0)
+    z = tl.load(z_initial + i_nh * K + r_k, mask=r_k < K, other=0.0)
+    S = S.to(tl.float32)
+    z = z.to(tl.float32)[:, None]
+    eps = eps.to(tl.float32)
     for t in range(0, steps):
         at = (begin + t) * H + i_h
         ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
-        q = q_next
-        k = k_next
-        v = v_next
-        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        q = q_next.to(tl.float32)[:, None]
+        k = k_next.to(tl.float32)[:, None]
+        v = v_next.to(tl.float32)[None, :]
+        q_next = tl.load(q_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        k_next = tl.load(k_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        v_next = tl.load(v_in + ahead * V + r_v, mask=r_v < V, other=0.0)
         if SAVE:
             if t % EVERY == 0:
                 slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
@@ -1779,12 +1862,14 @@ def _sequential_backward_kernel(
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -1798,9 +1883,10 @@ def _sequential_backward_kernel(
     t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
     NH = tl.num_programs(0) // NV
     shared = i_v * NH + i_nh  # row of what value blocks share
-    eps = tl.load(eps_in_ + i_h).to(tl.float32)
+    eps = tl.load(eps_in_ + i_h)
+    eps = eps.to(tl.float32)
     d_S = tl.load(d_S_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    d_z = tl.where(i_v == 0, tl.load(d_z_final + i_nh * K + o_k, mask=m_k, other=0.0).to(tl.float32), 0.0)
+    d_z = tl.where(i_v == 0, tl.load(d_z_final + i_nh * K + r_k, mask=r_k < K, other=0.0).to(tl.float32)[:, None], 0.0)
     sum_eps = zero_
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
@@ -1809,21 +1895,21 @@ def _sequential_backward_kernel(
         count = tl.minimum(EVERY, steps - segment * EVERY)
         slot = (begin // EVERY + i_n + segment) * H + i_h
         S = tl.load(S_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-        z = tl.load(z_saved_ + slot * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        z = tl.load(z_saved_ + slot * K + r_k, mask=r_k < K, other=0.0).to(tl.float32)[:, None]
         # The states of this segment once more.
         at = first * H + i_h
-        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        k_next_ = tl.load(k_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next_ = tl.load(v_in_ + at * V + r_v, mask=r_v < V, other=0.0)
         for t in range(0, count):
             at = (first + t) * H + i_h
             ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
             place = pid.to(tl.int64) * EVERY + t
             tl.store(S_past + place * BK * BV + t_past, S)
             tl.store(z_past + place * BK + tl.arange(0, BK)[:, None], z)
-            k = k_next_
-            v = v_next_
-            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            k = k_next_.to(tl.float32)[:, None]
+            v = v_next_.to(tl.float32)[None, :]
+            k_next_ = tl.load(k_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next_ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
             S_new_ = S + k * v
             z_new_ = k + z
             S_after_ = S_new_
@@ -1833,10 +1919,10 @@ def _sequential_backward_kernel(
         tl.debug_barrier()  # other threads of this program read what these wrote
         # Cotangents, last token first.
         at = (first + count - 1) * H + i_h
-        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        q_next_ = tl.load(q_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        k_next__ = tl.load(k_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next__ = tl.load(v_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        d_output_next = tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0)
         for back_t in range(0, count):
             t = count - 1 - back_t
             at = (first + t) * H + i_h
@@ -1844,14 +1930,14 @@ def _sequential_backward_kernel(
             place = pid.to(tl.int64) * EVERY + t
             S_old = tl.load(S_past + place * BK * BV + t_past)
             z_old = tl.load(z_past + place * BK + tl.arange(0, BK)[:, None])
-            q = q_next_
-            k = k_next__
-            v = v_next__
-            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            d_output = d_output_next
-            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            q = q_next_.to(tl.float32)[:, None]
+            k = k_next__.to(tl.float32)[:, None]
+            v = v_next__.to(tl.float32)[None, :]
+            q_next_ = tl.load(q_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            k_next__ = tl.load(k_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next__ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            d_output = d_output_next.to(tl.float32)[None, :]
+            d_output_next = tl.load(d_output_in + ahead * V + r_v, mask=r_v < V, other=0.0)
             sum0_ = tl.sum(_live(q * z, m_k, EXACT_K))
             c0_ = 1.0 / (eps + sum0_)
             sum1_ = tl.sum(_live(S * q, m_k, EXACT_K), axis=0)[None, :]
@@ -1884,18 +1970,30 @@ _SEQUENTIAL_COUNTS = (3, 1, 2)  # inputs, parameters, states
 _SEQUENTIAL_TILES = 1  # states on kv: what the registers hold
 
 
-def _sequential_config(K, V, steps, backward):
-    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+def _sequential_proposals(K, V, few, backward):
+    """Tile of k, tile of v, warps; the first by default. With ``few`` tokens it is a matter of moving the states.
 
     Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
     states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
     """
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    moving = backward or few
+    widths = [full]
     if _SEQUENTIAL_SPLITS:
-        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
-    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
-    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
-    return BK, BV, warps
+        BV = min(full, 32 if moving else max(8, min(512 // BK, 32)))
+        widths = [BV, *(w for w in (BV // 2, 2 * BV) if 8 <= w <= full)]
+    share = 32 * (32 if moving else 64)  # elements of the states that one warp holds
+    found = []
+    for share, width in [(share, w) for w in widths] + [(share // 2, w) for w in widths[:1]]:
+        warps = max(1, min(16, BK * width * max(1, _SEQUENTIAL_TILES) // share))
+        if (BK, width, warps) not in found:
+            found.append((BK, width, warps))
+    return found
+
+
+def _sequential_config(K, V, steps, backward):
+    """``steps`` is the mean length of a sequence; four or fewer are few."""
+    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):
@@ -1915,16 +2013,14 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    with torch.cuda.device_of(inputs[0]):
-        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
-            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
-            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-            PACKED=offsets is not None, num_warps=warps,
-        )
+    _sequential_kernel[(-(-V // BV) * N * H,)](
+        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+        K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
+    )
 
 
 def _sequential_forward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     o = inputs[0].new_empty(B, T, H, V)
@@ -1933,11 +2029,10 @@ def _sequential_forward(*arguments):
     config = _sequential_config(K, V, steps, False)
     none = [None] * len(states)
     _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
-    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+    return (o, variance if want_variance else o.new_empty(0), *final)
 
 
 def _sequential_backward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
@@ -1949,7 +2044,7 @@ def _sequential_backward(*arguments):
     _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
 
     BK, BV, warps = _sequential_config(K, V, steps, True)
-    blocks = triton.cdiv(V, BV)
+    blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
     # What has no v axis gets a row from each block of v, summed below.
@@ -1965,11 +2060,10 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    with torch.cuda.device_of(inputs[0]):
-        _sequential_backward_kernel[(blocks * N * H,)](
-            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
-        )
+    _sequential_backward_kernel[(blocks * N * H,)](
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
@@ -1979,13 +2073,13 @@ def _sequential_backward(*arguments):
 
 _sequential_op = torch.library.custom_op(
     f"{_OPS}::sequential",
-    _sequential_forward,
+    lambda *arguments: _sequential_forward(*arguments),
     mutates_args=(),
     schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _sequential_backward_op = torch.library.custom_op(
     f"{_OPS}::sequential_backward",
-    _sequential_backward,
+    lambda *arguments: _sequential_backward(*arguments),
     mutates_args=(),
     schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -2011,10 +2105,27 @@ def _sequential_save(ctx, inputs, output):
 
 def _sequential_gradient(ctx, *cotangents):
     *tensors, offsets = ctx.saved_tensors
+    cotangents = [t.contiguous() for t in cotangents]
     return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 _sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+class _sequential_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a token takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _sequential_save(ctx, arguments, None)
+        return _sequential_forward(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *tensors, offsets = ctx.saved_tensors
+        cotangents = [t.contiguous() for t in cotangents]
+        return (*_sequential_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 def _recurrent_triton_core(*arguments):
@@ -2022,7 +2133,14 @@ def _recurrent_triton_core(*arguments):
     *tensors, scale, offsets, want_variance = arguments
     if triton is None or tensors[0].dtype == torch.float64:
         return _reference_core(*arguments)
-    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _sequential_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _sequential_eager.apply
+    else:
+        run = _sequential_forward
+    o, variance, *final = run(*tensors, offsets, scale, want_variance)
     return (o, variance if want_variance else None, *final)
 
 

@@ -28,6 +28,7 @@ import math
 import numpy
 import os
 import torch
+import weakref
 
 
 SPEC = {'name': 'palimpsa',
@@ -75,6 +76,9 @@ def _initial_states(I_p, sequences, heads, size_k, size_v, dtype, device):
         torch.zeros(sequences, heads, size_k, size_v, dtype=dtype, device=device),  # M = 0
         torch.zeros(sequences, heads, size_k, size_v, dtype=dtype, device=device),  # Ibar = 0
     )
+
+
+_known_offsets = None  # the last cu_seqlens of a GPU that was checked: reference, version, T, device, offsets
 
 
 def _sizes(*tensors):
@@ -135,22 +139,36 @@ def _check(inputs, parameters, states):
 
 
 def _offsets(cu_seqlens, batch, steps, device):
-    """Checked int64 offsets of packed sequences."""
+    """Checked int64 offsets of packed sequences, on ``device``.
+
+    Values on a GPU are read, which waits for it, once for each tensor (and once more after a change in place): the
+    other layers and steps that are given the same one cost nothing. Where they cannot be read (under torch.compile,
+    while a CUDA graph is captured) they are brought into order on the device, so that no kernel leaves its tensors.
+    """
+    global _known_offsets
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_NAME}: cu_seqlens must be an int32 or int64 tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{_NAME}: cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{_NAME}: packed sequences (cu_seqlens) need batch size 1, got {batch}")
-    if not torch.compiler.is_compiling() and not (
-        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):  # the values are only read where reading them costs no graph break
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != steps:
-            raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
-        if any(a > b for a, b in zip(values[:-1], values[1:])):
-            raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
-    return cu_seqlens.to(device=device, dtype=torch.int64)
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        inner = cu_seqlens[1:-1].to(device=device, dtype=torch.int64).clamp(0, steps).cummax(0).values
+        return torch.cat((inner.new_zeros(1), inner, inner.new_full((1,), steps)))
+    memory = cu_seqlens.is_cuda and not cu_seqlens.is_inference()
+    if memory and _known_offsets is not None:
+        reference, version, length, place, offsets = _known_offsets
+        if reference() is cu_seqlens and (version, length, place) == (cu_seqlens._version, steps, device):
+            return offsets
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != steps:
+        raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
+    if any(a > b for a, b in zip(values[:-1], values[1:])):
+        raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
+    offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+    if memory:
+        _known_offsets = weakref.ref(cu_seqlens), cu_seqlens._version, steps, device, offsets
+    return offsets
 
 
 def _expand_heads(tensor, dim, heads):
@@ -182,27 +200,43 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    double = any(t.dtype == torch.float64 for t in inputs)
-    work = torch.float64 if double else torch.float32
-    with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
-        inputs = tuple(_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs)
-        parameters = tuple(_expand_heads(t.to(work), 0, heads) for t in parameters)
-        if given:
-            states = tuple(t.to(work) for t in given)
-        else:
-            states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, device)
-        if steps == 0 or batch == 0:
-            o = first.new_zeros(batch, steps, heads, size_v)
-            variance, final = o, states
-        else:
-            core = _CORES.get((device.type, form), _reference_core)
-            o, variance, *final = core(*inputs, *parameters, *states, scale, offsets, output_variance)
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
+            o, variance, final = _run(sequences, *arguments)
+    else:
+        o, variance, final = _run(sequences, *arguments)
     state = None
     if output_final_state:
         state = final[0] if len(_STATES) == 1 else tuple(final)
     if output_variance:
-        return o.to(first.dtype), variance.to(first.dtype), state
-    return o.to(first.dtype), state
+        return o, variance, state
+    return o, state
+
+
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+    """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
+    batch, steps, heads, size_k, size_v = sizes
+    first = inputs[0]
+    double = any([t.dtype == torch.float64 for t in inputs])
+    work = torch.float64 if double else torch.float32
+    inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
+    parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    if given:
+        states = [t.to(work) for t in given]
+    else:
+        states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
+    if steps == 0 or batch == 0:
+        o = first.new_zeros(batch, steps, heads, size_v)
+        return o, o, states
+    core = _CORES.get((first.device.type, form), _reference_core)
+    arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if first.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            o, variance, *final = core(*arguments)
+    else:
+        o, variance, *final = core(*arguments)
+    return o.to(first.dtype), None if variance is None else variance.to(first.dtype), final
 
 
 def _reference_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance):
@@ -919,6 +953,24 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
+_PROPOSALS = {}  # what there was to choose from, by key
+_CONFIGS = {}  # what is in use, by key
+
+
+def _chosen(propose, *key):
+    """The configuration for ``key``: the tuned one if it is among the proposals, else the first of them.
+
+    The key holds what a kernel is compiled for, so never T: nothing is tuned, or compiled, again for another length.
+    """
+    config = _CONFIGS.get(key)
+    if config is None:
+        proposals = _PROPOSALS[key] = propose(*key[1:])
+        tuned = _TUNED.get(" ".join(map(str, key)))
+        config = _CONFIGS[key] = tuned if tuned in proposals else proposals[0]
+    return config
+
+
 def _plan(T, offsets, N, C):
     """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
     if offsets is None:
@@ -949,6 +1001,254 @@ def _cdiv(size, tile):
 
 def _tile(size, most):
     return max(16, min(1 << (size - 1).bit_length(), most))
+
+
+# Tiles: lane 4 g + c of a warp holds row 8 h + g and columns 8 n + 2 c + e of a 16 x 16 matrix, as [I, n, h, e, lane].
+
+
+@_kernel
+def _tile_rows():
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    return 8 * tl.arange(0, 2)[None, None, :, None, None] + lane // 4
+
+
+@_kernel
+def _tile_columns():
+    """Column half and column within the half."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    return tl.arange(0, 2)[None, :, None, None, None], 2 * (lane % 4) + tl.arange(0, 2)[None, None, None, :, None]
+
+
+@_kernel
+def _get(at, mask):
+    """Load through one dimension, whose only layout is lane after lane."""
+    N: tl.constexpr = at.numel
+    mask = tl.reshape(tl.broadcast_to(mask, at.shape), [N])
+    return tl.reshape(tl.load(tl.reshape(at, [N]), mask=mask, other=0.0), at.shape)
+
+
+@_kernel
+def _put(at, x, mask):
+    N: tl.constexpr = at.numel
+    x = tl.reshape(tl.broadcast_to(x, at.shape), [N]).to(at.dtype.element_ty)
+    tl.store(tl.reshape(at, [N]), x, mask=tl.reshape(tl.broadcast_to(mask, at.shape), [N]))
+
+
+@_kernel
+def _matrix(x):
+    """Tiles below each other as a matrix."""
+    x = tl.permute(tl.reshape(x, [x.shape[0], 2, 2, 2, 8, 4]), [0, 2, 4, 1, 5, 3])
+    return tl.reshape(x, [x.shape[0] * 16, 16])
+
+
+@_kernel
+def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """z + x y' for each tile; x or y may be one tile for all of the other's."""
+    if FAST:
+        x, y = tl.broadcast(x, y)
+        x, z = tl.broadcast(x, z)
+        y, z = tl.broadcast(y, z)
+        if x.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $14}, {$16, $17, $18, $19};
+                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {$8, $9, $10, $11}, {$13, $15}, {$20, $21, $22, $23};
+                """,
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
+            )
+        elif PRECISION == "tf32x3":
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a<8>;
+                .reg .b32 b<8>;
+                .reg .b32 la<8>;
+                .reg .b32 lb<8>;
+                .reg .f32 t;
+                mov.f32 $0, $24;
+                mov.f32 $1, $25;
+                mov.f32 $2, $26;
+                mov.f32 $3, $27;
+                mov.f32 $4, $28;
+                mov.f32 $5, $29;
+                mov.f32 $6, $30;
+                mov.f32 $7, $31;
+                cvt.rna.tf32.f32 a0, $8;
+                sub.f32 t, $8, a0;
+                cvt.rna.tf32.f32 la0, t;
+                cvt.rna.tf32.f32 b0, $16;
+                sub.f32 t, $16, b0;
+                cvt.rna.tf32.f32 lb0, t;
+                cvt.rna.tf32.f32 a1, $9;
+                sub.f32 t, $9, a1;
+                cvt.rna.tf32.f32 la1, t;
+                cvt.rna.tf32.f32 b1, $17;
+                sub.f32 t, $17, b1;
+                cvt.rna.tf32.f32 lb1, t;
+                cvt.rna.tf32.f32 a2, $10;
+                sub.f32 t, $10, a2;
+                cvt.rna.tf32.f32 la2, t;
+                cvt.rna.tf32.f32 b2, $18;
+                sub.f32 t, $18, b2;
+                cvt.rna.tf32.f32 lb2, t;
+                cvt.rna.tf32.f32 a3, $11;
+                sub.f32 t, $11, a3;
+                cvt.rna.tf32.f32 la3, t;
+                cvt.rna.tf32.f32 b3, $19;
+                sub.f32 t, $19, b3;
+                cvt.rna.tf32.f32 lb3, t;
+                cvt.rna.tf32.f32 a4, $12;
+                sub.f32 t, $12, a4;
+                cvt.rna.tf32.f32 la4, t;
+                cvt.rna.tf32.f32 b4, $20;
+                sub.f32 t, $20, b4;
+                cvt.rna.tf32.f32 lb4, t;
+                cvt.rna.tf32.f32 a5, $13;
+                sub.f32 t, $13, a5;
+                cvt.rna.tf32.f32 la5, t;
+                cvt.rna.tf32.f32 b5, $21;
+                sub.f32 t, $21, b5;
+                cvt.rna.tf32.f32 lb5, t;
+                cvt.rna.tf32.f32 a6, $14;
+                sub.f32 t, $14, a6;
+                cvt.rna.tf32.f32 la6, t;
+                cvt.rna.tf32.f32 b6, $22;
+                sub.f32 t, $22, b6;
+                cvt.rna.tf32.f32 lb6, t;
+                cvt.rna.tf32.f32 a7, $15;
+                sub.f32 t, $15, a7;
+                cvt.rna.tf32.f32 la7, t;
+                cvt.rna.tf32.f32 b7, $23;
+                sub.f32 t, $23, b7;
+                cvt.rna.tf32.f32 lb7, t;
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {la0, la2, la1, la3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {la0, la2, la1, la3}, {b2, b3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {lb0, lb1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {lb2, lb3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {la4, la6, la5, la7}, {b4, b5}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {la4, la6, la5, la7}, {b6, b7}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a4, a6, a5, a7}, {lb4, lb5}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a4, a6, a5, a7}, {lb6, lb7}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {b2, b3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a4, a6, a5, a7}, {b4, b5}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a4, a6, a5, a7}, {b6, b7}, {$4, $5, $6, $7};
+                }""",
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a<8>;
+                .reg .b32 b<8>;
+                mov.f32 $0, $24;
+                mov.f32 $1, $25;
+                mov.f32 $2, $26;
+                mov.f32 $3, $27;
+                mov.f32 $4, $28;
+                mov.f32 $5, $29;
+                mov.f32 $6, $30;
+                mov.f32 $7, $31;
+                cvt.rna.tf32.f32 a0, $8;
+                cvt.rna.tf32.f32 b0, $16;
+                cvt.rna.tf32.f32 a1, $9;
+                cvt.rna.tf32.f32 b1, $17;
+                cvt.rna.tf32.f32 a2, $10;
+                cvt.rna.tf32.f32 b2, $18;
+                cvt.rna.tf32.f32 a3, $11;
+                cvt.rna.tf32.f32 b3, $19;
+                cvt.rna.tf32.f32 a4, $12;
+                cvt.rna.tf32.f32 b4, $20;
+                cvt.rna.tf32.f32 a5, $13;
+                cvt.rna.tf32.f32 b5, $21;
+                cvt.rna.tf32.f32 a6, $14;
+                cvt.rna.tf32.f32 b6, $22;
+                cvt.rna.tf32.f32 a7, $15;
+                cvt.rna.tf32.f32 b7, $23;
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {b2, b3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a4, a6, a5, a7}, {b4, b5}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a4, a6, a5, a7}, {b6, b7}, {$4, $5, $6, $7};
+                }""",
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
+            )
+    else:
+        product = tl.dot(_matrix(x), tl.trans(_matrix(y)), input_precision=PRECISION)
+        if y.shape[0] > 1:
+            product = tl.permute(tl.reshape(product, [2, 8, y.shape[0], 2, 4, 2]), [2, 3, 0, 5, 1, 4])
+            return z + tl.reshape(product, [y.shape[0], 2, 2, 2, 32])
+        else:
+            product = tl.permute(tl.reshape(product, [x.shape[0], 2, 8, 2, 4, 2]), [0, 3, 1, 5, 2, 4])
+            return z + tl.reshape(product, [x.shape[0], 2, 2, 2, 32])
+
+
+@_kernel
+def _pick(x, i_g, FAST: tl.constexpr):
+    """What the lanes of row i_g hold, in the lanes of every row."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    if FAST:
+        x, source = tl.broadcast(x, 4 * i_g + lane % 4)
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return _sum_rows(tl.where(lane // 4 == i_g, x, 0.0), FAST)
+
+
+@_kernel
+def _sum_rows(x, FAST: tl.constexpr):
+    """Sum over the tiles, row halves and lanes that share a column; every lane gets it."""
+    x = tl.sum(tl.sum(x, 2, keep_dims=True), 0, keep_dims=True)
+    if FAST:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+            shfl.sync.bfly.b32 t, $1, 4, 31, 0xffffffff; add.f32 $0, $1, t;
+            shfl.sync.bfly.b32 t, $0, 8, 31, 0xffffffff; add.f32 $0, $0, t;
+            shfl.sync.bfly.b32 t, $0, 16, 31, 0xffffffff; add.f32 $0, $0, t; }""",
+            "=&f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )
+    else:
+        x = tl.sum(tl.reshape(x, [1, 2, 1, 2, 8, 4]), 4, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(x, [1, 2, 1, 2, 8, 4]), [1, 2, 1, 2, 32])
+
+
+@_kernel
+def _sum_rows_rounded(x, OT: tl.constexpr, FAST: tl.constexpr):
+    """As _sum_rows. Operands of 16 bits are good enough for the last 8 rows: transposed, a product with ones sums them."""
+    if FAST and OT == tl.bfloat16:
+        x = tl.sum(tl.sum(x, 2, keep_dims=True), 0, keep_dims=True)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 p, one;
+            .reg .f32 zero, t<2>;
+            mov.b32 one, 0x3f803f80;
+            mov.f32 zero, 0f00000000;
+            cvt.rn.bf16x2.f32 p, $5, $4;
+            movmatrix.sync.aligned.m8n8.trans.b16 p, p;
+            mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, t0, t1}, {one, one}, {p}, {zero, zero, zero, zero};
+            cvt.rn.bf16x2.f32 p, $7, $6;
+            movmatrix.sync.aligned.m8n8.trans.b16 p, p;
+            mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$2, $3, t0, t1}, {one, one}, {p}, {zero, zero, zero, zero};
+            }""",
+            "=&f,=&f,=&f,=&f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4,
+        )
+    else:
+        return _sum_rows(x, FAST)
+
+
+@_kernel
+def _sum_columns(x, FAST: tl.constexpr):
+    """Sum over the tiles, column halves, low bits and lanes that share a row; every lane gets it."""
+    x = tl.sum(tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+    if FAST:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+            shfl.sync.bfly.b32 t, $1, 1, 31, 0xffffffff; add.f32 $0, $1, t;
+            shfl.sync.bfly.b32 t, $0, 2, 31, 0xffffffff; add.f32 $0, $0, t; }""",
+            "=&f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )
+    else:
+        x = tl.sum(tl.reshape(x, [1, 1, 2, 1, 8, 4]), 5, keep_dims=True)
+        return tl.reshape(tl.broadcast_to(x, [1, 1, 2, 1, 8, 4]), [1, 1, 2, 1, 32])
 
 
 @_kernel
@@ -1003,7 +1303,7 @@ def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACK
     tl.store(sums + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _states_kernel(
     k_in, v_in, b_in, sums_0, M_start, Ibar_start, chunks, M_end, Ibar_end, offsets, bases,
     T, LOW, HIGH, NT, H,
@@ -1016,8 +1316,7 @@ def _states_kernel(
     i_h = tl.program_id(2) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
-    m_v = o_v < V
-    m_k = o_k < K
+    m_v, m_k = o_v < V, o_k < K
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
@@ -1028,17 +1327,19 @@ def _states_kernel(
         if STORE:
             tl.store(slot + 0 * V * K, M.to(chunks.dtype.element_ty), mask=m_tile)
             tl.store(slot + 1 * V * K, Ibar.to(chunks.dtype.element_ty), mask=m_tile)
-        row = begin + i_c * 16 + o_c
-        live = row < end
-        at = row * H + i_h
+        token = begin + i_c * 16 + o_c
+        live = token < end
+        at = token * H + i_h
         last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
         whole_0 = tl.load(sums_0 + last)
         part = tl.load(sums_0 + at, mask=live, other=0.0)
         until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
-        v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0).to(tl.float32)
+        raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
+        v = raw_v.to(tl.float32)
+        raw_b = tl.load(b_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
+        b = raw_b.to(tl.float32)
         key_0 = raw_k.to(OT)
         key_1 = (k * k).to(OT)
         M = M * tl.exp(whole_0)
@@ -1049,377 +1350,334 @@ def _states_kernel(
     tl.store(Ibar_end + user, Ibar, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _reads_kernel(
     k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, read_0_out, read_1_out, spans,
     scale, T, LOW, HIGH, NT, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
-    VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    FAST: tl.constexpr, VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """read_0 = sum_k M*q*scale/(I_p + Ibar); read_1 = sum_k q**2*scale**2/(I_p + Ibar)."""
-    NK: tl.constexpr = (K + BK - 1) // BK
-    NV: tl.constexpr = (V + BV - 1) // BV
+    """read_0 = sum_k M*q*scale/(I_p + Ibar); read_1 = sum_k q**2*scale**2/(I_p + Ibar).
+
+    Tiles: rows are tokens t, columns key channels, N times I of them (a slab) at once.
+    """
+    NK: tl.constexpr = (K + 16 * I * N - 1) // (16 * I * N)
     i_c = tl.program_id(0)
     i_h = tl.program_id(1)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 16)
-    o_k = tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
+    row = _tile_rows()
+    half, column_8 = _tile_columns()
+    column = 8 * half + column_8
+    lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    at = o_c * H
-    live = begin + o_c < end
-    causal = o_c[:, None] >= o_c[None, :]
+    slot = i_c.to(tl.int64) * H + i_h
+    live_row, live_column = begin + row < end, begin + column < end
     whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.where(live, tl.load(sums_0 + start + at, mask=live, other=0.0), whole)
-    within_0 = tl.where(causal, tl.exp(tl.minimum(part[:, None] - part[None, :], 0.0)), 0.0)
-    since_0 = tl.exp(part)
+    part = tl.where(live_column, _get(sums_0 + start + column * H, live_column), whole)  # of s
+    seen = _get(sums_0 + start + row * H, live_row)  # of t
+    seen = tl.where(live_row, seen, whole)
+    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)
+    since_0 = tl.exp(seen)
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    m_0 = live[:, None] & (0 * BK + o_k < K)[None, :]
-    raw_k_0 = tl.load(k_in + start * K + at[:, None] * K + (0 * BK + o_k)[None, :], mask=m_0, other=0.0)
-    k_0 = raw_k_0.to(tl.float32)
-    raw_q_0 = tl.load(q_in + start * K + at[:, None] * K + (0 * BK + o_k)[None, :], mask=m_0, other=0.0)
-    q_0 = raw_q_0.to(tl.float32)
-    key_0_0 = raw_k_0.to(OT)
-    key_1_0 = (k_0 * k_0).to(OT)
-    if NK > 1:
-        m_1 = live[:, None] & (1 * BK + o_k < K)[None, :]
-        raw_k_1 = tl.load(k_in + start * K + at[:, None] * K + (1 * BK + o_k)[None, :], mask=m_1, other=0.0)
-        k_1 = raw_k_1.to(tl.float32)
-        raw_q_1 = tl.load(q_in + start * K + at[:, None] * K + (1 * BK + o_k)[None, :], mask=m_1, other=0.0)
-        q_1 = raw_q_1.to(tl.float32)
-        key_0_1 = raw_k_1.to(OT)
-        key_1_1 = (k_1 * k_1).to(OT)
-    if NK > 2:
-        m_2 = live[:, None] & (2 * BK + o_k < K)[None, :]
-        raw_k_2 = tl.load(k_in + start * K + at[:, None] * K + (2 * BK + o_k)[None, :], mask=m_2, other=0.0)
-        k_2 = raw_k_2.to(tl.float32)
-        raw_q_2 = tl.load(q_in + start * K + at[:, None] * K + (2 * BK + o_k)[None, :], mask=m_2, other=0.0)
-        q_2 = raw_q_2.to(tl.float32)
-        key_0_2 = raw_k_2.to(OT)
-        key_1_2 = (k_2 * k_2).to(OT)
-    if NK > 3:
-        m_3 = live[:, None] & (3 * BK + o_k < K)[None, :]
-        raw_k_3 = tl.load(k_in + start * K + at[:, None] * K + (3 * BK + o_k)[None, :], mask=m_3, other=0.0)
-        k_3 = raw_k_3.to(tl.float32)
-        raw_q_3 = tl.load(q_in + start * K + at[:, None] * K + (3 * BK + o_k)[None, :], mask=m_3, other=0.0)
-        q_3 = raw_q_3.to(tl.float32)
-        key_0_3 = raw_k_3.to(OT)
-        key_1_3 = (k_3 * k_3).to(OT)
-    v_next = tl.load(v_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    b_next = tl.load(b_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    for i_v in range(NV):
-        first = i_v * BV
-        m_v = first + o_v < V
-        block = first // 16 * 16 + tl.arange(0, 16)
-        v = v_next.to(tl.float32)
-        b = b_next.to(tl.float32)
-        # of the next turn, so that its latency hides behind this one
-        v_next = tl.load(v_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        b_next = tl.load(b_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        value_0 = v
-        value_1 = b
-        lead_0 = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_0[None, :, None], 0.0)
-        lead_0 = tl.reshape(lead_0, [BV * 16, 16]).to(OT)
-        rows_0_0 = tl.reshape(value_0[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
-        rows_1_0 = tl.reshape(value_1[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
-        tile = chunks + (i_c.to(tl.int64) * H + i_h) * 2 * V * K + (block[:, None] * K + o_k[None, :])
-        m_tile = (block < V)[:, None] & (0 * BK + o_k < K)[None, :]
-        M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 0 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-        M = tl.dot(rows_0_0, key_0_0, M, input_precision=PRECISION)
-        M = tl.reshape(M, [BV, 16, BK])
-        Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 0 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-        Ibar = tl.dot(rows_1_0, key_1_0, Ibar, input_precision=PRECISION)
-        Ibar = tl.reshape(Ibar, [BV, 16, BK])
-        y_read_0 = M * q_0[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-        if K % BK != 0:
-            y_read_0 = tl.where((0 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
-        y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
-        sum_read_0 = y_read_0
-        if VARIANCE:
-            y_read_1 = q_0[None, :, :] * q_0[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-            if K % BK != 0:
-                y_read_1 = tl.where((0 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
-            y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
-            sum_read_1 = y_read_1
-        if NK > 1:
-            m_tile = (block < V)[:, None] & (1 * BK + o_k < K)[None, :]
-            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 1 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            M = tl.dot(rows_0_0, key_0_1, M, input_precision=PRECISION)
-            M = tl.reshape(M, [BV, 16, BK])
-            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 1 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            Ibar = tl.dot(rows_1_0, key_1_1, Ibar, input_precision=PRECISION)
-            Ibar = tl.reshape(Ibar, [BV, 16, BK])
-            y_read_0 = M * q_1[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-            if K % BK != 0:
-                y_read_0 = tl.where((1 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
-            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
-            sum_read_0 += y_read_0
-            if VARIANCE:
-                y_read_1 = q_1[None, :, :] * q_1[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-                if K % BK != 0:
-                    y_read_1 = tl.where((1 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
-                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
-                sum_read_1 += y_read_1
-        if NK > 2:
-            m_tile = (block < V)[:, None] & (2 * BK + o_k < K)[None, :]
-            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 2 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            M = tl.dot(rows_0_0, key_0_2, M, input_precision=PRECISION)
-            M = tl.reshape(M, [BV, 16, BK])
-            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 2 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            Ibar = tl.dot(rows_1_0, key_1_2, Ibar, input_precision=PRECISION)
-            Ibar = tl.reshape(Ibar, [BV, 16, BK])
-            y_read_0 = M * q_2[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-            if K % BK != 0:
-                y_read_0 = tl.where((2 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
-            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
-            sum_read_0 += y_read_0
-            if VARIANCE:
-                y_read_1 = q_2[None, :, :] * q_2[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-                if K % BK != 0:
-                    y_read_1 = tl.where((2 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
-                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
-                sum_read_1 += y_read_1
-        if NK > 3:
-            m_tile = (block < V)[:, None] & (3 * BK + o_k < K)[None, :]
-            M = tl.dot(lead_0, tl.load(tile + 0 * V * K + 3 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            M = tl.dot(rows_0_0, key_0_3, M, input_precision=PRECISION)
-            M = tl.reshape(M, [BV, 16, BK])
-            Ibar = tl.dot(lead_0, tl.load(tile + 1 * V * K + 3 * BK, mask=m_tile, other=0.0), input_precision=PRECISION)
-            Ibar = tl.dot(rows_1_0, key_1_3, Ibar, input_precision=PRECISION)
-            Ibar = tl.reshape(Ibar, [BV, 16, BK])
-            y_read_0 = M * q_3[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-            if K % BK != 0:
-                y_read_0 = tl.where((3 * BK + o_k < K)[None, None, :], y_read_0, 0.0)
-            y_read_0 = tl.sum(tl.reshape(y_read_0, [BV * 16, BK // 8, 8]), 1)
-            sum_read_0 += y_read_0
-            if VARIANCE:
-                y_read_1 = q_3[None, :, :] * q_3[None, :, :] * _reciprocal(I_p + Ibar, FAST)
-                if K % BK != 0:
-                    y_read_1 = tl.where((3 * BK + o_k < K)[None, None, :], y_read_1, 0.0)
-                y_read_1 = tl.sum(tl.reshape(y_read_1, [BV * 16, BK // 8, 8]), 1)
-                sum_read_1 += y_read_1
-        m_out = live[None, :] & m_v[:, None]
-        at_v = at[None, :] * V + (first + o_v)[:, None]
-        total = tl.reshape(tl.sum(sum_read_0, 1), [BV, 16]) * (scale)
-        tl.store(read_0_out + start * V + at_v, total.to(read_0_out.dtype.element_ty), mask=m_out)
-        if VARIANCE:
-            total = tl.reshape(tl.sum(sum_read_1, 1), [BV, 16]) * (scale * scale)
-            tl.store(read_1_out + start * V + at_v, total.to(read_1_out.dtype.element_ty), mask=m_out)
-
-
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
-def _local_kernel(
-    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_part, d_v_part, d_b_part, along_0, d_I_p_part, adjoints, spans,
-    scale, T, LOW, HIGH, NT, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
-    VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):
-    """Adjoints inside a chunk: all value channels of one head in turn, slabs of key channels within."""
-    NK: tl.constexpr = (K + BK - 1) // BK
-    NV: tl.constexpr = (V + BV - 1) // BV
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
-    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 16)
-    o_k = tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
-    # offsets in a chunk are 32 bit wide, from starts that are 64
-    start = begin * H + i_h
-    at = o_c * H
-    live = begin + o_c < end
-    causal = o_c[:, None] >= o_c[None, :]
-    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.where(live, tl.load(sums_0 + start + at, mask=live, other=0.0), whole)
-    within_0 = tl.where(causal, tl.exp(tl.minimum(part[:, None] - part[None, :], 0.0)), 0.0)
-    since_0 = tl.exp(part)
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    own = i_c.to(tl.int64) * 16 * H + i_h
-    # picks the rows of one token out of all channels
-    pick = tl.where(o_c[None, :, None] == o_c[None, None, :], 1.0, 0.0) + tl.zeros([BV, 16, 16], tl.float32)
-    pick = tl.trans(tl.reshape(pick, [BV * 16, 16]).to(OT))
-    slot = (i_c.to(tl.int64) * H + i_h) * 2 * V * K
-    along_0_t = tl.zeros([16], tl.float32)
-    sum_0 = tl.zeros([16, BK], tl.float32)
-    sum_1 = tl.zeros([16, BK], tl.float32)
-    all_d_q = tl.zeros([16, BK], tl.float32)
-    all_d_key_0 = tl.zeros([16, BK], tl.float32)
-    all_d_key_1 = tl.zeros([16, BK], tl.float32)
-    v_next = tl.load(v_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    b_next = tl.load(b_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    d_read_0_next = tl.load(d_read_0_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    if VARIANCE:
-        d_read_1_next = tl.load(d_read_1_in + start * V + at[None, :] * V + (0 + o_v)[:, None], mask=live[None, :] & (o_v < V)[:, None], other=0.0)
-    for i_v in range(NV):
-        first = i_v * BV
-        m_v = first + o_v < V
-        block = first // 16 * 16 + tl.arange(0, 16)
-        v = v_next.to(tl.float32)
-        b = b_next.to(tl.float32)
-        d_read_0 = d_read_0_next.to(tl.float32) * (scale)
-        # of the next turn, so that its latency hides behind this one
-        v_next = tl.load(v_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        b_next = tl.load(b_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        d_read_0_next = tl.load(d_read_0_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        value_0 = v
-        value_1 = b
-        lead_0 = tl.where((first + o_v)[:, None, None] == block[None, None, :], since_0[None, :, None], 0.0)
-        lead_0 = tl.reshape(lead_0, [BV * 16, 16]).to(OT)
-        rows_0_0 = tl.reshape(value_0[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
-        rows_1_0 = tl.reshape(value_1[:, None, :] * within_0[None, :, :], [BV * 16, 16]).to(OT)
-        if VARIANCE:
-            d_read_1 = d_read_1_next.to(tl.float32) * (scale * scale)
-            d_read_1_next = tl.load(d_read_1_in + start * V + at[None, :] * V + ((first + BV) + o_v)[:, None], mask=live[None, :] & (first + BV + o_v < V)[:, None], other=0.0)
-        tile = block[:, None] * K + o_k[None, :]
-        ours = ((block // BV) * BV == first) & (block < V)
-        d_rows_0_0 = tl.zeros([BV * 16, 16], tl.float32)
-        d_rows_1_0 = tl.zeros([BV * 16, 16], tl.float32)
-        for i_k in range(NK):
-            slab = i_k * BK
-            m_k = slab + o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            m_tile = (block < V)[:, None] & m_k[None, :]
-            at_k = at[:, None] * K + (slab + o_k)[None, :]
-            raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
-            k = raw_k.to(tl.float32)
-            raw_q = tl.load(q_in + start * K + at_k, mask=m_ck, other=0.0)
-            q = raw_q.to(tl.float32)
-            if NK > 1:
-                d_k_before = tl.load(d_k_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)
-                d_q_before = tl.load(d_q_part + own * K + at_k, mask=m_ck & (i_v > 0), other=0.0)
-            key_0 = raw_k.to(OT)
-            key_1 = (k * k).to(OT)
-            M = tl.dot(lead_0, tl.load(chunks + slot + tile + 0 * V * K + slab, mask=m_tile, other=0.0), input_precision=PRECISION)
-            M = tl.dot(rows_0_0, key_0, M, input_precision=PRECISION)
-            M = tl.reshape(M, [BV, 16, BK])
-            Ibar = tl.dot(lead_0, tl.load(chunks + slot + tile + 1 * V * K + slab, mask=m_tile, other=0.0), input_precision=PRECISION)
-            Ibar = tl.dot(rows_1_0, key_1, Ibar, input_precision=PRECISION)
-            Ibar = tl.reshape(Ibar, [BV, 16, BK])
-            if not VARIANCE:
-                c0 = _reciprocal(I_p + Ibar, FAST)
-                p0 = c0 * d_read_0[:, :, None]
-                d_M = p0 * q[None, :, :]
-                p1 = M * p0
-                d_Ibar = -c0 * p1 * q[None, :, :]
-                d_q_tile = p1
-                if (K % BK != 0) or (V % BV != 0):
-                    d_M = tl.where(m_v[:, None, None] & m_k[None, None, :], d_M, 0.0)
-                    d_Ibar = tl.where(m_v[:, None, None] & m_k[None, None, :], d_Ibar, 0.0)
-                    d_q_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], d_q_tile, 0.0)
-                d_M = tl.reshape(d_M, [BV * 16, BK]).to(OT)
-                d_Ibar = tl.reshape(d_Ibar, [BV * 16, BK]).to(OT)
-                d_q_tile = tl.reshape(d_q_tile, [BV * 16, BK]).to(OT)
-                sum_0 = tl.dot(pick, d_Ibar, sum_0, input_precision=PRECISION)
-            if VARIANCE:
-                c0 = I_p + Ibar
-                c1 = _reciprocal(c0, FAST)
-                p0 = c1 * q[None, :, :]
-                d_M = d_read_0[:, :, None] * p0
-                c3 = d_read_1[:, :, None] * q[None, :, :]
-                p1 = c1 * p0
-                c2 = M * d_read_0[:, :, None]
-                p2 = c2
-                d_Ibar = -c3 * p1 - p1 * p2
-                d_q_tile = c1 * p2 + 2.0 * d_read_1[:, :, None] * p0
-                sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
-                if (K % BK != 0) or (V % BV != 0):
-                    d_M = tl.where(m_v[:, None, None] & m_k[None, None, :], d_M, 0.0)
-                    d_Ibar = tl.where(m_v[:, None, None] & m_k[None, None, :], d_Ibar, 0.0)
-                    d_q_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], d_q_tile, 0.0)
-                    sum_1_tile = tl.where(m_v[:, None, None] & m_k[None, None, :], sum_1_tile, 0.0)
-                d_M = tl.reshape(d_M, [BV * 16, BK]).to(OT)
-                d_Ibar = tl.reshape(d_Ibar, [BV * 16, BK]).to(OT)
-                d_q_tile = tl.reshape(d_q_tile, [BV * 16, BK]).to(OT)
-                sum_1_tile = tl.reshape(sum_1_tile, [BV * 16, BK]).to(OT)
-                sum_0 = tl.dot(pick, d_Ibar, sum_0, input_precision=PRECISION)
-                sum_1 = tl.dot(pick, sum_1_tile, sum_1, input_precision=PRECISION)
-            d_rows_0_0 = tl.dot(d_M, tl.trans(key_0), d_rows_0_0, input_precision=PRECISION)
-            d_rows_1_0 = tl.dot(d_Ibar, tl.trans(key_1), d_rows_1_0, input_precision=PRECISION)
-            d_q = tl.dot(pick, d_q_tile, input_precision=PRECISION)
-            d_key_0 = tl.dot(tl.trans(rows_0_0), d_M, input_precision=PRECISION)
-            d_key_1 = tl.dot(tl.trans(rows_1_0), d_Ibar, input_precision=PRECISION)
-            handed = tl.dot(tl.trans(lead_0), d_M, input_precision=PRECISION)
-            tl.store(adjoints + slot + tile + 0 * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])
-            handed = tl.dot(tl.trans(lead_0), d_Ibar, input_precision=PRECISION)
-            tl.store(adjoints + slot + tile + 1 * V * K + slab, handed.to(adjoints.dtype.element_ty), mask=ours[:, None] & m_k[None, :])
-            if NK > 1:
-                tl.store(d_k_part + own * K + at_k, d_key_0 + d_key_1 * (2.0 * k) + d_k_before, mask=m_ck)
-                tl.store(d_q_part + own * K + at_k, d_q + d_q_before, mask=m_ck)
-            else:
-                all_d_q += d_q
-                all_d_key_0 += d_key_0
-                all_d_key_1 += d_key_1
-        m_out = live[None, :] & m_v[:, None]
-        at_v = at[None, :] * V + (first + o_v)[:, None]
-        d_value_0_0 = tl.sum(tl.reshape(d_rows_0_0, [BV, 16, 16]) * within_0[None, :, :], 1)
-        along_0_t += tl.sum(value_0 * d_value_0_0, 0)
-        d_value_1_0 = tl.sum(tl.reshape(d_rows_1_0, [BV, 16, 16]) * within_0[None, :, :], 1)
-        along_0_t += tl.sum(value_1 * d_value_1_0, 0)
-        d_value_0 = d_value_0_0
-        d_value_1 = d_value_1_0
-        tl.store(d_v_part + own * V + at_v, d_value_0, mask=m_out)
-        tl.store(d_b_part + own * V + at_v, d_value_1, mask=m_out)
+    zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
+    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
     if NK == 1:
-        m_k = live[:, None] & (o_k < K)[None, :]
-        at_k = at[:, None] * K + o_k[None, :]
-        k = tl.load(k_in + start * K + at_k, mask=m_k, other=0.0).to(tl.float32)
-        tl.store(d_k_part + own * K + at_k, all_d_key_0 + all_d_key_1 * (2.0 * k), mask=m_k)
-        tl.store(d_q_part + own * K + at_k, all_d_q, mask=m_k)
-    sum_0_t = tl.sum(sum_0, 1)
-    sum_1_t = tl.sum(sum_1, 1)
+        first_k = 0
+        q = ()
+        key_0 = ()
+        key_1 = ()
+        for i_s in tl.static_range(N):
+            channel = first_k + i_s * 16 * I + o_k + row
+            raw_k = _get(k_in + start * K + column * H * K + channel, live_column & (channel < K))
+            key_0 = key_0 + ((raw_k).to(OT),)
+            key_1 = key_1 + ((raw_k.to(tl.float32) * raw_k.to(tl.float32)).to(OT),)
+            channel_t = first_k + i_s * 16 * I + o_k + column
+            q = q + (_get(q_in + start * K + row * H * K + channel_t, live_row & (channel_t < K)).to(tl.float32),)
+    for i_v in range((V + 15) // 16):
+        first_v = i_v * 16
+        sum_read_0 = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels
+        sum_read_1 = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels
+        for i_k in range(NK):
+            if NK > 1:
+                first_k = i_k * 16 * I * N
+                q = ()
+                key_0 = ()
+                key_1 = ()
+                for i_s in tl.static_range(N):
+                    channel = first_k + i_s * 16 * I + o_k + row
+                    raw_k = _get(k_in + start * K + column * H * K + channel, live_column & (channel < K))
+                    key_0 = key_0 + ((raw_k).to(OT),)
+                    key_1 = key_1 + ((raw_k.to(tl.float32) * raw_k.to(tl.float32)).to(OT),)
+                    channel_t = first_k + i_s * 16 * I + o_k + column
+                    q = q + (_get(q_in + start * K + row * H * K + channel_t, live_row & (channel_t < K)).to(tl.float32),)
+            M_0 = ()
+            Ibar_0 = ()
+            for i_s in tl.static_range(N):
+                channel = first_k + i_s * 16 * I + o_k + row
+                at_tile = (first_v + column) * K + channel
+                M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+                Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+            for i_o in range(2):
+                first_g = first_v + 8 * i_o
+                v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+                b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+                for i_u in range(0, tl.minimum(8, V - first_g), UNROLL):
+                    for i_j in tl.static_range(UNROLL):
+                        i_g = i_u + i_j
+                        v = _pick(v_8, i_g, FAST)
+                        b = _pick(b_8, i_g, FAST)
+                        value_0 = v
+                        value_1 = b
+                        lead_0 = tl.where((half == i_o) & (column_8 == i_g), since_0, 0.0).to(OT)
+                        rows_0_0 = (within_0 * value_0).to(OT)
+                        rows_1_0 = (within_0 * value_1).to(OT)
+                        for i_s in tl.static_range(N):
+                            M = _mma(lead_0, M_0[i_s], zero, PRECISION, FAST)
+                            M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
+                            Ibar = _mma(lead_0, Ibar_0[i_s], zero, PRECISION, FAST)
+                            Ibar = _mma(rows_1_0, key_1[i_s], Ibar, PRECISION, FAST)
+                            y_read_0 = M * q[i_s] * _reciprocal(I_p + Ibar, FAST)
+                            if K % (16 * I) != 0:
+                                y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
+                            total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
+                            if VARIANCE:
+                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(I_p + Ibar, FAST)
+                                if K % (16 * I) != 0:
+                                    y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
+                                total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
+                        sum_read_0 = tl.where((half == i_o) & (column_8 == i_g), sum_read_0 + _sum_columns(total_read_0, FAST), sum_read_0)
+                        if VARIANCE:
+                            sum_read_1 = tl.where((half == i_o) & (column_8 == i_g), sum_read_1 + _sum_columns(total_read_1, FAST), sum_read_1)
+        at_v = start * V + row * H * V + first_v + column
+        m_out = live_row & (first_v + column < V)
+        _put(read_0_out + at_v, sum_read_0 * (scale), m_out)
+        if VARIANCE:
+            _put(read_1_out + at_v, sum_read_1 * (scale * scale), m_out)
+
+
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+def _local_kernel(
+    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
+    scale, T, LOW, HIGH, NT, H,
+    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
+    FAST: tl.constexpr, VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Adjoints inside a chunk: one slab of N times I tiles of key channels of one head, all value channels.
+
+    Tiles: rows are key channels, columns tokens t (states, their adjoints) or s (of what wrote).
+    """
+    i_c = tl.program_id(0)
+    i_h = tl.program_id(1)
+    begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
+    row = _tile_rows()
+    half, column_8 = _tile_columns()
+    column = 8 * half + column_8
+    lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
+    # offsets in a chunk are 32 bit wide, from starts that are 64
+    start = begin * H + i_h
+    slot = i_c.to(tl.int64) * H + i_h
+    live_row, live_column = begin + row < end, begin + column < end
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.where(live_column, _get(sums_0 + start + column * H, live_column), whole)  # of s
+    seen = _get(sums_0 + start + row * H, live_row)  # of t
+    seen = tl.where(live_row, seen, whole)
+    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)
+    since_0 = tl.exp(seen)
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
+    first_k = tl.program_id(2) * 16 * I * N
+    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.where(live_row, _get(sums_0 + start + row * H, live_row), whole)  # of s
+    seen = _get(sums_0 + start + column * H, live_column)  # of t
+    seen = tl.where(live_column, seen, whole)
+    back_0 = tl.where(column >= row, tl.exp(tl.minimum(seen - part, 0.0)), 0.0).to(OT)
+    first_0 = tl.exp(tl.load(sums_0 + start, mask=begin < end, other=0.0))
+    q = ()
+    full_k = ()
+    key_0 = ()
+    key_1 = ()
+    d_q = ()
+    d_key_0 = ()
+    d_key_1 = ()
+    for i_s in tl.static_range(N):
+        channel = first_k + i_s * 16 * I + o_k + row
+        raw_k = _get(k_in + start * K + column * H * K + channel, live_column & (channel < K))
+        full_k = full_k + (raw_k.to(tl.float32),)
+        key_0 = key_0 + ((raw_k).to(OT),)
+        key_1 = key_1 + ((raw_k.to(tl.float32) * raw_k.to(tl.float32)).to(OT),)
+        q = q + (_get(q_in + start * K + column * H * K + channel, live_column & (channel < K)).to(tl.float32),)
+        d_q = d_q + (zero,)
+        d_key_0 = d_key_0 + (zero,)
+        d_key_1 = d_key_1 + (zero,)
+    sum_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)
+    sum_1 = tl.zeros([1, 2, 1, 2, 32], tl.float32)
+    for i_v in range((V + 15) // 16):
+        first_v = i_v * 16
+        M_0 = ()
+        Ibar_0 = ()
+        for i_s in tl.static_range(N):
+            channel = first_k + i_s * 16 * I + o_k + row
+            at_tile = (first_v + column) * K + channel
+            M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+            Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+        for i_o in tl.static_range(2):
+            first_g = first_v + 8 * i_o
+            v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+            b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32) * (scale)
+            if VARIANCE:
+                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32) * (scale * scale)
+            all_d_value_0_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
+            all_d_value_1_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
+            for i_g in range(0, tl.minimum(8, V - first_g)):
+                d_read_0 = _pick(d_read_0_8, i_g, FAST)
+                if VARIANCE:
+                    d_read_1 = _pick(d_read_1_8, i_g, FAST)
+                v = _pick(v_8, i_g, FAST)
+                b = _pick(b_8, i_g, FAST)
+                value_0 = v
+                value_1 = b
+                lead_0 = tl.where((half == i_o) & (column_8 == i_g), since_0, 0.0).to(OT)
+                rows_0_0 = (within_0 * value_0).to(OT)
+                rows_1_0 = (within_0 * value_1).to(OT)
+                new_d_q = ()
+                new_d_key_0 = ()
+                new_d_key_1 = ()
+                for i_s in tl.static_range(N):
+                    channel = first_k + i_s * 16 * I + o_k + row
+                    M = _mma(M_0[i_s], lead_0, zero, PRECISION, FAST)
+                    M = _mma(key_0[i_s], rows_0_0, M, PRECISION, FAST)
+                    Ibar = _mma(Ibar_0[i_s], lead_0, zero, PRECISION, FAST)
+                    Ibar = _mma(key_1[i_s], rows_1_0, Ibar, PRECISION, FAST)
+                    if not VARIANCE:
+                        c0 = _reciprocal(I_p + Ibar, FAST)
+                        p0 = c0 * d_read_0
+                        d_M = p0 * q[i_s]
+                        p1 = M * p0
+                        d_Ibar = -c0 * p1 * q[i_s]
+                        d_q_tile = p1
+                        if K % (16 * I) != 0:
+                            d_M = tl.where(channel < K, d_M, 0.0)
+                            d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
+                            d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
+                        sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
+                    if VARIANCE:
+                        c0 = I_p + Ibar
+                        c1 = _reciprocal(c0, FAST)
+                        p0 = c1 * q[i_s]
+                        d_M = d_read_0 * p0
+                        c3 = d_read_1 * q[i_s]
+                        p1 = c1 * p0
+                        c2 = M * d_read_0
+                        p2 = c2
+                        d_Ibar = -c3 * p1 - p1 * p2
+                        d_q_tile = c1 * p2 + 2.0 * d_read_1 * p0
+                        sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
+                        if K % (16 * I) != 0:
+                            d_M = tl.where(channel < K, d_M, 0.0)
+                            d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
+                            d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
+                            sum_1_tile = tl.where(channel < K, sum_1_tile, 0.0)
+                        sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
+                        sum_1 += tl.sum(tl.sum(sum_1_tile, 2, keep_dims=True), 0, keep_dims=True)
+                    back_M = _mma(d_M.to(OT), back_0, zero, PRECISION, FAST)
+                    at_handed = (slot * 2 + 0) * V * K + (first_g + i_g) * K + channel + 0 * column
+                    _put(adjoints + at_handed, back_M * first_0, (column == 0) & (channel < K))
+                    back_Ibar = _mma(d_Ibar.to(OT), back_0, zero, PRECISION, FAST)
+                    at_handed = (slot * 2 + 1) * V * K + (first_g + i_g) * K + channel + 0 * column
+                    _put(adjoints + at_handed, back_Ibar * first_0, (column == 0) & (channel < K))
+                    new_d_q = new_d_q + (d_q[i_s] + d_q_tile,)
+                    new_d_key_0 = new_d_key_0 + (d_key_0[i_s] + value_0 * back_M,)
+                    new_d_key_1 = new_d_key_1 + (d_key_1[i_s] + value_1 * back_Ibar,)
+                    side = (full_k[i_s]) * back_M
+                    of_d_value_0_0 = side if i_s == 0 else of_d_value_0_0 + side
+                    side = (full_k[i_s] * full_k[i_s]) * back_Ibar
+                    of_d_value_1_0 = side if i_s == 0 else of_d_value_1_0 + side
+                d_q = new_d_q
+                d_key_0 = new_d_key_0
+                d_key_1 = new_d_key_1
+                all_d_value_0_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_0_0, OT, FAST), all_d_value_0_0)
+                all_d_value_1_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_1_0, OT, FAST), all_d_value_1_0)
+            own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h
+            at_part = (own * V + first_g + lane_row) * 16 + column
+            _put(d_value_0_0_part + at_part, all_d_value_0_0, first_g + lane_row < V)
+            _put(d_value_1_0_part + at_part, all_d_value_1_0, first_g + lane_row < V)
+    for i_s in tl.static_range(N):
+        channel = first_k + i_s * 16 * I + o_k + row
+        at_k = slot * 16 * K + column * K + channel
+        raw_k = _get(k_in + start * K + column * H * K + channel, live_column & (channel < K)).to(tl.float32)
+        _put(d_k_part + at_k, d_key_0[i_s] + d_key_1[i_s] * (2.0 * raw_k), channel < K)
+        _put(d_q_out + start * K + column * H * K + channel, d_q[i_s], live_column & (channel < K))
+    total_0 = _sum_rows(sum_0, FAST)
+    total_1 = _sum_rows(sum_1, FAST)
+    own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h
     if not VARIANCE:
-        along_0_t = (-I_p) * sum_0_t - along_0_t
-        d_I_p = tl.sum((1.0) * sum_0_t, 0)
+        _put(direct_0_part + own * 16 + column + 0 * lane_row, (-I_p) * total_0, lane_row == 0)
+        d_I_p = tl.sum(tl.reshape(tl.where(lane_row == 0, (1.0) * total_0, 0.0), [128]), 0)
     if VARIANCE:
-        along_0_t = (1.0) * sum_1_t - along_0_t
-        d_I_p = tl.sum((1.0) * sum_0_t, 0)
-    tl.store(along_0 + own + at, along_0_t, mask=live)
-    tl.store(d_I_p_part + i_h * tl.num_programs(0) + i_c, tl.where(begin < end, d_I_p, 0.0))
+        _put(direct_0_part + own * 16 + column + 0 * lane_row, (1.0) * total_1, lane_row == 0)
+        d_I_p = tl.sum(tl.reshape(tl.where(lane_row == 0, (1.0) * total_0, 0.0), [128]), 0)
+    tl.store(d_I_p_part + (i_h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + i_c, tl.where(begin < end, d_I_p, 0.0))
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _carry_kernel(
     chunks, adjoints, sums_0, d_M_end, d_Ibar_end, d_M_start, d_Ibar_start, products, offsets, bases,
     T, LOW, HIGH, NT, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr,
 ):
     """What each chunk hands over becomes, in place, the adjoint at the chunk's end; products: <start state, adjoint>."""
-    parts = tl.num_programs(0)
     i_e = tl.program_id(0)
     i_n = tl.program_id(1) // H
     i_h = tl.program_id(1) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
-    NK: tl.constexpr = (K + BK - 1) // BK
-    o_k = i_e % NK * BK + tl.arange(0, BK)
-    o_v = i_e // NK * BV + tl.arange(0, BV)
-    m_e = (o_v < V)[:, None] & (o_k < K)[None, :]
-    tile = o_v[:, None] * K + o_k[None, :]
-    user = (i_n.to(tl.int64) * H + i_h) * K * V + (o_k[None, :] * V + o_v[:, None])
-    chunks_here = tl.cdiv(end - begin, 16)
+    many = tl.cdiv(end - begin, 16)
+    o_e = i_e * BE + tl.arange(0, BE)  # of [V, K]
+    m_e = o_e < V * K
+    user = (i_n.to(tl.int64) * H + i_h) * K * V + o_e % K * V + o_e // K
     d_M = tl.load(d_M_end + user, mask=m_e, other=0.0).to(tl.float32)
     d_Ibar = tl.load(d_Ibar_end + user, mask=m_e, other=0.0).to(tl.float32)
-    for i_r in range(0, chunks_here):
-        i_c = chunks_here - 1 - i_r
+    slot = ((base + (many - 1)) * H + i_h) * 2 * V * K
+    here = m_e & (o_e * 0 + (many - 1) >= 0)
+    last = (tl.minimum(begin + (many - 1) * 16 + 16, end) - 1) * H + i_h
+    handed_0 = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
+    start_0 = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
+    handed_1 = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
+    start_1 = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
+    whole_0 = tl.load(sums_0 + last, mask=(many - 1) >= 0, other=0.0)
+    for i_r in range(0, many):
+        i_c = many - 1 - i_r
+        # of the next turn, so that its latency hides behind this one
+        slot = ((base + (i_c - 1)) * H + i_h) * 2 * V * K
+        here = m_e & (o_e * 0 + (i_c - 1) >= 0)
+        last = (tl.minimum(begin + (i_c - 1) * 16 + 16, end) - 1) * H + i_h
+        handed_0_next = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
+        start_0_next = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
+        handed_1_next = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
+        start_1_next = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
+        whole_0_next = tl.load(sums_0 + last, mask=(i_c - 1) >= 0, other=0.0)
         slot = ((base + i_c) * H + i_h) * 2 * V * K
-        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
-        handed_0 = tl.load(adjoints + slot + 0 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
-        start_0 = tl.load(chunks + slot + 0 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
-        handed_1 = tl.load(adjoints + slot + 1 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
-        start_1 = tl.load(chunks + slot + 1 * V * K + tile, mask=m_e, other=0.0).to(tl.float32)
-        tl.store(adjoints + slot + 0 * V * K + tile, d_M.to(adjoints.dtype.element_ty), mask=m_e)
-        d_M = handed_0 + tl.exp(tl.load(sums_0 + last)) * d_M
-        tl.store(adjoints + slot + 1 * V * K + tile, d_Ibar.to(adjoints.dtype.element_ty), mask=m_e)
-        d_Ibar = handed_1 + tl.exp(tl.load(sums_0 + last)) * d_Ibar
-        tl.store(products + (((base + i_c) * H + i_h) * 1 + 0) * parts + i_e, tl.sum(tl.sum(start_0 * d_M + start_1 * d_Ibar, 1), 0))
+        tl.store(adjoints + slot + 0 * V * K + o_e, d_M.to(adjoints.dtype.element_ty), mask=m_e)
+        d_M = handed_0.to(tl.float32) + tl.exp(whole_0) * d_M
+        tl.store(adjoints + slot + 1 * V * K + o_e, d_Ibar.to(adjoints.dtype.element_ty), mask=m_e)
+        d_Ibar = handed_1.to(tl.float32) + tl.exp(whole_0) * d_Ibar
+        tl.store(products + (((base + i_c) * H + i_h) * 1 + 0) * tl.num_programs(0) + i_e, tl.sum(start_0.to(tl.float32) * d_M + start_1.to(tl.float32) * d_Ibar, 0))
+        handed_0 = handed_0_next
+        start_0 = start_0_next
+        handed_1 = handed_1_next
+        start_1 = start_1_next
+        whole_0 = whole_0_next
     tl.store(d_M_start + user, d_M, mask=m_e)
     tl.store(d_Ibar_start + user, d_Ibar, mask=m_e)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _settle_kernel(
-    k_in, v_in, b_in, sums_0, adjoints, products, along_0, d_k_part, d_q_part, d_v_part, d_b_part, d_k_out, d_q_out, d_v_out, d_b_out, d_decay_0, spans,
+    k_in, v_in, b_in, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
     T, LOW, HIGH, NT, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLABS: tl.constexpr,
     PARTS: tl.constexpr, BP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Final gradients of one chunk of one head; BK covers all key channels."""
@@ -1431,8 +1689,8 @@ def _settle_kernel(
     o_p = tl.arange(0, BP)
     o_k = tl.arange(0, BK)
     start = begin * H + i_h
-    own = i_c.to(tl.int64) * 16 * H + i_h
     slot = i_c.to(tl.int64) * H + i_h
+    slots = tl.num_programs(0).to(tl.int64) * H
     at = o_c * H
     live = begin + o_c < end
     m_k = o_k < K
@@ -1441,7 +1699,8 @@ def _settle_kernel(
     whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
     part = tl.load(sums_0 + start + at, mask=live, other=0.0)
     until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
-    along_0_t = tl.load(along_0 + own + at, mask=live, other=0.0)
+    wrote_0 = tl.zeros([16], tl.float32)
+    direct_0 = tl.zeros([16], tl.float32)
     raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
     k = raw_k.to(tl.float32)
     key_0 = raw_k.to(OT)
@@ -1453,36 +1712,36 @@ def _settle_kernel(
         m_v = o_v < V
         m_cv = live[:, None] & m_v[None, :]
         at_v = at[:, None] * V + o_v[None, :]
+        at_part = slot * V * 16 + o_v[None, :] * 16 + o_c[:, None]
         tile = o_v[:, None] * K + o_k[None, :]
         m_tile = m_v[:, None] & m_k[None, :]
         v = tl.load(v_in + start * V + at_v, mask=m_cv, other=0.0).to(tl.float32)
         b = tl.load(b_in + start * V + at_v, mask=m_cv, other=0.0).to(tl.float32)
         value_0 = v
         value_1 = b
+        weighted_0_0 = (value_0 * until_0[:, None]).to(OT)
+        weighted_1_0 = (value_1 * until_0[:, None]).to(OT)
         d_M = tl.load(adjoints + (slot * 2 + 0) * V * K + tile, mask=m_tile, other=0.0).to(OT)
-        d_rows_0_0 = tl.dot(key_0, tl.trans(d_M), input_precision=PRECISION) * until_0[:, None]
-        weighted = (value_0 * until_0[:, None]).to(OT)
-        d_key_0 = tl.dot(weighted, d_M, d_key_0, input_precision=PRECISION)
-        wrote = tl.sum(d_rows_0_0 * value_0, 1)
-        along_0_t -= wrote
+        d_value_0_0 = tl.dot(key_0, tl.trans(d_M), input_precision=PRECISION) * until_0[:, None]
+        d_key_0 = tl.dot(weighted_0_0, d_M, d_key_0, input_precision=PRECISION)
         d_Ibar = tl.load(adjoints + (slot * 2 + 1) * V * K + tile, mask=m_tile, other=0.0).to(OT)
-        d_rows_1_0 = tl.dot(key_1, tl.trans(d_Ibar), input_precision=PRECISION) * until_0[:, None]
-        weighted = (value_1 * until_0[:, None]).to(OT)
-        d_key_1 = tl.dot(weighted, d_Ibar, d_key_1, input_precision=PRECISION)
-        wrote = tl.sum(d_rows_1_0 * value_1, 1)
-        along_0_t -= wrote
-        d_value_0 = d_rows_0_0
-        d_value_1 = d_rows_1_0
-        inner = tl.load(d_v_part + own * V + at_v, mask=m_cv, other=0.0)
-        tl.store(d_v_out + start * V + at_v, (inner + d_value_0).to(d_v_out.dtype.element_ty), mask=m_cv)
-        inner = tl.load(d_b_part + own * V + at_v, mask=m_cv, other=0.0)
-        tl.store(d_b_out + start * V + at_v, (inner + d_value_1).to(d_b_out.dtype.element_ty), mask=m_cv)
-    inner = tl.load(d_k_part + own * K + at_k, mask=m_ck, other=0.0)
-    tl.store(d_k_out + start * K + at_k, (inner + d_key_0 + d_key_1 * (2.0 * k)).to(d_k_out.dtype.element_ty), mask=m_ck)
-    inner = tl.load(d_q_part + own * K + at_k, mask=m_ck, other=0.0)
-    tl.store(d_q_out + start * K + at_k, (inner).to(d_q_out.dtype.element_ty), mask=m_ck)
+        d_value_1_0 = tl.dot(key_1, tl.trans(d_Ibar), input_precision=PRECISION) * until_0[:, None]
+        d_key_1 = tl.dot(weighted_1_0, d_Ibar, d_key_1, input_precision=PRECISION)
+        for i_s in tl.static_range(SLABS):
+            d_value_0_0 += tl.load(d_value_0_0_part + i_s * slots * V * 16 + at_part, mask=m_cv, other=0.0)
+            d_value_1_0 += tl.load(d_value_1_0_part + i_s * slots * V * 16 + at_part, mask=m_cv, other=0.0)
+        wrote_0 += tl.sum(d_value_0_0 * value_0, 1)
+        wrote_0 += tl.sum(d_value_1_0 * value_1, 1)
+        d_value_0 = d_value_0_0
+        d_value_1 = d_value_1_0
+        tl.store(d_v_out + start * V + at_v, (d_value_0).to(d_v_out.dtype.element_ty), mask=m_cv)
+        tl.store(d_b_out + start * V + at_v, (d_value_1).to(d_b_out.dtype.element_ty), mask=m_cv)
+    tl.store(d_k_out + start * K + at_k, (tl.load(d_k_part + slot * 16 * K + o_c[:, None] * K + o_k[None, :], mask=m_ck, other=0.0) + d_key_0 + d_key_1 * (2.0 * k)).to(d_k_out.dtype.element_ty), mask=m_ck)
+    for i_s in range(SLABS):
+        direct_0 += tl.load(direct_0_part + (i_s * slots + slot) * 16 + o_c, mask=live, other=0.0)
+    along = direct_0 - wrote_0
     product = tl.sum(tl.load(products + (slot * 1 + 0) * PARTS + o_p, mask=o_p < PARTS, other=0.0), 0)
-    tl.store(d_decay_0 + start + at, product - tl.cumsum(along_0_t, 0) + along_0_t, mask=live)
+    tl.store(d_decay_0 + start + at, product - tl.cumsum(along, 0) + along, mask=live)
 
 
 def _fast(tensor):
@@ -1496,27 +1755,42 @@ def _registers(tensor, count):
 
 
 def _forward_tiles(K, V, dtype):
-    """(BK, BV, warps, stages, registers) of the forward kernel; it spells out at most 4 slabs of BK channels."""
-    if K <= 16 or K <= 64 and K % 32:
-        BK = 16
-    else:
-        BK = 32 if K <= 128 else 64
-    if dtype != torch.bfloat16:
-        return BK, 8, 4, 1, 0
-    return BK, 8, 4, 2, 128 if BK <= 32 else 0
+    """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16:  # twice the registers for operands
+        return 1, min(tiles, 2), 1, 0
+    turns = _cdiv(tiles, 6)
+    N = _cdiv(tiles, turns)
+    if N > 4 and N % 2 == 0:
+        return 2, N // 2, 1, 0
+    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
 
 
 def _backward_tiles(K, V, dtype):
-    """The same for the kernel of local adjoints, whose slabs are a loop unless there is only one."""
-    BK = 16 if K <= 16 else 64 if 32 < K <= 64 else 32
-    if dtype != torch.bfloat16:
-        return min(BK, 32), 8, 4, 1, 0
-    return BK, 8, 4, 2, 0
+    """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
+    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
 
 
-def _windows(T, bytes_a_token, share):
-    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then."""
-    size = max(256, share * 100663296 // max(1, bytes_a_token) // 256 * 256)
+def _settle_tiles(K, V):
+    """(BK, BV, warps) of the kernel that settles gradients, which has all key channels at once."""
+    BK = _tile(K, 256)
+    BV = _tile(V, 64 if BK <= 64 else 32)
+    return BK, BV, 1 if BK * BV <= 512 else 4
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _windows(T, bytes_a_token, share, warps_a_chunk, device):
+    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+
+    A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
+    """
+    size = max(256, share * 134217728 // max(1, bytes_a_token))
+    turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
+    size = (size // turn * turn if size > turn > 0 else size) // 16 * 16
     return list(range(0, T, size)) + [T]
 
 
@@ -1535,13 +1809,11 @@ def _sums(decay, sums, spans, T, low, high, NT, chunks):
     """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
     BH = _tile(H, 64)
-    _sums_kernel[(chunks, triton.cdiv(H, BH))](
-        decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None
-    )
+    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
 
 
-def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance):
-    """Reads of every token and final states."""
+def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, keep=None):
+    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""
     B, T, H, K = k.shape
     V = v.shape[-1]
     N = M.shape[0]
@@ -1550,7 +1822,8 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance):
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
-    bounds = _windows(T, 2 * B * H * K * V * kept.itemsize // 16, 3)
+    bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
+    bounds = _windows(T, bytes_a_token, 3, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)
@@ -1565,54 +1838,63 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance):
         place = (T, low, high, NT, H)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV = _tile(K, 32), _tile(V, 64)
-        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
+        _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
             k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
         )
-        BK, BV, warps, stages, registers = _forward_tiles(K, V, dtype)
+        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)
         _reads_kernel[(chunks, H)](
             k, q, v, b, sums_0, I_p, border, read_0, read_1, spans,
-            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,
-            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,
+            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
+            num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
+    if keep is not None and len(bounds) == 2 and border.numel() <= k.numel() + v.numel() + b.numel() + q.numel():
+        keep += [border, sums_0]
     return read_0, read_1, M_end, Ibar_end
 
 
-def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_end, d_Ibar_end, scale, offsets, variance):
-    """Gradients of tensors, log decays, parameters and initial states."""
+def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_end, d_Ibar_end, scale, offsets, variance, given=()):
+    """Gradients of tensors, log decays, parameters and initial states; ``given`` is what the forward pass kept."""
     B, T, H, K = k.shape
     V = v.shape[-1]
     N = M.shape[0]
     dtype, device = k.dtype, k.device
     OT, precision = _operands(dtype)
+    I_local, N_local, registers = _backward_tiles(K, V, dtype)
+    slabs_here = _cdiv(K, 16 * I_local * N_local)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
-    bounds = _windows(T, 4 * B * H * K * V * kept.itemsize // 16, 1)
+    bytes_a_token = 4 * B * H * K * V * kept.itemsize // 16
+    bounds = _windows(T, bytes_a_token, 1, slabs_here * N * H, device)
+    if given:
+        bounds = [0, T]
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     d_k_out = torch.empty_like(k)
     d_q_out = torch.empty_like(q)
     d_v_out = torch.empty_like(v)
     d_b_out = torch.empty_like(b)
+    BE = 256 if K * V >= 256 else 32  # elements of a state that one warp scans
+    parts = _cdiv(K * V, BE)
     d_decay_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
-    d_I_p = torch.zeros(H, dtype=torch.float32, device=device)
-    border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
+    d_I_p = 0
+    if given:
+        border, sums_0 = given
+    else:
+        border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
     adjoints = torch.empty_like(border)
     d_k_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
-    d_q_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
-    d_v_part = torch.empty(most * 16 * H * V, dtype=torch.float32, device=device)
-    d_b_part = torch.empty(most * 16 * H * V, dtype=torch.float32, device=device)
-    along_0 = torch.empty(most * 16 * H, dtype=torch.float32, device=device)
-    ck, cv = _tile(K, 32), _tile(V, 16)  # tiles of the scan over chunks
-    parts = triton.cdiv(K, ck) * triton.cdiv(V, cv)
+    d_value_0_0_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)
+    d_value_1_0_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)
+    direct_0_part = torch.empty(slabs_here * most * 16 * H, dtype=torch.float32, device=device)
     products = torch.empty(most * H * 1 * parts, dtype=torch.float32, device=device)
     # states at the start of every window
     M_end, M_starts = M, []
     Ibar_end, Ibar_starts = Ibar, []
     for low, high in zip(bounds[:-1], bounds[1:]):
-        M_starts.append(M_end)
-        Ibar_starts.append(Ibar_end)
+        M_starts.append(M_end if low == 0 else M_end.to(kept))
+        Ibar_starts.append(Ibar_end if low == 0 else Ibar_end.to(kept))
         if high == T:
             break
         M_start, M_end = M_end, torch.empty_like(M)
@@ -1621,7 +1903,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         place = (T, low, high, NT, H)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV = _tile(K, 32), _tile(V, 64)
-        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
+        _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
             k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
             K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=4, num_stages=3, **common,
         )
@@ -1630,34 +1912,32 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         Ibar_start, Ibar_end = Ibar_starts.pop(), torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
-        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
-        BK, BV = _tile(K, 32), _tile(V, 64)
-        _states_kernel[(triton.cdiv(V, BV), triton.cdiv(K, BK), N * H)](
-            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
-            K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+        if not given:
+            _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+            BK, BV = _tile(K, 32), _tile(V, 64)
+            _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
+                k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+                K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+            )
+        d_I_p_part = torch.empty((H, slabs_here * chunks), dtype=torch.float32, device=device)
+        _local_kernel[(chunks, H, slabs_here)](
+            k, q, v, b, sums_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
+            scale, *place, K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
+            num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
-        d_I_p_part = torch.empty((H, chunks), dtype=torch.float32, device=device)
-        BK, BV, warps, stages, registers = _backward_tiles(K, V, dtype)
-        _local_kernel[(chunks, H)](
-            k, q, v, b, sums_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_part, d_v_part, d_b_part, along_0, d_I_p_part, adjoints, spans,
-            scale, *place, K=K, V=V, BK=BK, BV=BV, FAST=_fast(border), VARIANCE=variance,
-            num_warps=warps, num_stages=stages, **_registers(border, registers), **common,
-        )
-        d_I_p += d_I_p_part.sum(1)
+        d_I_p = d_I_p + d_I_p_part.sum(1)
         d_M_start = torch.empty_like(M)
         d_Ibar_start = torch.empty_like(Ibar)
         _carry_kernel[(parts, N * H)](
             border, adjoints, sums_0, d_M_end, d_Ibar_end,
             d_M_start, d_Ibar_start, products, inside, bases, *place,
-            K=K, V=V, BK=ck, BV=cv, PACKED=offsets is not None, num_warps=1,
+            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,
         )
-        BK = max(16, triton.next_power_of_2(K))  # all key channels
-        BV = _tile(V, 64 if BK <= 64 else 32)
+        BK, BV, warps = _settle_tiles(K, V)
         _settle_kernel[(chunks, H)](
-            k, v, b, sums_0, adjoints, products, along_0, d_k_part, d_q_part, d_v_part, d_b_part,
-            d_k_out, d_q_out, d_v_out, d_b_out, d_decay_0, spans,
-            *place, K=K, V=V, BK=BK, BV=BV, PARTS=parts, BP=triton.next_power_of_2(parts),
-            num_warps=4, num_stages=2, **common,
+            k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
+            *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
+            num_warps=warps, num_stages=2, **common,
         )
         d_M_end = d_M_start
         d_Ibar_end = d_Ibar_start
@@ -1701,6 +1981,32 @@ def _ratio_gradient(ctx, *grads):
 _ratio_op.register_autograd(_ratio_gradient, setup_context=_ratio_save)
 
 
+class _ratio_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _ratio_save(ctx, arguments, None)
+        ctx.kept = []
+        return _ratio_forward(*arguments, ctx.kept if any(ctx.needs_input_grad) else None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        *tensors, offsets = ctx.saved_tensors
+        given = (g.contiguous() for g in grads)
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None)
+
+
+def _ratio(*arguments):
+    """Reads of every token and final states, differentiable."""
+    if torch.compiler.is_compiling():
+        return _ratio_op(*arguments)
+    if torch.is_grad_enabled() and any([isinstance(t, torch.Tensor) and t.requires_grad for t in arguments]):
+        return _ratio_eager.apply(*arguments)
+    return _ratio_forward(*arguments)
+
+
 def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance):
     """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""
     if q.dtype == torch.float64:  # no tensor cores for it
@@ -1708,7 +2014,7 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     size_k, size_v = _sizes(q, k, v, b, g, I_p, M, Ibar)
     batch, steps, heads = q.shape[:3]
     dtype = torch.promote_types(torch.promote_types(torch.promote_types(k.dtype, v.dtype), b.dtype), q.dtype)  # operands of the matmuls
-    read_0, read_1, M_end, Ibar_end = _ratio_op(
+    read_0, read_1, M_end, Ibar_end = _ratio(
         k.to(dtype).contiguous(), v.to(dtype).contiguous(), b.to(dtype).contiguous(), q.to(dtype).contiguous(), g.contiguous(), I_p.contiguous(), M.contiguous(), Ibar.contiguous(), scale, offsets, want_variance,
     )
     output = read_0.to(q.dtype)
@@ -1747,20 +2053,22 @@ def _sequential_kernel(
     Ibar_saved,
     offsets, scale, T, EVERY, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
-    SAVE: tl.constexpr, PACKED: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,
 ):
-    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."""
+    """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."""
     NV: tl.constexpr = (V + BV - 1) // BV
     EXACT_K: tl.constexpr = K == BK
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -1771,28 +2079,33 @@ def _sequential_kernel(
     zero_k = tl.zeros([BK, 1], tl.float32)
     zero_v = tl.zeros([1, BV], tl.float32)
     zero_kv = tl.zeros([BK, BV], tl.float32)
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    M = tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    Ibar = tl.load(Ibar_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead
+        steps = 1
     at = tl.minimum(begin, rows - 1) * H + i_h
-    q_next = tl.load(q_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    k_next = tl.load(k_in + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    v_next = tl.load(v_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_next = tl.load(b_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-    g_next = tl.load(g_in + at).to(tl.float32)
+    I_p = tl.load(I_p_in + i_h)
+    q_next = tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0)
+    k_next = tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0)
+    v_next = tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0)
+    b_next = tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0)
+    g_next = tl.load(g_in + at)
+    M = tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0)
+    Ibar = tl.load(Ibar_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0)
+    M = M.to(tl.float32)
+    Ibar = Ibar.to(tl.float32)
+    I_p = I_p.to(tl.float32)
     for t in range(0, steps):
         at = (begin + t) * H + i_h
         ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
-        q = q_next
-        k = k_next
-        v = v_next
-        b = b_next
-        g = g_next
-        q_next = tl.load(q_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        k_next = tl.load(k_in + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next = tl.load(v_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_next = tl.load(b_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        g_next = tl.load(g_in + ahead).to(tl.float32)
+        q = q_next.to(tl.float32)[:, None]
+        k = k_next.to(tl.float32)[:, None]
+        v = v_next.to(tl.float32)[None, :]
+        b = b_next.to(tl.float32)[None, :]
+        g = g_next.to(tl.float32)
+        q_next = tl.load(q_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        k_next = tl.load(k_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        v_next = tl.load(v_in + ahead * V + r_v, mask=r_v < V, other=0.0)
+        b_next = tl.load(b_in + ahead * V + r_v, mask=r_v < V, other=0.0)
+        g_next = tl.load(g_in + ahead)
         if SAVE:
             if t % EVERY == 0:
                 slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
@@ -1835,12 +2148,14 @@ def _sequential_backward_kernel(
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -1854,7 +2169,8 @@ def _sequential_backward_kernel(
     t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
     NH = tl.num_programs(0) // NV
     shared = i_v * NH + i_nh  # row of what value blocks share
-    I_p = tl.load(I_p_in_ + i_h).to(tl.float32)
+    I_p = tl.load(I_p_in_ + i_h)
+    I_p = I_p.to(tl.float32)
     d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p = zero_
@@ -1868,24 +2184,24 @@ def _sequential_backward_kernel(
         Ibar = tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
         at = first * H + i_h
-        k_next_ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next_ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_next_ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        g_next_ = tl.load(g_in_ + at).to(tl.float32)
+        k_next_ = tl.load(k_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next_ = tl.load(v_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        b_next_ = tl.load(b_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        g_next_ = tl.load(g_in_ + at)
         for t in range(0, count):
             at = (first + t) * H + i_h
             ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
             place = pid.to(tl.int64) * EVERY + t
             tl.store(M_past + place * BK * BV + t_past, M)
             tl.store(Ibar_past + place * BK * BV + t_past, Ibar)
-            k = k_next_
-            v = v_next_
-            b = b_next_
-            g = g_next_
-            k_next_ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next_ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_next_ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            g_next_ = tl.load(g_in_ + ahead).to(tl.float32)
+            k = k_next_.to(tl.float32)[:, None]
+            v = v_next_.to(tl.float32)[None, :]
+            b = b_next_.to(tl.float32)[None, :]
+            g = g_next_.to(tl.float32)
+            k_next_ = tl.load(k_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next_ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            b_next_ = tl.load(b_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            g_next_ = tl.load(g_in_ + ahead)
             c0_ = tl.exp(g)
             row0_ = k * k
             Ibar_new_ = Ibar * c0_ + b * row0_
@@ -1897,12 +2213,12 @@ def _sequential_backward_kernel(
         tl.debug_barrier()  # other threads of this program read what these wrote
         # Cotangents, last token first.
         at = (first + count - 1) * H + i_h
-        q_next_ = tl.load(q_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        k_next__ = tl.load(k_in_ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next__ = tl.load(v_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_next__ = tl.load(b_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        g_next__ = tl.load(g_in_ + at).to(tl.float32)
-        d_output_next = tl.load(d_output_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        q_next_ = tl.load(q_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        k_next__ = tl.load(k_in_ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next__ = tl.load(v_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        b_next__ = tl.load(b_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        g_next__ = tl.load(g_in_ + at)
+        d_output_next = tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0)
         for back_t in range(0, count):
             t = count - 1 - back_t
             at = (first + t) * H + i_h
@@ -1910,18 +2226,18 @@ def _sequential_backward_kernel(
             place = pid.to(tl.int64) * EVERY + t
             M_old = tl.load(M_past + place * BK * BV + t_past)
             Ibar_old = tl.load(Ibar_past + place * BK * BV + t_past)
-            q = q_next_
-            k = k_next__
-            v = v_next__
-            b = b_next__
-            g = g_next__
-            q_next_ = tl.load(q_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            k_next__ = tl.load(k_in_ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next__ = tl.load(v_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_next__ = tl.load(b_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            g_next__ = tl.load(g_in_ + ahead).to(tl.float32)
-            d_output = d_output_next
-            d_output_next = tl.load(d_output_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            q = q_next_.to(tl.float32)[:, None]
+            k = k_next__.to(tl.float32)[:, None]
+            v = v_next__.to(tl.float32)[None, :]
+            b = b_next__.to(tl.float32)[None, :]
+            g = g_next__.to(tl.float32)
+            q_next_ = tl.load(q_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            k_next__ = tl.load(k_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next__ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            b_next__ = tl.load(b_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            g_next__ = tl.load(g_in_ + ahead)
+            d_output = d_output_next.to(tl.float32)[None, :]
+            d_output_next = tl.load(d_output_in + ahead * V + r_v, mask=r_v < V, other=0.0)
             c0__ = tl.exp(g)
             x0_ = 1.0 / (I_p + Ibar)
             x1 = d_output * x0_
@@ -1973,12 +2289,14 @@ def _sequential_backward_variance_kernel(
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -1992,7 +2310,8 @@ def _sequential_backward_variance_kernel(
     t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
     NH = tl.num_programs(0) // NV
     shared = i_v * NH + i_nh  # row of what value blocks share
-    I_p = tl.load(I_p_in__ + i_h).to(tl.float32)
+    I_p = tl.load(I_p_in__ + i_h)
+    I_p = I_p.to(tl.float32)
     d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p_ = zero_
@@ -2006,24 +2325,24 @@ def _sequential_backward_variance_kernel(
         Ibar = tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
         at = first * H + i_h
-        k_next___ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next___ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_next___ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        g_next___ = tl.load(g_in__ + at).to(tl.float32)
+        k_next___ = tl.load(k_in__ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next___ = tl.load(v_in__ + at * V + r_v, mask=r_v < V, other=0.0)
+        b_next___ = tl.load(b_in__ + at * V + r_v, mask=r_v < V, other=0.0)
+        g_next___ = tl.load(g_in__ + at)
         for t in range(0, count):
             at = (first + t) * H + i_h
             ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h
             place = pid.to(tl.int64) * EVERY + t
             tl.store(M_past_ + place * BK * BV + t_past, M)
             tl.store(Ibar_past_ + place * BK * BV + t_past, Ibar)
-            k = k_next___
-            v = v_next___
-            b = b_next___
-            g = g_next___
-            k_next___ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next___ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_next___ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            g_next___ = tl.load(g_in__ + ahead).to(tl.float32)
+            k = k_next___.to(tl.float32)[:, None]
+            v = v_next___.to(tl.float32)[None, :]
+            b = b_next___.to(tl.float32)[None, :]
+            g = g_next___.to(tl.float32)
+            k_next___ = tl.load(k_in__ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next___ = tl.load(v_in__ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            b_next___ = tl.load(b_in__ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            g_next___ = tl.load(g_in__ + ahead)
             c0___ = tl.exp(g)
             row0___ = k * k
             Ibar_new__ = Ibar * c0___ + b * row0___
@@ -2035,13 +2354,13 @@ def _sequential_backward_variance_kernel(
         tl.debug_barrier()  # other threads of this program read what these wrote
         # Cotangents, last token first.
         at = (first + count - 1) * H + i_h
-        q_next__ = tl.load(q_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        k_next____ = tl.load(k_in__ + at * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        v_next____ = tl.load(v_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_next____ = tl.load(b_in__ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        g_next____ = tl.load(g_in__ + at).to(tl.float32)
-        d_output__next = tl.load(d_output_in_ + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        d_variance_next = tl.load(d_variance_in + at * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        q_next__ = tl.load(q_in__ + at * K + r_k, mask=r_k < K, other=0.0)
+        k_next____ = tl.load(k_in__ + at * K + r_k, mask=r_k < K, other=0.0)
+        v_next____ = tl.load(v_in__ + at * V + r_v, mask=r_v < V, other=0.0)
+        b_next____ = tl.load(b_in__ + at * V + r_v, mask=r_v < V, other=0.0)
+        g_next____ = tl.load(g_in__ + at)
+        d_output__next = tl.load(d_output_in_ + at * V + r_v, mask=r_v < V, other=0.0)
+        d_variance_next = tl.load(d_variance_in + at * V + r_v, mask=r_v < V, other=0.0)
         for back_t in range(0, count):
             t = count - 1 - back_t
             at = (first + t) * H + i_h
@@ -2049,20 +2368,20 @@ def _sequential_backward_variance_kernel(
             place = pid.to(tl.int64) * EVERY + t
             M_old_ = tl.load(M_past_ + place * BK * BV + t_past)
             Ibar_old_ = tl.load(Ibar_past_ + place * BK * BV + t_past)
-            q = q_next__
-            k = k_next____
-            v = v_next____
-            b = b_next____
-            g = g_next____
-            q_next__ = tl.load(q_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            k_next____ = tl.load(k_in__ + ahead * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-            v_next____ = tl.load(v_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_next____ = tl.load(b_in__ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            g_next____ = tl.load(g_in__ + ahead).to(tl.float32)
-            d_output_ = d_output__next
-            d_output__next = tl.load(d_output_in_ + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-            d_variance = d_variance_next
-            d_variance_next = tl.load(d_variance_in + ahead * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+            q = q_next__.to(tl.float32)[:, None]
+            k = k_next____.to(tl.float32)[:, None]
+            v = v_next____.to(tl.float32)[None, :]
+            b = b_next____.to(tl.float32)[None, :]
+            g = g_next____.to(tl.float32)
+            q_next__ = tl.load(q_in__ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            k_next____ = tl.load(k_in__ + ahead * K + r_k, mask=r_k < K, other=0.0)
+            v_next____ = tl.load(v_in__ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            b_next____ = tl.load(b_in__ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            g_next____ = tl.load(g_in__ + ahead)
+            d_output_ = d_output__next.to(tl.float32)[None, :]
+            d_output__next = tl.load(d_output_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
+            d_variance = d_variance_next.to(tl.float32)[None, :]
+            d_variance_next = tl.load(d_variance_in + ahead * V + r_v, mask=r_v < V, other=0.0)
             c0____ = tl.exp(g)
             c1_ = scale * scale
             c2 = 2.0 * c1_
@@ -2109,18 +2428,30 @@ _SEQUENTIAL_COUNTS = (5, 1, 2)  # inputs, parameters, states
 _SEQUENTIAL_TILES = 2  # states on kv: what the registers hold
 
 
-def _sequential_config(K, V, steps, backward):
-    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+def _sequential_proposals(K, V, few, backward):
+    """Tile of k, tile of v, warps; the first by default. With ``few`` tokens it is a matter of moving the states.
 
     Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
     states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
     """
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    moving = backward or few
+    widths = [full]
     if _SEQUENTIAL_SPLITS:
-        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
-    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
-    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
-    return BK, BV, warps
+        BV = min(full, 32 if moving else max(8, min(512 // BK, 32)))
+        widths = [BV, *(w for w in (BV // 2, 2 * BV) if 8 <= w <= full)]
+    share = 32 * (32 if moving else 64)  # elements of the states that one warp holds
+    found = []
+    for share, width in [(share, w) for w in widths] + [(share // 2, w) for w in widths[:1]]:
+        warps = max(1, min(16, BK * width * max(1, _SEQUENTIAL_TILES) // share))
+        if (BK, width, warps) not in found:
+            found.append((BK, width, warps))
+    return found
+
+
+def _sequential_config(K, V, steps, backward):
+    """``steps`` is the mean length of a sequence; four or fewer are few."""
+    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):
@@ -2140,16 +2471,14 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    with torch.cuda.device_of(inputs[0]):
-        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
-            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
-            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-            PACKED=offsets is not None, num_warps=warps,
-        )
+    _sequential_kernel[(-(-V // BV) * N * H,)](
+        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+        K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
+    )
 
 
 def _sequential_forward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     o = inputs[0].new_empty(B, T, H, V)
@@ -2158,11 +2487,10 @@ def _sequential_forward(*arguments):
     config = _sequential_config(K, V, steps, False)
     none = [None] * len(states)
     _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
-    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+    return (o, variance if want_variance else o.new_empty(0), *final)
 
 
 def _sequential_backward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
@@ -2174,7 +2502,7 @@ def _sequential_backward(*arguments):
     _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
 
     BK, BV, warps = _sequential_config(K, V, steps, True)
-    blocks = triton.cdiv(V, BV)
+    blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
     # What has no v axis gets a row from each block of v, summed below.
@@ -2190,11 +2518,10 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    with torch.cuda.device_of(inputs[0]):
-        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
-            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
-        )
+    (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
@@ -2204,13 +2531,13 @@ def _sequential_backward(*arguments):
 
 _sequential_op = torch.library.custom_op(
     f"{_OPS}::sequential",
-    _sequential_forward,
+    lambda *arguments: _sequential_forward(*arguments),
     mutates_args=(),
     schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _sequential_backward_op = torch.library.custom_op(
     f"{_OPS}::sequential_backward",
-    _sequential_backward,
+    lambda *arguments: _sequential_backward(*arguments),
     mutates_args=(),
     schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -2236,10 +2563,27 @@ def _sequential_save(ctx, inputs, output):
 
 def _sequential_gradient(ctx, *cotangents):
     *tensors, offsets = ctx.saved_tensors
+    cotangents = [t.contiguous() for t in cotangents]
     return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 _sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+class _sequential_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a token takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _sequential_save(ctx, arguments, None)
+        return _sequential_forward(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *tensors, offsets = ctx.saved_tensors
+        cotangents = [t.contiguous() for t in cotangents]
+        return (*_sequential_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 def _recurrent_triton_core(*arguments):
@@ -2247,7 +2591,14 @@ def _recurrent_triton_core(*arguments):
     *tensors, scale, offsets, want_variance = arguments
     if triton is None or tensors[0].dtype == torch.float64:
         return _reference_core(*arguments)
-    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _sequential_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _sequential_eager.apply
+    else:
+        run = _sequential_forward
+    o, variance, *final = run(*tensors, offsets, scale, want_variance)
     return (o, variance if want_variance else None, *final)
 
 

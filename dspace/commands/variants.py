@@ -1,4 +1,4 @@
-"""list, show, generate, verify, bench, doctor: everything about one variant or about this machine."""
+"""list, show, generate, verify, bench, tune, doctor: everything about one variant or about this machine."""
 
 from __future__ import annotations
 
@@ -126,13 +126,21 @@ def bench(
     keys: Annotated[int, typer.Option(help="Key channels of a head.")] = 16,
     values: Annotated[int, typer.Option(help="Value channels of a head.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "",
-    dtype: Annotated[str, typer.Option()] = "float32",
+    dtype: Annotated[str, typer.Option(help="bfloat16 on a GPU, float32 on a CPU by default.")] = "",
     repeats: Annotated[int, typer.Option()] = 5,
+    mode: Annotated[str, typer.Option(help="train: whole sequences; decode: one token for each of them.")] = "train",
+    peers: Annotated[Path | None, typer.Option(help="A file like benchmarks/peers.toml, the default.")] = None,
+    with_peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Time the peer beside, if installed.")] = True,
+    picture: Annotated[
+        list[Path] | None, typer.Option("--picture", "--svg", "--png", help="Also draw it: FILE.svg or FILE.png.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time a variant against the token-by-token loop, after certifying it."""
+    """Time a variant beside its roofline and its peer, after certifying it: no speed for a kernel whose check is red."""
     from dspace.runtime.bench import bench
+    from dspace.runtime.compiler import default_device
 
+    device = device or default_device()
     result = bench(
         source,
         batch=batch,
@@ -140,11 +148,42 @@ def bench(
         heads=heads,
         keys=keys,
         values=values,
-        device=device or None,
-        dtype=dtype,
+        device=device,
+        dtype=dtype or ("bfloat16" if device == "cuda" else "float32"),
         repeats=repeats,
+        mode=mode,  # type: ignore[arg-type]  # checked there
+        peers=peers,
+        with_peer=with_peer,
     )
+    for path in picture or ():
+        result.picture(path)
     show_json(result.as_dict()) if as_json else show(result.table())
+
+
+@command
+def tune(
+    source: Source,
+    keys: Annotated[int, typer.Option(help="Key channels of a head.")] = 128,
+    values: Annotated[int, typer.Option(help="Value channels of a head.")] = 128,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    again: Annotated[bool, typer.Option("--again", help="Measure what was measured before, too.")] = False,
+    table: Annotated[
+        Path | None, typer.Option(help="Merge this GPU's choices into FILE, as dspace/runtime/tuned.json ships.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the fastest configuration of each kernel on this GPU: once, for all lengths and processes."""
+    from dspace.runtime.tuning import tune, write_table
+
+    found = tune(source, keys=keys, values=values, dtype=dtype, again=again)
+    if table is not None:
+        write_table(table)
+    if as_json:
+        show_json([c.as_dict() for c in found])
+        return
+    for choice in found:
+        show(f"{choice.key}: {choice.config}  {choice.milliseconds:.3f} ms of {len(choice.tried)} tried")
+    show(f"{len(found)} choices made" if found else "nothing to tune: all choices are known or have one proposal")
 
 
 @command

@@ -18,6 +18,9 @@ _PARAMETER_STRIP = {"": "[:, 0, 0]", "k": "[:, :, 0]", "v": "[:, 0, :]", "kv": "
 _EXPAND = {"": "1, 1", "k": "size_k, 1", "v": "1, size_v", "kv": "size_k, size_v"}
 
 FRONT_DOOR = '''
+_known_offsets = None  # the last cu_seqlens of a GPU that was checked: reference, version, T, device, offsets
+
+
 def _sizes(*tensors):
     """Number of key and value channels, read from the first tensor that has the axis (1 where none has it)."""
     size_k = size_v = 1
@@ -76,22 +79,36 @@ def _check(inputs, parameters, states):
 
 
 def _offsets(cu_seqlens, batch, steps, device):
-    """Checked int64 offsets of packed sequences."""
+    """Checked int64 offsets of packed sequences, on ``device``.
+
+    Values on a GPU are read, which waits for it, once for each tensor (and once more after a change in place): the
+    other layers and steps that are given the same one cost nothing. Where they cannot be read (under torch.compile,
+    while a CUDA graph is captured) they are brought into order on the device, so that no kernel leaves its tensors.
+    """
+    global _known_offsets
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_NAME}: cu_seqlens must be an int32 or int64 tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{_NAME}: cu_seqlens must have shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{_NAME}: packed sequences (cu_seqlens) need batch size 1, got {batch}")
-    if not torch.compiler.is_compiling() and not (
-        cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):  # the values are only read where reading them costs no graph break
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != steps:
-            raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
-        if any(a > b for a, b in zip(values[:-1], values[1:])):
-            raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
-    return cu_seqlens.to(device=device, dtype=torch.int64)
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        inner = cu_seqlens[1:-1].to(device=device, dtype=torch.int64).clamp(0, steps).cummax(0).values
+        return torch.cat((inner.new_zeros(1), inner, inner.new_full((1,), steps)))
+    memory = cu_seqlens.is_cuda and not cu_seqlens.is_inference()
+    if memory and _known_offsets is not None:
+        reference, version, length, place, offsets = _known_offsets
+        if reference() is cu_seqlens and (version, length, place) == (cu_seqlens._version, steps, device):
+            return offsets
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != steps:
+        raise ValueError(f"{_NAME}: cu_seqlens must run from 0 to T = {steps}, got {values[0]} to {values[-1]}")
+    if any(a > b for a, b in zip(values[:-1], values[1:])):
+        raise ValueError(f"{_NAME}: cu_seqlens must not decrease")
+    offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+    if memory:
+        _known_offsets = weakref.ref(cu_seqlens), cu_seqlens._version, steps, device, offsets
+    return offsets
 
 
 def _expand_heads(tensor, dim, heads):
@@ -123,27 +140,43 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    double = any(t.dtype == torch.float64 for t in inputs)
-    work = torch.float64 if double else torch.float32
-    with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
-        inputs = tuple(_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs)
-        parameters = tuple(_expand_heads(t.to(work), 0, heads) for t in parameters)
-        if given:
-            states = tuple(t.to(work) for t in given)
-        else:
-            states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, device)
-        if steps == 0 or batch == 0:
-            o = first.new_zeros(batch, steps, heads, size_v)
-            variance, final = o, states
-        else:
-            core = _CORES.get((device.type, form), _reference_core)
-            o, variance, *final = core(*inputs, *parameters, *states, scale, offsets, output_variance)
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
+            o, variance, final = _run(sequences, *arguments)
+    else:
+        o, variance, final = _run(sequences, *arguments)
     state = None
     if output_final_state:
         state = final[0] if len(_STATES) == 1 else tuple(final)
     if output_variance:
-        return o.to(first.dtype), variance.to(first.dtype), state
-    return o.to(first.dtype), state
+        return o, variance, state
+    return o, state
+
+
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+    """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
+    batch, steps, heads, size_k, size_v = sizes
+    first = inputs[0]
+    double = any([t.dtype == torch.float64 for t in inputs])
+    work = torch.float64 if double else torch.float32
+    inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
+    parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    if given:
+        states = [t.to(work) for t in given]
+    else:
+        states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
+    if steps == 0 or batch == 0:
+        o = first.new_zeros(batch, steps, heads, size_v)
+        return o, o, states
+    core = _CORES.get((first.device.type, form), _reference_core)
+    arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if first.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            o, variance, *final = core(*arguments)
+    else:
+        o, variance, *final = core(*arguments)
+    return o.to(first.dtype), None if variance is None else variance.to(first.dtype), final
 '''
 
 

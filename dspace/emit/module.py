@@ -204,7 +204,7 @@ def emit(spec: Identity, analysis: Analysis, targets: list[Target] | None = None
     for device in {d for d, _ in cores}:
         if (device, "recurrent") in cores:
             cores.setdefault((device, "chunk"), cores[device, "recurrent"])
-    imports = sorted({line for s in sections for line in s.imports} | {"import torch"})
+    imports = sorted({line for s in sections for line in s.imports} | {"import torch", "import weakref"})
     choice = []
     native = cores.get(("cpu", "recurrent"))
     if native is not None and cores["cpu", "chunk"] != native:

@@ -6,6 +6,7 @@ Layout of the cache folder::
                              together with the compiler's version)
     modules/NAME_SHA.py      a generated module, named by the hash of its own text: damage shows, equal text is shared
     certificates/KEY.json    what verification said of one module on one machine
+    tuning/KEY.json          configurations that were measured to be the fastest on one GPU
     locks/KEY.lock           held by the process that builds KEY while the others wait
 
 Every file is written beside its place and moved there, so that a reader sees all of it or nothing, and a killed
@@ -125,6 +126,20 @@ class Cache:
         """Write a certificate; returns its path."""
         data = json.dumps(certificate, indent=1).encode()
         return self._write(lambda root: _replace(root / "certificates" / f"{key}.json", data))
+
+    def tuning(self, key: str) -> dict[str, Any]:
+        """Configurations by key; empty where nothing was tuned or the file is damaged."""
+        known: dict[str, Any] = {}
+        for root in self._roots():
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads((root / "tuning" / f"{key}.json").read_text(encoding="utf-8"))
+                known |= found if isinstance(found, dict) else {}
+        return known
+
+    def store_tuning(self, key: str, choices: dict[str, Any]) -> Path:
+        """Write configurations by key; returns the file's path."""
+        data = json.dumps(choices, indent=1).encode()
+        return self._write(lambda root: _replace(root / "tuning" / f"{key}.json", data))
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:

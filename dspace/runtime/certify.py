@@ -160,6 +160,10 @@ def certify_module(
     todo = tuple(cases) if cases is not None else quick_cases(device) if quick else full_cases(device)
     examiner = Examiner(spec, module, device)
     checks: list[Check] = []
+    if device == "cuda":
+        from dspace.runtime import ahead
+
+        ahead.compile_calls(module, ahead.certificate_calls(examiner, todo, names))
     for number, case in enumerate(todo):
         if progress is not None:
             progress(str(case))
@@ -268,14 +272,29 @@ class Examiner:
     def _run(self, form: str, case: Case, arguments: Arguments, cotangents: Results) -> Results | str:
         """The same quantities from the module, or the error that it raised, in one line."""
         try:
-            return _with_gradients(self._call(form, case, arguments), cotangents, arguments)
+            return _with_gradients(self.call(form, case, arguments), cotangents, arguments)
         except Exception as error:  # whatever a kernel raises is a finding, not a crash of the examiner
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             first = next(iter(str(error).splitlines()), "")
             return f"raised {type(error).__name__}: {first[:200]}"
 
-    def _call(self, form: str, case: Case, arguments: Arguments) -> Results:
+    def blank_arguments(self, case: Case, dtype: torch.dtype) -> Arguments:
+        """Arguments of the right shapes without meaning: initial states are zeros."""
+        arguments = draw_arguments(self.recurrence, self.gates, case, dtype, self.device, 0)
+        if not case.initial:
+            return arguments
+        count = len(case.lengths) if case.lengths is not None else case.shape.B
+        sizes = {"k": case.shape.K, "v": case.shape.V}
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        states = tuple(
+            torch.zeros(count, case.shape.HV, *(sizes[a] for a in s.axes), dtype=wide, device=self.device)
+            for s in self.coordinates.normal.states
+        )
+        return replace(arguments, states=tuple(s.requires_grad_() for s in states))
+
+    def call(self, form: str, case: Case, arguments: Arguments) -> Results:
+        """Output, variance and final states of one form, in one call or in pieces with carried states."""
         function = getattr(self.module, f"{form}_{self.name}")
         bounds = [0, *case.splits, case.shape.T]
         want_variance = case.variance and self.has_variance

@@ -55,6 +55,10 @@ def _module(source: Any, cache: Cache) -> tuple[Entry, ModuleType]:
     found = _lookup(cache, key) or _build(source, cache, key)
     entry, path = found
     result = (entry, load_file(path, entry.name))
+    if default_device() == "cuda":
+        from dspace.runtime.tuning import apply
+
+        apply(result[1], cache)
     if key is not None:
         _memory[memory] = result
     return result

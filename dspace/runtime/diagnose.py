@@ -153,7 +153,9 @@ def _gpu(probe: bool) -> list[Finding]:
         )
     if versions.library_versions()["triton"] == "none":
         return [*findings, Finding("gpu kernels", "triton is missing", "broken", "install triton 3.6 or newer")]
-    return findings + (_probe(major, minor) if probe else _version_list(major, minor))
+    if not probe:
+        return findings + _version_list(major, minor)
+    return findings + _probe(major, minor) + (_assembler() if (major, minor) == (9, 0) else [])
 
 
 def _version_list(major: int, minor: int) -> list[Finding]:
@@ -182,6 +184,26 @@ def _probe(major: int, minor: int) -> list[Finding]:
         "every kernel before use, so that a wrong one is refused, but hand-written kernels of others are not"
     )
     return [Finding("chained products", f"WRONG in {len(wrong)} of {tried}; {where}", "broken", cure)]
+
+
+def _assembler() -> list[Finding]:
+    """What the assembler makes of a kernel that provokes its mistake; compiled, not run."""
+    from dspace.runtime.probe import assembler_faults
+
+    triton = versions.library_versions()["triton"]
+    try:
+        faults = assembler_faults()
+    except Exception as error:  # a compiler that raises is a finding
+        first = next(iter(str(error).splitlines()), "")
+        return [Finding("matrix operands", f"{type(error).__name__}: {first[:120]}", "broken", "reinstall triton")]
+    if not faults:
+        return [Finding("matrix operands", f"addressed rightly in a provoking kernel, triton {triton}")]
+    cure = (
+        "install triton 3.7.1 or newer for kernels of others; dspace's own avoid the instructions, are searched for "
+        "the mistake in its tests, and are certified before use"
+    )
+    value = f"{len(faults)} wrong addresses in machine code that triton {triton} made for sm_90: {faults[0][:80]}"
+    return [Finding("matrix operands", value, "warning", cure)]
 
 
 def _driver() -> str:

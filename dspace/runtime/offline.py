@@ -35,6 +35,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def key(self) -> str:
+        """Equal for launches that compile to the same code, whichever module they come from."""
+        return repr((self.kernel.src, _signature(self)))
+
 
 @dataclass(frozen=True)
 class Build:
@@ -88,32 +93,101 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
     return list(distinct.values())
 
 
-def compiled(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel of one launch for ``target`` ("sm_90", "gfx942", ...)."""
+@contextlib.contextmanager
+def elsewhere(module: ModuleType, target: str = "sm_90") -> Iterator[None]:
+    """Within the block, ``module`` runs the forms of a GPU for tensors of the CPU, as if they were on ``target``."""
+    cores, fast = dict(module._CORES), getattr(module, "_fast", None)
+    try:
+        for form in ("chunk", "recurrent"):
+            module._CORES["cpu", form] = module._CORES["cuda", form]
+        if fast is not None:  # whether the GPU has an approximate reciprocal
+            module.__dict__["_fast"] = lambda tensor: target.startswith("sm")
+        yield
+    finally:
+        module._CORES.update(cores)
+        if fast is not None:
+            module.__dict__["_fast"] = fast
+
+
+def launches_of(
+    module: ModuleType,
+    form: str = "chunk",
+    *,
+    B: int = 2,
+    T: int = 256,
+    H: int = 4,
+    K: int = 64,
+    V: int = 64,
+    dtype: str = "bfloat16",
+    variance: bool = False,
+    backward: bool = True,
+    target: str = "sm_90",
+) -> list[Launch]:
+    """Launches of one call of ``form`` with inputs ``[B, T, H, ...]``, and of its backward pass, without a GPU."""
+    import torch
+
+    table, sizes = module.SPEC, {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
+    kind = getattr(torch, dtype)
+    inputs = [torch.zeros(B, T, H, *sizes[v["axes"]], dtype=kind) for v in table["inputs"]]
+    parameters = [torch.ones(H, *sizes[p["axes"]]) for p in table["parameters"]]
+    states = [torch.zeros(B, H, *sizes[s["axes"]]) for s in table["states"]]
+    leaves = [*inputs, *parameters, *states]
+    function = getattr(module, f"{form}_{table['name']}")
+
+    def call() -> None:
+        *results, final = function(
+            *inputs, *parameters, initial_state=states, output_final_state=True, output_variance=variance
+        )
+        results += [final] if isinstance(final, torch.Tensor) else final
+        if backward:
+            torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
+
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    with elsewhere(module, target):
+        return record(module, call)
+
+
+def build(launch: Launch, target: str) -> Build:
+    """Compile one launch for ``target`` ("sm_90", "gfx942", ...) and read the assembler's report."""
+    compiled = compiled_for(launch, target)
+    wrong: tuple[str, ...] = ()
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
+        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
+    else:
+        registers, spilled = _resources(compiled.asm["cubin"])
+        if target == "sm_90":
+            wrong = sass.faults(sass.disassemble(compiled.asm["cubin"]))
+    return Build(launch.name, target, registers, spilled, compiled.metadata.shared, wrong)
+
+
+def compiled_for(launch: Launch, target: str) -> Any:
+    """One launch compiled for ``target``, as Triton returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = _signature(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if target.startswith("gfx"):
-        return triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
-    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
 
 
-def build(launch: Launch, target: str) -> Build:
-    """Compile one launch for ``target`` and read the assembler's report."""
-    made = compiled(launch, target)
-    wrong: tuple[str, ...] = ()
-    if target.startswith("gfx"):
-        text = made.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
-        spilled = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)[-1])
-    else:
-        registers, spilled = _resources(made.asm["cubin"])
-        if target == "sm_90":
-            wrong = sass.faults(sass.disassemble(made.asm["cubin"]))
-    return Build(launch.name, target, registers, spilled, made.metadata.shared, wrong)
+def present_target() -> str:
+    """The target of this machine's GPU."""
+    import torch
+
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def disassembly(launch: Launch, target: str) -> str:
+    """Machine code of one launch for an NVIDIA target, as text."""
+    return sass.disassemble(compiled_for(launch, target).asm["cubin"])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

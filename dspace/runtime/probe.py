@@ -102,3 +102,48 @@ def _run(device: str, dtype: torch.dtype, size: int, warps: int, stages: int) ->
 
 def _error(reference: torch.Tensor, found: torch.Tensor) -> float:
     return float((reference - found.double()).square().mean().sqrt() / reference.square().mean().sqrt())
+
+
+SUSPECT = """
+name = "suspect"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+g = { axes = "", domain = "nonpositive" }
+[state.S]
+axes = "kv"
+update = "exp(g) * S + v * k"
+[readout]
+output = "sum_k(S * q)"
+"""
+"""The smallest variant whose gradients multiply transposed products in a loop over tiles."""
+
+
+def assembler_faults() -> tuple[str, ...]:
+    """Instructions that the assembler of this Triton gets wrong for Hopper in a kernel that is known to provoke it.
+
+    The kernel is that of the gradients of a linear recurrence, with narrow operands on warp-group matrix instructions:
+    a configuration that dspace itself avoids. It is compiled, disassembled and never run, since what it does then
+    depends on what lies in shared memory; so this needs no GPU. See :mod:`dspace.runtime.sass`.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from dspace import spec
+    from dspace.runtime import offline
+    from dspace.runtime.compiler import module_text
+    from dspace.runtime.load import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dspace_suspect.py"
+        path.write_text(module_text(spec.loads(SUSPECT)), encoding="utf-8")
+        module = load_file(path, path.stem)
+        found: list[str] = []
+        for K, V in ((16, 32), (64, 32)):
+            tile = (K, V, 4, 1)
+            module._CONFIGS.clear()
+            module.__dict__["_chosen"] = lambda propose, *key, tile=tile: (64, tile, tile, tile)
+            for launch in offline.launches_of(module, "chunk", K=K, V=V):
+                found += offline.build(launch, "sm_90").faults
+    return tuple(found)

@@ -24,7 +24,7 @@ def test_module_stands_alone_and_says_what_it_is(native):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])
     }
-    allowed = {"__future__", "concurrent", "functools", "itertools", "math", "os", "numba", "numpy", "torch"}
+    allowed = {"__future__", "concurrent", "functools", "itertools", "math", "os", "weakref", "numba", "numpy", "torch"}
     assert imported <= allowed
     assert "Ibar" in native("ratio").__doc__ and "hash" in native("ratio").__doc__
     table = native("ratio").SPEC
@@ -171,3 +171,14 @@ def test_cpu_takes_the_faster_form():
             }
             exec(source, scope)
             assert scope["_cpu_chunk_core"](None, None, None, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [([0, 4, 9], [0, 4, 9]), ([3, 12, 5, 7], [0, 9, 9, 9]), ([0, -5, 2, 20], [0, 0, 2, 9]), ([1, 1], [0, 9])],
+)
+def test_offsets_that_cannot_be_read_are_brought_into_order(native, given, kept):
+    """Under torch.compile reading them would break the graph: then no kernel may leave its tensors."""
+    module = native("ratio")
+    compiled = torch.compile(lambda x: module._offsets(x, 1, 9, x.device), fullgraph=True, backend="eager")
+    assert compiled(torch.tensor(given, dtype=torch.int32)).tolist() == kept

@@ -193,7 +193,7 @@ def test_tiles_never_change_their_layout(dtype: torch.dtype) -> None:
     checked = set()
     for launch in calls("palimpsa", 48, 48, dtype, fast=True):
         if launch.name in ("_reads_kernel", "_local_kernel"):
-            text = offline.compiled(launch, "sm_90").asm["ttgir"]
+            text = offline.compiled_for(launch, "sm_90").asm["ttgir"]
             assert "mma.sync" in text
             assert "convert_layout" not in text and "local_alloc" not in text
             checked.add(launch.name)

@@ -57,6 +57,27 @@ def test_probe_finding_is_read(monkeypatch: pytest.MonkeyPatch):
     assert finding.status == "broken" and "8 warps" in finding.value and "3.7.1" in finding.cure
 
 
+def test_wrong_machine_code_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    from dspace.runtime import probe
+
+    monkeypatch.setattr(probe, "assembler_faults", lambda: ("UIADD3.X UR31, UR31, -0x3ffffff0, URZ, UP0, !UPT",))
+    finding = diagnose._assembler()[0]
+    assert finding.status == "warning" and "UR31" in finding.value and "3.7.1" in finding.cure
+    monkeypatch.setattr(probe, "assembler_faults", lambda: 1 / 0)
+    assert diagnose._assembler()[0].status == "broken"
+
+
+def test_the_provoking_kernel_is_compiled_and_read():
+    triton = pytest.importorskip("triton")
+    from dspace.runtime.probe import assembler_faults
+
+    version = version_tuple(triton.__version__)
+    if version[:2] != (3, 6) and version < diagnose.HOPPER_BAD_TRITON[1]:
+        pytest.skip("what this release does is not known: 3.6 is wrong, 3.9 is right")
+    assert bool(assembler_faults()) == (version < diagnose.HOPPER_BAD_TRITON[1])
+
+
 PROBE = """
 from dspace.runtime.probe import probe_chained_products
 results = probe_chained_products("cpu", quick=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _LOCAL = re.compile(
-    r"\b_(config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_eager|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
+    r"\b_(config_proposals|config|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_eager|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
 )
 
 
@@ -31,6 +31,24 @@ def _kernel(function=None, **options):
     if function is None:
         return lambda f: _kernel(f, **options)
     return function if triton is None else triton.jit(function, **options)
+
+
+_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
+_PROPOSALS = {}  # what there was to choose from, by key
+_CONFIGS = {}  # what is in use, by key
+
+
+def _chosen(propose, *key):
+    """The configuration for ``key``: the tuned one if it is among the proposals, else the first of them.
+
+    The key holds what a kernel is compiled for, so never T: nothing is tuned, or compiled, again for another length.
+    """
+    config = _CONFIGS.get(key)
+    if config is None:
+        proposals = _PROPOSALS[key] = propose(*key[1:])
+        tuned = _TUNED.get(" ".join(map(str, key)))
+        config = _CONFIGS[key] = tuned if tuned in proposals else proposals[0]
+    return config
 '''
 
 TABLES = '''
@@ -67,19 +85,33 @@ def _tile(size, most):
 '''
 
 CORE = '''
-def _config(K, V, dtype):
-    """Chunk and tile sizes, warps and stages of each kernel, from the shared memory and registers they take."""
+def _config_proposals(K, V, dtype):
+    """Chunk and (k tile, v tile, warps, stages) of the states, outputs and gradients kernels; the first by default.
+
+    Tiles follow from the shared memory and registers that they take.
+    """
     if dtype != torch.bfloat16:  # float32 operands take twice the shared memory, and three products each
-        return 32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1)
+        return [(32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1))]
     k, v = _tile(K, 64), _tile(V, 64)
     # Two warps keep to the older matrix instructions: with operands narrower than 64, Triton 3.6 miscompiles the
-    # gradients for the warp-group ones.
-    warps = 4 if min(k, v) >= 64 else 2
+    # gradients for the warp-group ones. So do chunks of 32.
+    narrow = min(k, v) < 64
+    warps = 2 if narrow else 4
 #if key
-    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 1), (k, v, 8 if warps == 4 else 2, 1)
+    first = 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 1), (k, v, 2 if narrow else 8, 1)
 #else
-    return 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
+    first = 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
 #endif
+    if narrow:
+        small = [(32, (k, v, w, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (2, 4)]
+        return [first, *small]
+    deep = first[0], (k, v, warps, 4), first[2], first[3]
+    wide = first[0], (k, _tile(V, 128), warps, 2), first[2], first[3]
+    return [first, deep, wide]
+
+
+def _config(K, V, dtype):
+    return _chosen(_config_proposals, "linear_TAG", K, V, dtype)
 
 
 #if decay
@@ -302,6 +334,10 @@ class _linear_eager(torch.autograd.Function):
 def _linear(*arguments):
     """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
     *tensors, scale, offsets = arguments
-    run = _linear_op if torch.compiler.is_compiling() else _linear_eager.apply
-    return run(*(t.contiguous() for t in tensors), scale, offsets)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        return _linear_op(*tensors, scale, offsets)
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        return _linear_eager.apply(*tensors, scale, offsets)
+    return _forward(*tensors, scale, offsets)
 '''

@@ -336,6 +336,9 @@ class _ratio_eager(torch.autograd.Function):
 
 def _ratio(*arguments):
     """Reads of every token and final states, differentiable."""
-    run = _ratio_op if torch.compiler.is_compiling() else _ratio_eager.apply
-    return run(*arguments)
+    if torch.compiler.is_compiling():
+        return _ratio_op(*arguments)
+    if torch.is_grad_enabled() and any([isinstance(t, torch.Tensor) and t.requires_grad for t in arguments]):
+        return _ratio_eager.apply(*arguments)
+    return _ratio_forward(*arguments)
 '''

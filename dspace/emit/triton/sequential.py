@@ -27,12 +27,13 @@ from dspace.math.ir import Adjoint, Analysis, Axes, Recurrence, State, SumV, Var
 from dspace.plan.sequential import SIZES, Assign, Scheduler, Store, Sum, Token, flatten
 
 _LOCAL = frozenset(
-    """T H K V BK BV NV NH EVERY TOTAL OUTPUT VARIANCE SAVE PACKED EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k m_v m_kv
-    t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
+    """T H K V BK BV NV NH EVERY TOTAL OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
+    m_v m_kv r_k r_v t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
     count_v range o variance back_t first""".split()
 )
 _PART: dict[Axes, str] = {"": "", "k": " + o_k", "v": " + o_v", "kv": " + t_kv"}
 _WIDTH: dict[Axes, str] = {"": "", "k": " * K", "v": " * V", "kv": " * K * V"}
+_VECTOR: dict[Axes, tuple[str, str, str]] = {"k": ("r_k", "K", "[:, None]"), "v": ("r_v", "V", "[None, :]")}
 _MASK: dict[Axes, str] = {"": "", "k": "m_k", "v": "m_v", "kv": "m_kv"}
 _TILE: dict[Axes, str] = {"": "()", "k": "[BK, 1]", "v": "[1, BV]", "kv": "[BK, BV]"}
 
@@ -65,12 +66,14 @@ HEAD = """    NV: tl.constexpr = (V + BV - 1) // BV
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_nh = (pid // NV).to(tl.int64)
-    i_n = i_nh // H
-    i_h = i_nh % H
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    o_k = tl.arange(0, BK)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
     m_k = o_k < K
     m_v = o_v < V
     m_kv = m_k & m_v
@@ -108,9 +111,30 @@ def section(analysis: Analysis, common: bool = True) -> Section:
 
 
 def _load(array: str, axes: Axes, place: str) -> str:
-    """A tile of ``array`` at row ``place``, float32."""
+    """A tile of ``array`` at row ``place``, float32.
+
+    For a vector see :func:`_raw`.
+    """
+    return _raw(array, axes, place) + _shaped(axes)
+
+
+def _shaped(axes: Axes) -> str:
+    """What turns a raw load into a float32 tile."""
+    return ".to(tl.float32)" + (_VECTOR[axes][2] if axes in _VECTOR else "")
+
+
+def _raw(array: str, axes: Axes, place: str) -> str:
+    """What :func:`_load` loads, before it is given its type and shape.
+
+    A vector is loaded as one, without the other axis: Triton would take the layout of a ``[BK, 1]`` load for the
+    states too, with k across all threads, where every sum over k is a shuffle for each column. Giving it its shape
+    goes through shared memory, behind a barrier, which no later load overtakes: so load everything first.
+    """
+    if axes in _VECTOR:
+        channel, size, _ = _VECTOR[axes]
+        return f"tl.load({array} + {place}{_WIDTH[axes]} + {channel}, mask={channel} < {size}, other=0.0)"
     mask = f", mask={_MASK[axes]}, other=0.0" if axes else ""
-    return f"tl.load({array} + {place}{_WIDTH[axes]}{_PART[axes]}{mask}).to(tl.float32)"
+    return f"tl.load({array} + {place}{_WIDTH[axes]}{_PART[axes]}{mask})"
 
 
 def _store(array: str, axes: Axes, place: str, value: str) -> str:
@@ -204,17 +228,17 @@ class _Kernels:
                 inside.append(f"{name} = {_load(array, v.axes, 'at')}")
                 continue
             following = self.namer(f"{name}_next")
-            before.append(f"{following} = {_load(array, v.axes, 'at')}")
-            inside.append(f"{name} = {following}")
-            early.append(f"{following} = {_load(array, v.axes, 'ahead')}")
+            before.append(f"{following} = {_raw(array, v.axes, 'at')}")
+            inside.append(f"{name} = {following}{_shaped(v.axes)}")
+            early.append(f"{following} = {_raw(array, v.axes, 'ahead')}")
         return before, [*inside, *early]
 
-    def parameters(self, used: set[sympy.Symbol], arrays: Mapping[str, str]) -> list[str]:
-        return [
-            f"{self.names[p.name]} = {_load(arrays[p.name], p.axes, 'i_h')}"
-            for p in self.r.parameters
-            if p.symbol in used
-        ]
+    def parameters(self, used: set[sympy.Symbol], arrays: Mapping[str, str]) -> tuple[list[str], list[str]]:
+        """Lines that load the parameters, and lines that give them their shapes."""
+        read = [p for p in self.r.parameters if p.symbol in used]
+        names = [self.names[p.name] for p in read]
+        loads = [f"{n} = {_raw(arrays[p.name], p.axes, 'i_h')}" for n, p in zip(names, read, strict=True)]
+        return loads, [f"{n} = {n}{_shaped(p.axes)}" for n, p in zip(names, read, strict=True)]
 
     def advance(self, body: _Body) -> list[str]:
         """Lines that give every carried value its next one, all at once."""
@@ -230,18 +254,21 @@ class _Kernels:
             {s.name: self.namer(f"{names[s.name]}_{part}") for s in r.states} for part in ("initial", "final", "saved")
         )
         arguments = [*arrays.values(), *initial.values(), "o", "variance", *final.values(), *saved.values()]
-        doc = "Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token."
+        doc = "Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."
         lines = self.signature(
             "_sequential_kernel", doc, arguments, "H",
-            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr,",
+            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,",
         )  # fmt: skip
+        lines += ["    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead", "        steps = 1"]
         self.carried = {s.name: names[s.name] for s in r.states}
         body = _Body(forward_token(r, r.variance is not None), self.local(), self.namer)
         used = body.uses()
-        lines += _indent(self.parameters(used, arrays), 1)
-        lines += [f"    {names[s.name]} = {_load(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
+        loads, shapes = self.parameters(used, arrays)
         before, inside = self.tokens(used, arrays)
-        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *_indent(before, 1)]
+        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *_indent([*loads, *before], 1)]
+        lines += [f"    {names[s.name]} = {_raw(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
+        lines += [f"    {names[s.name]} = {names[s.name]}{_shaped(s.axes)}" for s in r.states]
+        lines += _indent(shapes, 1)
         lines += ["    for t in range(0, steps):"]
         lines += [
             "        at = (begin + t) * H + i_h",
@@ -310,7 +337,8 @@ class _Kernels:
 
         lines += ["    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]"]
         lines += ["    NH = tl.num_programs(0) // NV", "    shared = i_v * NH + i_nh  # row of what value blocks share"]
-        lines += _indent(self.parameters(used | read, arrays), 1)
+        loads, shapes = self.parameters(used | read, arrays)
+        lines += _indent([*loads, *shapes], 1)
         for s in r.states:
             given_text = _load(d_final[s.name], s.axes, "i_nh")
             if "v" not in s.axes:  # one block alone takes it
@@ -337,9 +365,9 @@ class _Kernels:
         for c in given:
             if c.symbol in read:
                 following = self.namer(f"{d_given[c.name]}_next")
-                before.append(f"{following} = {_load(d_arrays[c.name], 'v', 'at')}")
-                inside.append(f"{d_given[c.name]} = {following}")
-                inside.append(f"{following} = {_load(d_arrays[c.name], 'v', 'ahead')}")
+                before.append(f"{following} = {_raw(d_arrays[c.name], 'v', 'at')}")
+                inside.append(f"{d_given[c.name]} = {following}{_shaped('v')}")
+                inside.append(f"{following} = {_raw(d_arrays[c.name], 'v', 'ahead')}")
         lines += ["        # Cotangents, last token first.", "        at = (first + count - 1) * H + i_h"]
         lines += [*_indent(before, 2), "        for back_t in range(0, count):"]
         lines += ["            t = count - 1 - back_t", "            at = (first + t) * H + i_h"]

@@ -10,18 +10,30 @@ _SEQUENTIAL_COUNTS = @COUNTS@  # inputs, parameters, states
 _SEQUENTIAL_TILES = @TILES@  # states on kv: what the registers hold
 
 
-def _sequential_config(K, V, steps, backward):
-    """Tile of k, tile of v, warps. ``steps`` is the mean length: a few tokens are a matter of moving the states.
+def _sequential_proposals(K, V, few, backward):
+    """Tile of k, tile of v, warps; the first by default. With ``few`` tokens it is a matter of moving the states.
 
     Forward over many tokens, a narrow block of v gives many programs and keeps sums over k within a warp. Moving
     states, or writing gradients that every block has its own copy of, a block is 128 bytes wide.
     """
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    moving = backward or few
+    widths = [full]
     if _SEQUENTIAL_SPLITS:
-        BV = min(BV, 32 if backward or steps <= 4 else max(8, min(512 // BK, 32)))
-    share = 32 * (32 if backward or steps <= 4 else 64)  # elements of the states that one warp holds
-    warps = max(1, min(16, BK * BV * max(1, _SEQUENTIAL_TILES) // share))
-    return BK, BV, warps
+        BV = min(full, 32 if moving else max(8, min(512 // BK, 32)))
+        widths = [BV, *(w for w in (BV // 2, 2 * BV) if 8 <= w <= full)]
+    share = 32 * (32 if moving else 64)  # elements of the states that one warp holds
+    found = []
+    for share, width in [(share, w) for w in widths] + [(share // 2, w) for w in widths[:1]]:
+        warps = max(1, min(16, BK * width * max(1, _SEQUENTIAL_TILES) // share))
+        if (BK, width, warps) not in found:
+            found.append((BK, width, warps))
+    return found
+
+
+def _sequential_config(K, V, steps, backward):
+    """``steps`` is the mean length of a sequence; four or fewer are few."""
+    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):
@@ -41,16 +53,14 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    with torch.cuda.device_of(inputs[0]):
-        _sequential_kernel[(triton.cdiv(V, BV) * N * H,)](
-            *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
-            K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-            PACKED=offsets is not None, num_warps=warps,
-        )
+    _sequential_kernel[(-(-V // BV) * N * H,)](
+        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+        K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
+    )
 
 
 def _sequential_forward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     o = inputs[0].new_empty(B, T, H, V)
@@ -59,11 +69,10 @@ def _sequential_forward(*arguments):
     config = _sequential_config(K, V, steps, False)
     none = [None] * len(states)
     _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, none, 1)
-    return (o, variance if want_variance else inputs[0].new_empty(0), *final)
+    return (o, variance if want_variance else o.new_empty(0), *final)
 
 
 def _sequential_backward(*arguments):
-    arguments = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in arguments]
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     # States are saved every sqrt(T) tokens: saved and recomputed states then take the same memory.
@@ -75,7 +84,7 @@ def _sequential_backward(*arguments):
     _sequential_launch(inputs, parameters, states, offsets, scale, config, None, None, none, saved, every)
 
     BK, BV, warps = _sequential_config(K, V, steps, True)
-    blocks = triton.cdiv(V, BV)
+    blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
     # What has no v axis gets a row from each block of v, summed below.
@@ -91,11 +100,10 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    with torch.cuda.device_of(inputs[0]):
-        @KERNEL@[(blocks * N * H,)](
-            *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-            offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
-        )
+    @KERNEL@[(blocks * N * H,)](
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
+        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
@@ -105,13 +113,13 @@ def _sequential_backward(*arguments):
 
 _sequential_op = torch.library.custom_op(
     f"{_OPS}::sequential",
-    _sequential_forward,
+    lambda *arguments: _sequential_forward(*arguments),
     mutates_args=(),
     schema="(@TENSORS@, Tensor? offsets, float scale, bool want_variance) -> (@RESULTS@)",
 )
 _sequential_backward_op = torch.library.custom_op(
     f"{_OPS}::sequential_backward",
-    _sequential_backward,
+    lambda *arguments: _sequential_backward(*arguments),
     mutates_args=(),
     schema="(@TENSORS@, @GIVEN@, Tensor? offsets, float scale, bool want_variance)"
     " -> (@GRADIENTS@)",
@@ -137,10 +145,27 @@ def _sequential_save(ctx, inputs, output):
 
 def _sequential_gradient(ctx, *cotangents):
     *tensors, offsets = ctx.saved_tensors
+    cotangents = [t.contiguous() for t in cotangents]
     return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 _sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+
+
+class _sequential_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a token takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _sequential_save(ctx, arguments, None)
+        return _sequential_forward(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *tensors, offsets = ctx.saved_tensors
+        cotangents = [t.contiguous() for t in cotangents]
+        return (*_sequential_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
 def _recurrent_triton_core(*arguments):
@@ -148,7 +173,14 @@ def _recurrent_triton_core(*arguments):
     *tensors, scale, offsets, want_variance = arguments
     if triton is None or tensors[0].dtype == torch.float64:
         return _reference_core(*arguments)
-    o, variance, *final = _sequential_op(*tensors, offsets, scale, want_variance)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _sequential_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _sequential_eager.apply
+    else:
+        run = _sequential_forward
+    o, variance, *final = run(*tensors, offsets, scale, want_variance)
     return (o, variance if want_variance else None, *final)
 '''
 

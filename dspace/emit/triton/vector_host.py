@@ -172,7 +172,13 @@ class _vector_{tag}_eager(torch.autograd.Function):
 def _vector_{tag}(*arguments):
     """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
     *tensors, scale, raw, offsets, like = arguments
-    run = _vector_{tag}_op if torch.compiler.is_compiling() else _vector_{tag}_eager.apply
-    out = run(*(t.contiguous() for t in tensors), scale, raw, offsets, like.detach())
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _vector_{tag}_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _vector_{tag}_eager.apply
+    else:
+        run = _vector_{tag}_forward
+    out = run(*tensors, scale, raw, offsets, like.detach())
     return out[:{n_feature}], out[{n_feature}:{n_feature + n_state}], out[{n_feature + 2 * n_state}:]
 '''

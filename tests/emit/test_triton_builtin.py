@@ -1,0 +1,110 @@
+"""The Triton kernels of every built-in spec: certified under the interpreter, compiled for GPUs that are not here.
+
+And that a certificate means something: mistakes planted in emitted kernels are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dspace.runtime import offline
+from dspace.runtime.compiler import module_text
+from dspace.runtime.load import load_file
+from dspace.spec import builtin_names
+
+HERE = Path(__file__).parent
+GROUPS = 4
+"""Processes that share the built-in specs: importing everything takes as long as certifying one."""
+
+STORE = r"((?:tl\.store|_put)\(%s \+ .*?, )(\(.+?\)|\w+(?: \* \(.+?\))?)(\.to\(|, m)"
+WRONG_GRADIENT = STORE % r"d(?:v|_v_out\w*)"
+WRONG_VARIANCE = STORE % r"(?:read_1_out|variance)\w*"
+PLANTED = {
+    ("simple_gla", "d v"): WRONG_GRADIENT,
+    ("palimpsa", "d v"): WRONG_GRADIENT,
+    ("palimpsa", "variance"): WRONG_VARIANCE,
+}
+
+SPILLED = {"_keys_": 1280, "_gradients_": 512, "_local_kernel": 1024, "_reads_kernel": 256, "_states_kernel": 256}
+NARROW = {"_keys_": 7168, "_gradients_": 1024, "_scores_": 2560, "_local_kernel": 1024, "_states_kernel": 256}
+"""Bytes a thread that the largest kernels may spill, the others 64: at K = V = 64, and at 32, where the chunkwise
+kernels have two warps only, for Hopper's sake."""
+
+
+def certified(orders: list[dict]) -> list[dict]:
+    """What ``builtin_interpreted.py`` says of each order, from one process under the interpreter."""
+    path = os.pathsep.join([str(HERE.parents[1]), *(p for p in sys.path if p)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "builtin_interpreted.py")],
+        input=json.dumps(orders), capture_output=True, text=True, timeout=500,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_kernels_of_every_spec_are_certified_under_the_interpreter(group: int) -> None:
+    names = builtin_names()[group::GROUPS]
+    found = dict(zip(names, certified([{"spec": n} for n in names]), strict=True))
+    assert not {n: c["failures"] for n, c in found.items() if not c["passed"]}
+    for name, certificate in found.items():
+        for form in ("chunk", "recurrent"):
+            compared = {q for f, q, _, status in certificate["checks"] if f == form and status == "ok"}
+            assert {"o", "d q", "d v", "d initial state 0"} <= compared, (name, form, compared)
+
+
+def test_mistakes_planted_in_emitted_kernels_are_refused() -> None:
+    orders = [{"spec": s, "edits": [[p, r"\g<1>(1.02 * \g<2>)\g<3>", 0]]} for (s, _), p in PLANTED.items()]
+    for (name, quantity), certificate in zip(PLANTED, certified(orders), strict=True):
+        assert not certificate["passed"], (name, quantity)
+        failed = {(form, what): error for form, what, error, status in certificate["checks"] if status == "failed"}
+        assert set(failed) == {("chunk", quantity), ("recurrent", quantity)}, (name, certificate["failures"])
+        assert all(error == pytest.approx(0.02, rel=0.05) for error in failed.values())
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+    """The generated module of every built-in spec."""
+    folder, made = tmp_path_factory.mktemp("modules"), {}
+    for name in builtin_names():
+        path = folder / f"offline_{name}.py"
+        path.write_text(module_text(name), encoding="utf-8")
+        made[name] = load_file(path, path.stem)
+    return made
+
+
+def launches(modules: dict[str, ModuleType], size: int, target: str) -> list[offline.Launch]:
+    """Every distinct kernel launch of every built-in spec, forward and backward, chunk and recurrent."""
+    found: dict[str, offline.Launch] = {}
+    for module in modules.values():
+        for form in ("chunk", "recurrent"):
+            for launch in offline.launches_of(module, form, K=size, V=size, target=target):
+                found.setdefault(launch.key, launch)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_every_kernel_of_every_spec_compiles_with_bounded_spills(modules: dict[str, ModuleType], target: str) -> None:
+    size, bounds = (64, SPILLED) if target == "sm_90" else (32, NARROW)
+    tried = launches(modules, size, target)
+    assert len(tried) > 60
+    reports = [offline.build(launch, target) for launch in tried]
+    assert not [b for b in reports if b.faults]
+    most = {b: max((bytes for part, bytes in bounds.items() if part in b.name), default=64) for b in reports}
+    assert not [b for b in reports if b.spilled > most[b]]
+
+
+def test_no_length_compiles_anything_anew(modules: dict[str, ModuleType]) -> None:
+    """T, odd or divisible by 16, and what is counted from it, is no part of what a kernel is compiled for."""
+    for name, module in modules.items():
+        for form, lengths in (("chunk", (65, 256, 1000, 4096)), ("recurrent", (6, 65, 256, 1000))):
+            keys = [{x.key for x in offline.launches_of(module, form, B=1, T=T, K=16, V=16)} for T in lengths]
+            assert all(found == keys[0] for found in keys), (name, form)

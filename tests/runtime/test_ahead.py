@@ -1,0 +1,60 @@
+"""Kernels of a certificate are found without running them and compiled together; the GPU is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json, sys, types, warnings
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+
+triton.runtime.driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+))
+from dspace import spec
+from dspace.runtime import ahead, offline
+from dspace.runtime.cases import quick_cases
+from dspace.runtime.certify import Examiner
+from dspace.runtime.compiler import module_text
+from dspace.runtime.load import load_file
+
+path = Path(sys.argv[1])
+path.write_text(module_text("simple_gla"))
+module = load_file(path, "ahead_simple_gla")
+examiner = Examiner(spec.load("simple_gla"), module, "cpu")
+with offline.elsewhere(module):
+    calls = ahead.certificate_calls(examiner, quick_cases("cuda")[:1], ("bfloat16",))
+    warnings.filterwarnings("error", message="kernels were not compiled ahead")
+    count = ahead.compile_calls(module, calls, workers=2)
+    compiled = {
+        name: len(value.device_caches[0][0]) for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and value.device_caches
+    }
+    warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        broken = ahead.compile_calls(module, [lambda: 1 / 0])
+json.dump({"count": count, "compiled": compiled, "broken": broken, "warning": str(caught[0].message)}, sys.stdout)
+"""
+
+
+def test_kernels_of_a_certificate_are_compiled_together(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path / "c")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "m.py")],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["count"] == sum(found["compiled"].values()) >= 8
+    assert {"_states_scalar_kernel", "_gradients_scalar_kernel", "_sequential_kernel"} <= set(found["compiled"])
+    assert found["broken"] == 0 and "ZeroDivisionError" in found["warning"]
