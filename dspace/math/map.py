@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dspace.spec import Spec
 
-VERSION = "3"
+VERSION = "4"
 """Part of the key of stored maps: raise it when the search or the proofs change."""
 
 INVERSES = frozenset({"non_metaplastic"})
