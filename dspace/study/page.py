@@ -169,7 +169,7 @@ def importance_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "axis": axis,
-            "doc": results.study.axes[axis].doc,
+            "doc": results.study.every_axis[axis].doc,
             "shares": [100 * shares[axis] if axis in shares else None for shares in results.importances.values()],
         }
         for axis in names
