@@ -35,6 +35,9 @@ VERSION = "4"
 INVERSES = frozenset({"non_metaplastic"})
 """Transforms that undo another: pictures leave them out, since they go where an exact reduction goes."""
 
+SAME = "the same recurrence"
+"""Text of an edge along which nothing is substituted."""
+
 COLOURS = {
     "a": "#4c78a8",
     "b": "#72b7b2",
@@ -119,9 +122,27 @@ class Map:
             if e.kind == "exact" and pair in needed and (pair not in best or len(e.text) < len(best[pair].text)):
                 best[pair] = e
         moves = [e for e in self.edges if e.kind == "transform" and e.text not in INVERSES]
-        inner = [e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]]
+        inner = self._inner(family)
         limits = self._limits(exact, family)
         return (*best.values(), *inner, *limits, *moves)
+
+    def _inner(self, family: Mapping[str, tuple[str, ...]]) -> list[Edge]:
+        """Within a family, where each becomes each: both directions along a tree of the shortest substitutions."""
+        import networkx
+
+        within = {
+            (e.source, e.target): e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]
+        }
+        graph = networkx.Graph()
+        for (source, target), e in within.items():
+            back = within.get((target, source))
+            if back is not None:
+                graph.add_edge(source, target, weight=sum(len(x.text) for x in (e, back) if x.text != SAME))
+        tree = networkx.minimum_spanning_tree(graph)
+        joined = {pair for a, b in tree.edges for pair in ((a, b), (b, a))}
+        # A family that holds together only by circles longer than a pair keeps all its edges.
+        parts = {frozenset(c) for c in networkx.connected_components(tree)}
+        return [e for pair, e in within.items() if pair in joined or frozenset(family[pair[0]]) not in parts]
 
     def _limits(self, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
         """Limits whose end is not reached by another limit of the same source and then exactly."""
@@ -192,21 +213,46 @@ class Map:
 def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True, specs: Mapping[str, Spec] | None = None) -> Map:
     """Try every ordered pair; keep what is proven. With ``specs``, by the same names, also every transform of each."""
     start = time.perf_counter()
-    nodes = tuple(
-        Node(name, a.source.title, a.classification.letter, str(a.cost["state_bytes"])) for name, a in analyses.items()
-    )
+    nodes = tuple(_node(name, a) for name, a in analyses.items())
     edges: list[Edge] = []
     for source, a in analyses.items():
         for target, b in analyses.items():
-            if source == target:
-                continue
-            told = as_dict(reduce(a.recurrence, b.recurrence, limits=limits))
-            for kind in ("exact", "limit"):
-                if told[kind] is not None:
-                    edges.append(Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"])))
+            if source != target:
+                edges += _edges(source, a, target, b, limits)
     if specs is not None:
         edges += transform_edges(specs, analyses)
     return Map(nodes, tuple(edges), time.perf_counter() - start)
+
+
+def extend_map(found: Map, analyses: Mapping[str, Analysis], name: str, new: Analysis) -> Map:
+    """``found`` with one more variant, tried against every other in both directions; ``analyses`` are those of ``found``."""
+    start = time.perf_counter()
+    edges = list(found.edges)
+    for other, analysis in analyses.items():
+        edges += _edges(name, new, other, analysis, True) + _edges(other, analysis, name, new, True)
+    return Map((*found.nodes, _node(name, new)), tuple(edges), found.seconds + time.perf_counter() - start)
+
+
+def _node(name: str, analysis: Analysis) -> Node:
+    return Node(name, analysis.source.title, analysis.classification.letter, str(analysis.cost["state_bytes"]))
+
+
+def _edges(source: str, a: Analysis, target: str, b: Analysis, limits: bool) -> list[Edge]:
+    told = as_dict(reduce(a.recurrence, b.recurrence, limits=limits))
+    return [
+        Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"]))
+        for kind in ("exact", "limit")
+        if told[kind] is not None
+    ]
+
+
+def builtin_map(store: Path) -> Map:
+    """The map of all built-in variants with their transforms, from ``store`` if it holds it."""
+    from dspace.spec import builtin_names, load
+
+    specs = {name: load(name) for name in builtin_names()}
+    hashes = {name: spec.hash for name, spec in specs.items()}
+    return load_or_build(hashes, lambda: {n: analyse(s) for n, s in specs.items()}, store, specs)
 
 
 def transform_edges(specs: Mapping[str, Spec], analyses: Mapping[str, Analysis]) -> list[Edge]:
