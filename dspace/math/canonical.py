@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 
@@ -16,8 +17,23 @@ MAX_ORDERS = 720
 """Most ways of naming that are compared; beyond, names are taken as they are given."""
 
 
+@dataclass(frozen=True)
+class CanonicalForm:
+    """A recurrence without its names: ``hash`` of its mathematics; ``variables`` and ``states`` in the order in which
+    two recurrences of one hash correspond."""
+
+    hash: str
+    variables: tuple[str, ...]
+    states: tuple[str, ...]
+
+
 def canonical_hash(recurrence: Recurrence, labels: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of ``recurrence`` in normal coordinates, independent of the names of inputs, parameters and states.
+    """The hash of :func:`canonical_form`."""
+    return canonical_form(recurrence, labels).hash
+
+
+def canonical_form(recurrence: Recurrence, labels: Mapping[str, str] | None = None) -> CanonicalForm:
+    """``recurrence`` in normal coordinates, independent of the names of inputs, parameters and states.
 
     Equal hashes mean equal mathematics; the converse holds as far as rational simplification sees it. ``labels`` says
     of variables, by name, what else must agree between two recurrences for them to count as one: how a layer makes an
@@ -29,8 +45,10 @@ def canonical_hash(recurrence: Recurrence, labels: Mapping[str, str] | None = No
         names.append(recurrence.variance)
     forms = [_normal(e, axes) for e in names]
     told = labels or {}
-    best = min(_spelled(recurrence, forms, order, told) for order in _orders(recurrence, forms, told))
-    return hashlib.sha256(best.encode()).hexdigest()
+    spelled = ((_spelled(recurrence, forms, o, told), o) for o in _orders(recurrence, forms, told))
+    text, (variables, states) = min(spelled, key=lambda found: found[0])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return CanonicalForm(digest, tuple(v.name for v in variables), tuple(s.name for s in states))
 
 
 def _normal(expr: sympy.Expr, axes: dict[sympy.Symbol, str]) -> sympy.Expr:
