@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 LINES: dict[str, tuple[str, Any]] = {
     "exact": ("#333333", "solid"),
     "limit": ("#8e3b8a", (0, (4, 2.5))),
+    "fold": ("#2f7d32", (0, (6, 1.5, 1, 1.5))),
     "transform": ("#a05a00", (0, (1, 1.5))),
 }
 """Colour and line style of each kind of edge."""
-WORDS = {"exact": "becomes, exactly", "limit": "becomes, in a limit", "transform": "a transform makes"}
+WORDS = {
+    "exact": "becomes, exactly",
+    "limit": "becomes, in a limit",
+    "fold": "becomes, small states carried beside",
+    "transform": "a transform makes",
+}
 
 NAME, LABEL = 9.5, 7.0
 """Sizes of the texts, in points."""

@@ -27,6 +27,8 @@ def substitution_text(reduction: Reduction) -> str:
         else:
             parts.append(f"{name} = {text_of(e)}")
     said = ", ".join(parts)
+    if reduction.carried:
+        return f"{said}, {' and '.join(reduction.carried)} carried beside"
     if reduction.exact:
         return said or "the same recurrence"
     goal = "∞" if claim.direction == "infinity" else "0"
@@ -49,12 +51,14 @@ def conditions(reduction: Reduction) -> tuple[str, ...]:
 
 
 def proof(reduction: Reduction) -> tuple[str, ...]:
-    """The proof, a line an equation; in a limit ``eps`` is ``1/p`` or ``p`` of the parameter ``p`` that moves."""
+    """The proof, a line an equation; in a limit ``ε`` is ``1/p`` or ``p`` of the parameter ``p`` that moves."""
     claim, lines = reduction.claim, []
     source, target = claim.source, claim.target
     lines.append(f"{source.name} → {target.name}: {substitution_text(reduction)}")
     if conditions(reduction):
         lines.append(f"defined where {', '.join(conditions(reduction))}")
+    if reduction.carried:
+        lines.append(f"{', '.join(reduction.carried)} of {target.name}, whatever their values, are given at each token")
     for s in source.states:
         value = claim.states[s.symbol]
         if value == unread(s):
@@ -65,13 +69,13 @@ def proof(reduction: Reduction) -> tuple[str, ...]:
             )
             lines[-1] += "" if _of_target(reduction, value) else " always"
     if claim.limit is not None:
-        lines.append(f"eps = {'1/' if claim.direction == 'infinity' else ''}{claim.limit} → 0")
+        lines.append(f"ε = {'1/' if claim.direction == 'infinity' else ''}{claim.limit} → 0")
     for e in reduction.verdict.equations:
         lines.append(f"{e.what}: {text_of(_named(e.left, claim))} {'=' if reduction.exact else '→'} {text_of(e.right)}")
     for what, error in reduction.verdict.errors.items():
         order = reduction.verdict.orders.get(what)
-        small = "eps" if order == 1 else f"eps^{order}"
-        rest = f"O(eps^{(order or 0) + 1})"
+        small = "ε" if order == 1 else f"ε^{order}"
+        rest = f"O(ε^{(order or 0) + 1})"
         size = (
             "of an order that cancellation does not give"
             if error is None
@@ -90,8 +94,8 @@ def _induction(reduction: Reduction) -> str:
     if reduction.exact:
         return "the states agree at the start and after each token if before it: so do the outputs, token by token"
     return (
-        "the states agree at the start and stay within a multiple of eps of each other from token to token, and every "
-        "equation holds at eps = 0 however far they are off in units of eps: so do the outputs in the limit"
+        "the states agree at the start and stay within a multiple of ε of each other from token to token, and every "
+        "equation holds at ε = 0 however far they are off in units of ε: so do the outputs in the limit"
     )
 
 
@@ -100,14 +104,16 @@ def latex(reduction: Reduction) -> str:
     claim = reduction.claim
     source, target = claim.source, claim.target
     goal = r"\infty" if claim.direction == "infinity" else "0"
-    way = "exactly" if reduction.exact else rf"in the limit ${latex_name(str(claim.limit))} \to {goal}$"
+    beside = " and ".join(f"${latex_name(name)}$" for name in reduction.carried)
+    kept = f", {beside} carried beside" if beside else ""
+    way = f"exactly{kept}" if reduction.exact else rf"in the limit ${latex_name(str(claim.limit))} \to {goal}$"
     lines = [rf"\paragraph{{Claim.}} {_words(source.name)} becomes {_words(target.name)} {way}."]
     for r in (source, target):
         lines += [rf"The recurrence of {_words(r.name)}, read {r.read} the update:", _align(_recurrence_rows(r))]
     lines += [*_latex_substitution(reduction), r"\paragraph{Proof.} With this,", _align(_equation_rows(reduction))]
     if reduction.verdict.errors:
         lines += ["where the two sides differ by", _align(_error_rows(reduction))]
-    words = _induction(reduction).replace("eps", r"$\epsilon$")
+    words = _induction(reduction).replace("ε = 0", r"$\epsilon = 0$").replace("ε", r"$\epsilon$")
     lines.append(rf"{words[0].upper()}{words[1:]}. \hfill$\square$")
     return "\n".join(lines) + "\n"
 
@@ -228,7 +234,7 @@ def _latex_eps(expr: sympy.Expr) -> str:
 def text(answer: Answer) -> str:
     """An answer in full: every reduction with its proof, or why there is none."""
     lines = []
-    for kind, found in (("exact", answer.exact), ("limit", answer.limit)):
+    for kind, found in (("exact", answer.exact), ("limit", answer.limit), ("fold", answer.fold)):
         if found is not None:
             lines += [f"{kind}: {answer.source} becomes {answer.target} under {substitution_text(found)}", "proof"]
             lines += [f"  {line}" for line in proof(found)[1:]] + [""]
@@ -251,6 +257,7 @@ def as_dict(answer: Answer) -> dict[str, Any]:
             "text": substitution_text(r),
             "substitution": {name: str(e) for name, e in r.substitution.items()},
             "conditions": list(conditions(r)),
+            "carried": list(r.carried),
             "states": {x.name: str(e) for x, e in r.claim.states.items()},
             "limit": None if r.exact else [str(r.claim.limit), r.claim.direction],
             "order": r.order,
@@ -265,6 +272,7 @@ def as_dict(answer: Answer) -> dict[str, Any]:
         "target": answer.target,
         "exact": told(answer.exact),
         "limit": told(answer.limit),
+        "fold": told(answer.fold),
         "failure": None if failure is None else {"what": failure.what, "counterexample": dict(failure.counterexample)},
         "seconds": answer.seconds,
     }

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 Size = tuple[float, float]
 """Width and height."""
 
-ROW, GAP = 1.4, 0.7
+ROW, GAP = 1.45, 0.95
 """Distance of rows, and between variants of one row."""
 CLEAR = 0.1
 """Free space around a variant."""
-BENDS = (0.0, 0.1, -0.1, 0.2, -0.2, 0.32, -0.32, 0.46, -0.46, 0.62, -0.62)
+BENDS = (0.0, 0.1, -0.1, 0.2, -0.2, 0.32, -0.32, 0.46, -0.46, 0.62, -0.62, 0.8, -0.8)
 """How far a curve may lie off the straight line, as a share of its length."""
 
 
@@ -100,7 +100,7 @@ def rows_of(drawn: Map, edges: Sequence[Edge]) -> tuple[list[list[tuple[str, ...
             graph.add_edge(source, target)
             if not networkx.is_directed_acyclic_graph(graph):  # limits may close a circle: exact edges rank
                 graph.remove_edge(source, target)
-    moves = {(family[e.source], family[e.target]) for e in edges if e.kind == "transform"}
+    moves = {(family[e.source], family[e.target]) for e in edges if e.kind in ("transform", "fold")}
     near: dict = {f: {*graph.predecessors(f), *graph.successors(f)} for f in families}
     for a, b in moves:
         near[a].add(b)
@@ -113,6 +113,9 @@ def rows_of(drawn: Map, edges: Sequence[Edge]) -> tuple[list[list[tuple[str, ...
         below = [depth[n] for n in graph.successors(f)]
         if below:
             depth[f] = min(below) - 1
+    for f in families:  # what only a fold or a transform joins to others stands beside them
+        if near[f] and not graph.degree(f):
+            depth[f] = max(depth[n] for n in near[f])
     rows: dict[int, list[tuple[str, ...]]] = {}
     for f in families:
         if near[f]:
@@ -214,12 +217,13 @@ def _cost(curve: Curve, nodes: Mapping[str, Box], others: Sequence[np.ndarray]) 
     cost = 0.0
     for name, box in nodes.items():
         if name not in (curve.edge.source, curve.edge.target):
+            cost += 30.0 * float(box.holds(points).sum())
             cost += 3.0 * float(box.grown(CLEAR).holds(points).sum())
     if others:
         inner = points[6:-6:2]
         gaps = inner[None, :, None] - np.stack(others)[:, None, 6:-6]
-        near = (gaps**2).sum(-1).min(-1) < 0.12**2
-        cost += 0.5 * float(near.sum())
+        apart = (gaps**2).sum(-1).min(-1)
+        cost += 0.35 * float((apart < 0.12**2).sum()) + 0.12 * float((apart < 0.35**2).sum())
     return cost
 
 
@@ -260,7 +264,11 @@ def _places(curve: Curve, size: Size) -> tuple[np.ndarray, np.ndarray]:
     slope = np.gradient(points, axis=0)
     slope /= np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-9)
     reach = abs(slope[:, 1:]) * wide / 2 + abs(slope[:, :1]) * high / 2 + 0.03
-    aside = np.stack([-slope[:, 1], slope[:, 0]], 1) * reach
+    normal = np.stack([-slope[:, 1], slope[:, 0]], 1)
     off_middle = abs(t - 0.5)
-    beside = off_middle + 0.7
-    return np.concatenate([points, points + aside, points - aside]), np.concatenate([off_middle, beside, beside])
+    centres, far = [points], [off_middle]
+    for distance, dislike in ((0.0, 0.8), (0.2, 3.0), (0.45, 6.0)):
+        for side in (1.0, -1.0):
+            centres.append(points + side * normal * (reach + distance))
+            far.append(off_middle + dislike)
+    return np.concatenate(centres), np.concatenate(far)

@@ -6,6 +6,7 @@ drawn.svg("map.svg")
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,15 +23,12 @@ from dspace.math.cost import K, V
 from dspace.math.explain import as_dict
 from dspace.math.ir import Analysis
 from dspace.math.pipeline import analyse
-from dspace.math.reductions import reduce
+from dspace.math.reductions import Answer, reduce
 
 if TYPE_CHECKING:
     import networkx
 
     from dspace.spec import Spec
-
-VERSION = "4"
-"""Part of the key of stored maps: raise it when the search or the proofs change."""
 
 INVERSES = frozenset({"non_metaplastic"})
 """Transforms that undo another: pictures leave them out, since they go where an exact reduction goes."""
@@ -64,8 +62,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """``source`` becomes ``target``: ``kind`` is "exact" or "limit" for a proven reduction, "transform" where a named
-    transform of its spec makes it; ``proof`` is one a reader can follow."""
+    """``source`` becomes ``target``: ``kind`` is "exact", "limit" or "fold" for a proven reduction, "transform" where a
+    named transform of its spec makes it; ``proof`` is one a reader can follow."""
 
     source: str
     target: str
@@ -123,8 +121,8 @@ class Map:
                 best[pair] = e
         moves = [e for e in self.edges if e.kind == "transform" and e.text not in INVERSES]
         inner = self._inner(family)
-        limits = self._limits(exact, family)
-        return (*best.values(), *inner, *limits, *moves)
+        needed_kinds = [e for kind in ("limit", "fold") for e in self._beyond(kind, exact, family)]
+        return (*best.values(), *inner, *needed_kinds, *moves)
 
     def _inner(self, family: Mapping[str, tuple[str, ...]]) -> list[Edge]:
         """Within a family, where each becomes each: both directions along a tree of the shortest substitutions."""
@@ -144,15 +142,16 @@ class Map:
         parts = {frozenset(c) for c in networkx.connected_components(tree)}
         return [e for pair, e in within.items() if pair in joined or frozenset(family[pair[0]]) not in parts]
 
-    def _limits(self, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
-        """Limits whose end is not reached by another limit of the same source and then exactly."""
+    def _beyond(self, kind: str, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
+        """Limits (or folds) whose end is not reached by another one of the same source and then exactly, nor from
+        what the source becomes exactly."""
         import networkx
 
         after = {f: networkx.descendants(exact, f) for f in exact}
         before = {f: networkx.ancestors(exact, f) for f in exact}
         found: dict[tuple, Edge] = {}
         for e in self.edges:
-            if e.kind == "limit":
+            if e.kind == kind:
                 pair = (family[e.source], family[e.target])
                 if pair not in found or len(e.text) < len(found[pair].text):
                     found[pair] = e
@@ -177,12 +176,12 @@ class Map:
         }
 
     def dot(self) -> str:
-        """The skeleton in Graphviz's language: exact edges solid, limits dashed, transforms dotted."""
+        """The skeleton in Graphviz's language: exact edges solid, limits dashed, folds bold, transforms dotted."""
         lines = ["digraph dspace {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
         for n in self.nodes:
             lines.append(f'  "{n.name}" [fillcolor="{COLOURS[n.letter]}", tooltip="{n.title}"];')
         for e in self.skeleton():
-            style = {"exact": "solid", "limit": "dashed", "transform": "dotted"}[e.kind]
+            style = {"exact": "solid", "limit": "dashed", "fold": "bold", "transform": "dotted"}[e.kind]
             lines.append(f'  "{e.source}" -> "{e.target}" [label="{e.text}", style={style}];')
         return "\n".join([*lines, "}"]) + "\n"
 
@@ -191,12 +190,14 @@ class Map:
         lines = []
         for name in sorted({e.source for e in self.skeleton()}):
             for e in sorted((e for e in self.skeleton() if e.source == name), key=lambda e: (e.kind, e.target)):
-                arrow = {"exact": "→", "limit": "⇢", "transform": "⇒"}[e.kind]
+                arrow = {"exact": "→", "limit": "⇢", "fold": "↠", "transform": "⇒"}[e.kind]
                 lines.append(f"{e.source} {arrow} {e.target}: {e.text}")
         alone = {n.name for n in self.nodes} - {x for e in self.edges for x in (e.source, e.target)}
         reductions = sum(e.kind != "transform" for e in self.edges)
-        count = f"{reductions} proven reductions in all; the others follow from these (→ exact, ⇢ limit)"
+        count = f"{reductions} proven reductions in all; the others follow from these (→ exact, ⇢ limit, ↠ fold)"
         lines += ["", count, "⇒ a transform of the spec on its left makes the variant on its right"]
+        if any(e.kind == "fold" for e in self.skeleton()):
+            lines.append("↠ becomes it once the small states of the variant on the right are carried beside")
         same = [f for f in self.families() if len(f) > 1]
         lines += [f"the same up to substitution: {', '.join(f)}" for f in same]
         if alone:
@@ -238,10 +239,15 @@ def _node(name: str, analysis: Analysis) -> Node:
 
 
 def _edges(source: str, a: Analysis, target: str, b: Analysis, limits: bool) -> list[Edge]:
-    told = as_dict(reduce(a.recurrence, b.recurrence, limits=limits))
+    return edges_of(source, target, reduce(a.recurrence, b.recurrence, limits=limits))
+
+
+def edges_of(source: str, target: str, answer: Answer) -> list[Edge]:
+    """The edges that an answer proves."""
+    told = as_dict(answer)
     return [
         Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"]))
-        for kind in ("exact", "limit")
+        for kind in ("exact", "limit", "fold")
         if told[kind] is not None
     ]
 
@@ -285,7 +291,7 @@ def load_or_build(
 
     ``hashes`` names what each variant is (the hash of its spec); ``analyses`` is called only to build.
     """
-    key = hashlib.sha256(json.dumps([VERSION, sorted(hashes.items())]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([_version(), sorted(hashes.items())]).encode()).hexdigest()
     try:
         stored = json.loads(store.read_text())
         if stored["key"] == key:
@@ -304,6 +310,17 @@ def load_or_build(
     except OSError:
         pass  # a map that cannot be stored is still a map
     return built
+
+
+@functools.cache
+def _version() -> str:
+    """A hash of the text that decides what a map says: that of the language, the mathematics and the transforms."""
+    package = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for name in ("spec", "math"):
+        for path in sorted((package / name).rglob("*.py")):
+            total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def state_bytes_at(node: Node, k: int, v: int) -> int:

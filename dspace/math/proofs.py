@@ -20,8 +20,8 @@ from dspace.math.ir import CONTRACTED, Axes, Recurrence, State, SumK, SumV, Vari
 from dspace.math.numeric import draw, evaluate, full
 from dspace.math.simplify import atomise, is_zero
 
-EPS = sympy.Symbol("eps", positive=True)
-"""The small quantity of a limit."""
+EPS = sympy.Symbol("ε", positive=True)
+"""The small quantity of a limit: no spec can name a variable so."""
 MAX_ORDER = 3
 """Orders of the error of a limit that are tried."""
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import sympy
 
 from dspace.math.candidates import Offers
+from dspace.math.folding import carried, freed
 from dspace.math.grid import Grid
 from dspace.math.ir import DOMAINS, Recurrence, State, SumK, SumV, Variable
 from dspace.math.numeric import draw, evaluate, full
@@ -38,6 +39,8 @@ class Reduction:
 
     claim: Claim
     verdict: Verdict
+    carried: tuple[str, ...] = ()
+    """In a fold: states of the target that are carried beside, and stand in the substitution (see ``folding``)."""
 
     @property
     def exact(self) -> bool:
@@ -76,7 +79,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything found about A -> B."""
+    """Everything found about A -> B.
+
+    ``fold`` is looked for where nothing exact is found: A becomes B once B's small states are carried beside it.
+    """
 
     source: str
     target: str
@@ -84,6 +90,7 @@ class Answer:
     limit: Reduction | None
     failure: Failure | None
     seconds: float
+    fold: Reduction | None = None
 
 
 def reduce(source: Recurrence, target: Recurrence, *, limits: bool = True, seconds: float = 25.0) -> Answer:
@@ -97,8 +104,19 @@ def reduce(source: Recurrence, target: Recurrence, *, limits: bool = True, secon
     for composed in (False, True) if exact is None else (False,):
         for variable, direction in moves:
             limit = limit or search.run(variable, direction, composed)
-    failure = None if exact or limit else search.failure()
-    return Answer(source.name, target.name, exact, limit, failure, time.perf_counter() - start)
+    fold = _fold(source, target, start + seconds) if exact is None else None
+    failure = None if exact or limit or fold else search.failure()
+    return Answer(source.name, target.name, exact, limit, failure, time.perf_counter() - start, fold)
+
+
+def _fold(source: Recurrence, target: Recurrence, deadline: float) -> Reduction | None:
+    """How ``source`` becomes ``target`` with the small states of that one carried beside, if it does."""
+    rest = freed(target)
+    if rest is None:
+        return None
+    search = _Search(source, rest, deadline)
+    found = search.run(None, "", False) or search.run(None, "", True)
+    return None if found is None else replace(found, carried=tuple(s.name for s in carried(target)))
 
 
 def _limits(source: Recurrence, target: Recurrence) -> Iterator[tuple[Variable, str]]:

@@ -33,7 +33,7 @@ def atlas(winner: Analysis) -> dict[str, Any]:
     return {
         "svg": svg(drawn, WINNER),
         "classes": [(COLOURS[c], f"{c}: {NAMES[c]}") for c in COLOURS if c in present],
-        "kinds": [(kind, words) for kind, words in WORDS.items()],
+        "kinds": [(kind, words) for kind, words in WORDS.items() if any(e.kind == kind for e in drawn.edges)],
         "words": sentences(drawn, WINNER),
     }
 

@@ -17,15 +17,9 @@ from dspace.spec import load
 @pytest.fixture(scope="module")
 def drawn(answers) -> Map:
     """The map of all built-in variants, from the answers that the other tests have searched."""
-    from dspace.math.explain import as_dict
-    from dspace.math.map import Node, transform_edges
+    from dspace.math.map import Node, edges_of, transform_edges
 
-    edges = []
-    for (source, target), answer in answers.items():
-        told = as_dict(answer)
-        for kind in ("exact", "limit"):
-            if told[kind] is not None:
-                edges.append(Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"])))
+    edges = [e for (source, target), answer in answers.items() for e in edges_of(source, target, answer)]
     edges += transform_edges({n: load(n) for n in ANALYSES}, ANALYSES)
     nodes = tuple(Node(n, a.source.title, a.classification.letter, "1") for n, a in ANALYSES.items())
     return Map(nodes, tuple(edges), 0.0)

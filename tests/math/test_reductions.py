@@ -190,7 +190,8 @@ def test_map_is_drawn_stored_and_quick_again(tmp_path):
     assert (tmp_path / "map.svg").read_text().count("palimpsa") >= 2
     assert drawn.dot().startswith("digraph")
     assert "palimpsa → palimpsa_folded: b equal along v" in drawn.text()
-    assert f"related to no other here: {LONELY}" in drawn.text()
+    assert f"linear_attention ↠ {LONELY}: q = q/(eps" in drawn.text()
+    assert "related to no other here: mamba2" in build_map({n: few[n] for n in ("mamba2",)}).text()
     json.dumps(drawn.as_dict())
     assert drawn.graph().number_of_nodes() == len(few)
 
