@@ -85,8 +85,9 @@ def _measure(text: str, points: float) -> Size:
     from matplotlib.textpath import TextPath
 
     lines = text.split("\n")
-    widths = [TextPath((0, 0), line or " ", prop=FontProperties(size=points)).get_extents().width for line in lines]
-    return max(widths) / 72, len(lines) * 1.25 * points / 72
+    outlines = [TextPath((0, 0), line or " ", prop=FontProperties(size=points)).vertices for line in lines]
+    # Control points lie outside a curve by little: their extent is quicker to have than the curve's.
+    return max((float(v[:, 0].max()) for v in outlines if len(v)), default=0.0) / 72, len(lines) * 1.25 * points / 72
 
 
 def _figure(drawn: Map) -> Any:

@@ -229,12 +229,12 @@ def _cost(curve: Curve, nodes: Mapping[str, Box], others: Sequence[np.ndarray]) 
 
 def _label(curves: Sequence[Curve], nodes: Mapping[str, Box], sizes: Mapping[Edge, Size]) -> tuple[Box, ...]:
     """A place for the label of each curve, on it or beside it, where it hides least."""
-    lines = [c.at(np.linspace(0.0, 1.0, 81)) for c in curves]
+    lines = [c.at(np.linspace(0.0, 1.0, 49)) for c in curves]
     blocks = np.array([[n.x, n.y, n.width + 0.1, n.height + 0.1] for n in nodes.values()])
     choices = [_places(c, sizes[c.edge]) for c in curves]
     placed = np.full((len(curves), 4), np.nan)
     order = sorted(range(len(curves)), key=lambda i: -sizes[curves[i].edge][0])
-    for _ in range(3):  # again, with all others known
+    for _ in range(2):  # again, with all others known
         for i in order:
             centres, far = choices[i]
             size = np.array(sizes[curves[i].edge])
@@ -244,7 +244,7 @@ def _label(curves: Sequence[Curve], nodes: Mapping[str, Box], sizes: Mapping[Edg
             cost = far + 400.0 * (_overlaps(boxes, blocks) + _overlaps(boxes, others + [0.0, 0.0, 0.08, 0.08]))
             foreign = np.concatenate([line for j, line in enumerate(lines) if j != i] or [np.zeros((0, 2))])
             hidden = (abs(foreign[None] - centres[:, None]) < size / 2).all(-1)
-            placed[i] = boxes[int(np.argmin(cost + 0.25 * hidden.sum(1)))]
+            placed[i] = boxes[int(np.argmin(cost + 0.4 * hidden.sum(1)))]
     return tuple(Box(*map(float, row)) for row in placed)
 
 
@@ -259,7 +259,7 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _places(curve: Curve, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Centres where the label may be, and how far each is from the best: on the middle of its line."""
     wide, high = size
-    t = np.linspace(0.12, 0.88, 25)
+    t = np.linspace(0.14, 0.86, 19)
     points = curve.at(t)
     slope = np.gradient(points, axis=0)
     slope /= np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-9)
