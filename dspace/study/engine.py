@@ -87,8 +87,9 @@ class Engine:
     def run(self) -> Summary:
         search = Phase(self.study)
         comparisons = [Phase(self.study, name) for name in self.study.compare]
+        composer = Composer(self.study, self.root)
         if self.objective == DEFAULT_OBJECTIVE:
-            Composer(self.study, self.root).check()
+            composer.check()
         ledger.remove_stale_lock(self.home)
         self.storage = connect(self.home)
         try:
@@ -97,7 +98,7 @@ class Engine:
                 ledger.refuse_changes(self.home, search, self.storage, optuna_study)
                 self.write_definition(optuna_study)
                 self.heal([search, *comparisons])
-                ledger.enqueue_cover(self.home, search, optuna_study)
+                ledger.enqueue_cover(self.home, search, optuna_study, composer.walk)
                 self.run_phase(search, optuna_study)
                 for phase in comparisons:
                     missing = ledger.enqueue_comparison(self.home, phase, self.storage, optuna_study)
@@ -161,7 +162,7 @@ class Engine:
         trials = optuna_study.get_trials(deepcopy=False)
         if phase.comparison is not None:
             return len(ledger.waiting(trials))
-        return max(self.study.budget.trials - ledger.used(trials), 0)
+        return max(self.study.budget.trials - ledger.spent(self.study, trials), 0)
 
     def launch(self, phase: Phase, deadline: float) -> None:
         self.launched += 1

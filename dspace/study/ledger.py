@@ -20,6 +20,8 @@ from dspace.study.trial import derive_seed
 if TYPE_CHECKING:
     import optuna
 
+    from dspace.study.walk import Walk
+
 MAX_ATTEMPTS = 2
 """A trial whose worker died is tried once more."""
 
@@ -126,6 +128,13 @@ def used(trials: list[Any]) -> int:
     return sum(t.state.name != "WAITING" and t.number not in repeated for t in trials)
 
 
+def spent(study: StudyFile, trials: list[Any]) -> int:
+    """Trials that count towards the budget: those of a point that was trained before cost nothing, and up to as many
+    of them as the budget has trials are not counted (beyond, the space is exhausted)."""
+    duplicates = sum("duplicate_of" in t.user_attrs for t in trials)
+    return used(trials) - min(duplicates, study.budget.trials)
+
+
 def waiting(trials: list[Any]) -> list[Any]:
     return [t for t in trials if t.state.name == "WAITING"]
 
@@ -135,7 +144,7 @@ def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: st
     with claim(home):
         trials = optuna_study.get_trials(deepcopy=False)
         if phase.comparison is None:
-            if used(trials) >= phase.study.budget.trials:
+            if spent(phase.study, trials) >= phase.study.budget.trials:
                 return None
         elif not waiting(trials):
             return None
@@ -224,8 +233,11 @@ def remove_stale_lock(home: Home) -> None:
                 lock.unlink(missing_ok=True)
 
 
-def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
-    """See that each choice of each structural axis, and each arm of a comparison, is tried at least once."""
+def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study, walk: Walk | None = None) -> None:
+    """See that each choice of each structural axis, and each arm of a comparison, is tried at least once.
+
+    ``walk`` turns choices on the axes of the space into a point that has them; choices without one are left out.
+    """
     study = phase.study
     with claim(home):
         if optuna_study.get_trials(deepcopy=False):
@@ -236,7 +248,8 @@ def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
             wanted += [
                 {name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)
             ]
-        for choices in wanted[: study.budget.trials]:
+        told = [c if walk is None else walk.parameters(c) for c in wanted]
+        for choices in [c for c in told if c is not None][: study.budget.trials]:
             optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
 
 
@@ -259,9 +272,14 @@ def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.St
             for repeat in range(comparison.seeds):
                 if any(t.user_attrs.get("arm") == arm and t.user_attrs.get("repeat") == repeat for t in existing):
                     continue
-                attributes = {"arm": arm, "repeat": repeat, "params": dict(trial.params), "from_trial": trial.number}
+                attributes = {"arm": arm, "repeat": repeat, "params": params_of(trial), "from_trial": trial.number}
                 optuna_study.enqueue_trial({"arm": arm, "repeat": repeat}, user_attrs=attributes)
     return missing
+
+
+def params_of(trial: Any) -> dict[str, Any]:
+    """The value on every axis of a trial: as the worker told them, where the sampler was not asked for all."""
+    return dict(trial.user_attrs.get("params") or trial.params)
 
 
 def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = None) -> Any | None:
@@ -272,7 +290,7 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
         for t in trials
         if t.state.name == "COMPLETE"
         and metric in t.user_attrs.get("metrics", {})
-        and all(t.params.get(k) == v for k, v in (fixed or {}).items())
+        and all(params_of(t).get(k) == v for k, v in (fixed or {}).items())
     ]
 
     def rank(t: Any) -> tuple[float, float, int]:

@@ -21,6 +21,9 @@ def train_point(job: Job) -> Outcome:
     runs = [_train_once(job, repeat) for repeat in range(job.study.budget.seeds_per_point)]
     metrics = {k: _mean([r.metrics[k] for r in runs]) for k in runs[0].metrics}
     test = {k: _mean([r.test[k] for r in runs]) for k in runs[0].test}
+    cost = job.composer.cost(job.point)
+    if cost is not None:
+        metrics["gpu_ms"] = cost.gpu_ms
     attributes = runs[0].attributes
     if len(runs) > 1:
         attributes["metrics_by_seed"] = [r.metrics for r in runs]

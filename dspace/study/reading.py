@@ -142,7 +142,10 @@ def _pydantic_problem(item: Any, report: _Report) -> None:
 
 def _check(study: StudyFile, report: _Report) -> None:
     """What types alone cannot say: names that refer to each other, intervals, targets, the task's own rules."""
+    _check_space(study, report)
     for name in study.objectives:
+        if name == "gpu_ms" and study.cost is None:
+            report.add("gpu_ms needs to know the GPU", "objectives", name, cure='[cost]\n  gpu = "H100"')
         if name not in METRICS:
             _unknown(report, "objective", name, METRICS, "objectives", name)
     if not study.objectives:
@@ -162,6 +165,31 @@ def _check(study: StudyFile, report: _Report) -> None:
         for arm, fixed in comparison.arms.items():
             _check_choices(study, {k: [v] for k, v in fixed.items()}, report, "compare", name, "arms", arm)
     _check_task(study, report)
+
+
+def _check_space(study: StudyFile, report: _Report) -> None:
+    """A base or the space, not both; choices and axes that exist; a GPU that is known."""
+    from dspace.math.roofline import GPUS, find_gpu
+    from dspace.space.points import AXES
+
+    if study.space is None and not study.base:
+        report.add("'base' is missing", "base", cure="add base = ... here, or a [space] to walk through")
+    if study.space is not None and study.base:
+        report.add("a study has a base or a [space], not both", "base", cure="remove one of them")
+    if study.space is not None:
+        for axis, known in AXES.items():
+            for choice in getattr(study.space, axis) or []:
+                if choice not in known:
+                    _unknown(report, f"choice of the axis {axis!r}:", choice, known, "space", axis)
+            if getattr(study.space, axis) == []:
+                report.add("no choice is allowed", "space", axis, cure=f"some of {', '.join(known)}, or leave it out")
+        for axis in study.axes.keys() & AXES.keys():
+            report.add(f"{axis!r} is an axis of the space already", "axes", axis, cure="give it another name")
+    if study.cost is not None:
+        try:
+            find_gpu(study.cost.gpu)
+        except UserError:
+            _unknown(report, "GPU", study.cost.gpu, GPUS, "cost", "gpu")
 
 
 def _unknown(report: _Report, what: str, name: str, known: Iterable[str], *path: str) -> None:

@@ -19,6 +19,7 @@ METRICS: dict[str, tuple[Direction, str]] = {
     "accuracy": ("maximize", "recall over all queries"),
     "loss": ("minimize", "cross-entropy at the queries, in nats"),
     "state_bytes": ("minimize", "bytes of recurrent state per sequence, all layers and heads, at four bytes a number"),
+    "gpu_ms": ("minimize", "expected milliseconds of a forward pass of the recurrences on the GPU of [cost]"),
     "tokens_per_second": ("maximize", "training tokens per second on this machine"),
 }
 """Every objective by name, with its natural direction and its meaning."""
@@ -123,6 +124,29 @@ class Axis(Table):
         return self.choices is not None
 
 
+class SpaceTable(Table):
+    """Search over the structural space of :mod:`dspace.space`: the choices allowed on each axis, all by default."""
+
+    structure: list[str] | None = None
+    evidence: list[str] | None = None
+    forgetting: list[str] | None = None
+    target: list[str] | None = None
+    prior_precision: list[str] | None = None
+    prior_mean: list[str] | None = None
+    correction: list[str] | None = None
+    readout: list[str] | None = None
+
+
+class CostTable(Table):
+    """What a point may cost on a GPU by its roofline: dearer ones are not trained."""
+
+    gpu: str = "H100"
+    tokens: int = Field(default=65_536, ge=1)
+    """Tokens of the batch whose forward pass is meant."""
+    max_ms: float | None = Field(default=None, gt=0)
+    max_state_bytes: float | None = Field(default=None, gt=0)
+
+
 class BudgetTable(Table):
     """When the search ends: after ``trials`` or after ``minutes``, whichever is first."""
 
@@ -180,7 +204,10 @@ class StudyFile(Table):
     title: str = ""
     doc: str = ""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    base: str
+    base: str = ""
+    """The spec that the axes patch; not with ``space``, whose points are whole specs."""
+    space: SpaceTable | None = None
+    cost: CostTable | None = None
     task: TaskTable
     model: ModelTable = ModelTable()
     train: TrainTable = TrainTable()
@@ -193,8 +220,26 @@ class StudyFile(Table):
     compare: dict[str, Comparison] = Field(default_factory=dict)
 
     @property
+    def space_axes(self) -> dict[str, Axis]:
+        """The axes of the space that the study walks, with the choices that it allows; none without ``[space]``."""
+        if self.space is None:
+            return {}
+        from dspace.space.points import AXES
+
+        found = {}
+        for name, choices in AXES.items():
+            allowed = getattr(self.space, name) or choices
+            found[name] = Axis(choices={c: Patch(doc=doc) for c, doc in choices.items() if c in allowed})
+        return found
+
+    @property
+    def every_axis(self) -> dict[str, Axis]:
+        """The axes of the space, then those that the file declares."""
+        return {**self.space_axes, **self.axes}
+
+    @property
     def structural_axes(self) -> dict[str, Axis]:
-        return {name: axis for name, axis in self.axes.items() if axis.structural}
+        return {name: axis for name, axis in self.every_axis.items() if axis.structural}
 
     @property
     def directions(self) -> list[Direction]:

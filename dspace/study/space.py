@@ -9,7 +9,8 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import optuna
 
     from dspace.spec import Spec
+    from dspace.study.cost import Cost
+    from dspace.study.walk import Walk
 
 Params = Mapping[str, Scalar]
 """Axis name -> choice (structural) or value (numerical): what Optuna stores as a trial's parameters."""
@@ -37,11 +40,14 @@ class Point:
     train: TrainTable
     task: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Equal for two points that would train the same thing (names and words do not count)."""
-        spec = {k: v for k, v in self.spec.items() if k not in ("name", "title", "references", "doc")}
-        content = [spec, self.model.model_dump(), self.train.model_dump(), self.task]
+        """Equal for two points that would train the same thing: spelling and names of the spec do not count."""
+        from dspace.study.identity import spec_identity
+
+        model = self.model.model_dump()
+        starts = model.pop("init")
+        content = [spec_identity(self.build(), starts), model, self.train.model_dump(), self.task]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def build(self) -> Spec:
@@ -58,7 +64,7 @@ def exists(axis: Axis, params: Params) -> bool:
 
 def ordered(study: StudyFile) -> Iterator[tuple[str, Axis]]:
     """Axes such that each comes after those that its ``when`` names."""
-    left = dict(study.axes)
+    left = dict(study.every_axis)
     while left:
         ready = [name for name, axis in left.items() if not any(other in left for other in axis.when)]
         if not ready:
@@ -67,11 +73,11 @@ def ordered(study: StudyFile) -> Iterator[tuple[str, Axis]]:
             yield name, left.pop(name)
 
 
-def suggest(study: StudyFile, trial: optuna.Trial) -> dict[str, Scalar]:
-    """Ask Optuna for a value on every axis that exists."""
-    params: dict[str, Scalar] = {}
+def suggest(study: StudyFile, trial: optuna.Trial, walk: Walk | None = None) -> dict[str, Scalar]:
+    """Ask Optuna for a value on every axis that exists; ``walk`` says which points a study of the space may visit."""
+    params: dict[str, Scalar] = walk.suggest(trial) if walk is not None else {}
     for name, axis in ordered(study):
-        if not exists(axis, params):
+        if name in params or not exists(axis, params):
             continue
         if axis.choices is not None:
             params[name] = trial.suggest_categorical(name, list(axis.choices))
@@ -101,11 +107,15 @@ def middle(study: StudyFile, choices: Params) -> dict[str, Scalar]:
     return params
 
 
-def structures(study: StudyFile, limit: int = 256) -> list[dict[str, str]]:
+def structures(study: StudyFile, limit: int = 256, walk: Walk | None = None) -> list[dict[str, str]]:
     """Every combination of structural choices that can occur (at most ``limit``)."""
     found: list[dict[str, str]] = [{}]
+    if walk is not None:
+        # Every point of the space composes: a few of them, spread over it, try the patches.
+        step = max(len(walk.points) // 8, 1)
+        found = [{k: str(v) for k, v in asdict(p).items()} for p in walk.points[::step]]
     for name, axis in ordered(study):
-        if axis.choices is None:
+        if axis.choices is None or any(name in choices for choices in found):
             continue
         grown = (
             {**so_far, name: choice} if exists(axis, so_far) else so_far
@@ -141,22 +151,23 @@ class Composer:
         """The point of these parameters. Raises UserError when its pieces do not fit."""
         study, base, transform = self.study, self.study.base, None
         patches = []
+        point = self.space_spec(params)
         for name, axis in ordered(study):
             if axis.choices is not None and name in params:
                 patch = axis.choices[str(params[name])]
                 base, transform = patch.base or base, patch.transform or transform
                 patches.append(patch)
-        spec = self.base(base, transform)
+        spec = self.base(base, transform) if point is None else point
         model, train = study.model.model_dump(), study.train.model_dump()
         for patch in patches:
             merge(spec, patch.spec)
             merge(model, patch.model)
             train.update(patch.train)
-        for name, axis in study.axes.items():
+        for name, axis in study.every_axis.items():
             if not axis.structural and name in params:
                 _place(axis, params[name], {"spec": spec, "model": model, "train": train}, name)
-        choices = [str(params[name]) for name, axis in study.axes.items() if axis.structural and name in params]
-        spec["name"] = identifier("_".join([study.name, *choices]))
+        choices = [str(params[name]) for name in study.structural_axes if name in params]
+        spec["name"] = identifier("_".join([study.name, *choices]))[:64].rstrip("_")
         spec["title"] = f"{study.title or study.name}: {', '.join(choices) or spec.get('title', '')}"
         task = {"name": study.task.name, **study.task.sizes}
         try:
@@ -165,16 +176,74 @@ class Composer:
             text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"{', '.join(choices)}: the composed model or training is wrong: {text}") from None
 
+    @cached_property
+    def walk(self) -> Walk | None:
+        """The points that a study of the space may visit; None for a study of a base."""
+        from dspace.study.walk import walk_of
+
+        return walk_of(self.study) if self.study.space is not None else None
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Scalar]:
+        """Ask Optuna for a point."""
+        return suggest(self.study, trial, self.walk)
+
+    def space_spec(self, params: Params) -> dict[str, Any] | None:
+        """Tables of the point of the space that ``params`` name; None where the study has a base."""
+        from dspace.space.composing import compose
+        from dspace.study.walk import point_of
+
+        point = point_of(params) if self.study.space is not None else None
+        return None if point is None else tomllib.loads(compose(point).to_toml())
+
+    def cost(self, point: Point) -> Cost | None:
+        """What the point costs on the GPU of ``[cost]``; None without one."""
+        if self.study.cost is None:
+            return None
+        from dspace.math import analyse
+        from dspace.math.roofline import costs_of
+        from dspace.study.cost import expected
+
+        return expected(costs_of(analyse(point.build())), self.study.cost, point.model)
+
     def check(self) -> int:
         """Build every structural combination once, before any work is spent; returns how many there are."""
-        combinations = structures(self.study)
+        combinations = structures(self.study, walk=self.walk)
         for choices in combinations:
             try:
                 self.compose(middle(self.study, choices)).build()
             except DspaceError as error:
                 named = ", ".join(f"{k} = {v}" for k, v in choices.items()) or "the base spec"
                 raise UserError(f"study {self.study.name!r}, {named}: the composed spec is wrong\n{error}") from None
+        self._check_arms()
+        self._check_cost(combinations)
         return len(combinations)
+
+    def _check_arms(self) -> None:
+        for name, comparison in self.study.compare.items():
+            for arm, fixed in comparison.arms.items():
+                if self.walk is not None and self.walk.parameters(fixed) is None:
+                    raise UserError(
+                        f"study {self.study.name!r}: no point of its space is the arm {arm!r} of the comparison {name!r}\n"
+                        "  cure: other choices for the arm, or more in [space]"
+                    )
+
+    def _check_cost(self, combinations: list[dict[str, str]]) -> None:
+        from dspace.study.cost import refusal
+
+        table = self.study.cost
+        if table is None or self.walk is not None or (table.max_ms is None and table.max_state_bytes is None):
+            return
+        reasons = []
+        for choices in combinations:
+            cost = self.cost(self.compose(middle(self.study, choices)))
+            reason = refusal(table, cost) if cost is not None else ""
+            if not reason:
+                return
+            reasons.append(reason)
+        raise UserError(
+            f"study {self.study.name!r}: every structure costs more than [cost] allows, such as {reasons[0]}\n"
+            "  cure: raise the limits, or make the model smaller"
+        )
 
 
 def merge(into: dict[str, Any], patch: Mapping[str, Any]) -> None:

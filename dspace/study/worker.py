@@ -22,9 +22,10 @@ from types import FrameType
 from typing import Any
 
 from dspace.errors import DspaceError, UserError
+from dspace.study.cost import refusal
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
 from dspace.study.reading import load
-from dspace.study.space import Composer, suggest
+from dspace.study.space import Composer
 from dspace.study.storage import Home, connect, explain, worker_lock
 from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped, derive_seed, should_prune, values_of
 
@@ -114,7 +115,9 @@ class Worker:
     def attempt(self, trial: Any, scratch: Path) -> Outcome:
         attributes = trial.user_attrs
         if self.phase.comparison is None:
-            params = suggest(self.study, trial)
+            params = self.composer.suggest(trial)
+            if self.study.space is not None:  # the sampler is not asked where one choice is left
+                trial.set_user_attr("params", params)
             seed = derive_seed(self.study.seed, root_number(attributes, trial.number))
         else:
             comparison = self.study.compare[self.phase.comparison]
@@ -139,15 +142,33 @@ class Worker:
 
         job.on_report, job.should_stop = on_report, self.should_stop
         if getattr(self.objective, "composes", False):
+            self.refuse_cost(trial, job)
             trial.set_user_attr("point_hash", job.point.hash)
             twin = self.same_point(trial.number, job.point.hash) if self.phase.comparison is None else None
             if twin is not None:
-                kept = {
-                    k: v for k, v in twin.user_attrs.items() if k not in ("worker", "host", "seed", "test", "metrics")
-                }
-                metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
-                return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
+                return self.outcome_of(trial, twin)
         return self.objective(job)
+
+    def refuse_cost(self, trial: Any, job: Job) -> None:
+        """Record what the point would cost. Raises Pruned where that is more than the study allows."""
+        cost = job.composer.cost(job.point)
+        if cost is None or self.study.cost is None:
+            return
+        trial.set_user_attr("cost", {"gpu": cost.gpu, "gpu_ms": cost.gpu_ms, "limit": cost.limit})
+        reason = refusal(self.study.cost, cost)
+        if reason and self.phase.comparison is None:
+            raise Pruned(reason)
+
+    def outcome_of(self, trial: Any, twin: Any) -> Outcome:
+        """What the trial of the same point gave, or gives or gave up: it is not run again. Raises Pruned for the latter."""
+        trial.set_user_attr("duplicate_of", twin.number)
+        if twin.state.name != "COMPLETE":
+            what = "is running" if twin.state.name == "RUNNING" else "was stopped"
+            raise Pruned(f"the same point {what} as trial {twin.number}")
+        own = ("worker", "host", "seed", "test", "metrics", "params", "cost", "retry_of", "root", "attempt")
+        kept = {k: v for k, v in twin.user_attrs.items() if k not in own}
+        metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
+        return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
 
     def finished_curves(self, number: int) -> list[list[dict[str, float]]]:
         trials = self.optuna.get_trials(deepcopy=False)
@@ -158,11 +179,16 @@ class Worker:
         ]
 
     def same_point(self, number: int, point_hash: str) -> Any | None:
-        """A completed trial that trained exactly this."""
-        for t in self.optuna.get_trials(deepcopy=False):
-            if t.state.name == "COMPLETE" and t.number != number and t.user_attrs.get("point_hash") == point_hash:
-                return t
-        return None
+        """A trial that trained exactly this, or began to before: the complete one if there is one."""
+        found = [
+            t
+            for t in self.optuna.get_trials(deepcopy=False)
+            if t.number != number
+            and t.user_attrs.get("point_hash") == point_hash
+            and "duplicate_of" not in t.user_attrs
+            and (t.state.name in ("COMPLETE", "PRUNED") or (t.state.name == "RUNNING" and t.number < number))
+        ]
+        return min(found, key=lambda t: (t.state.name != "COMPLETE", t.number), default=None)
 
     def keep(self, trial: Any, outcome: Outcome, scratch: Path) -> None:
         """Store attributes and artifacts before the trial counts as complete."""
