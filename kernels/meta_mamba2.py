@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'meta_mamba2', hash 2147f93753615335, by emitter 2.
+Generated from the spec 'meta_mamba2', hash 2147f93753615335, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -64,7 +64,7 @@ SPEC = {'name': 'meta_mamba2',
            'v': 'dt * silu(conv(linear))',
            'g': '-dt * exp(A_log)',
            'b': 'dt * sigmoid(low_rank) * softplus(head_scale)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_meta_mamba2_2147f937'  # namespace of this module's PyTorch operators
 
 
@@ -1747,21 +1747,26 @@ def _registers(tensor, count):
     return {"maxnreg": count} if _fast(tensor) and count else {}
 
 
-def _forward_tiles(K, V, dtype):
+def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return 1, min(tiles, 2), 1, 0
-    turns = _cdiv(tiles, 6)
-    N = _cdiv(tiles, turns)
-    if N > 4 and N % 2 == 0:
-        return 2, N // 2, 1, 0
-    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
+        return [(1, min(tiles, 2), 1, 0)]
+    N = _cdiv(tiles, _cdiv(tiles, 6))
+    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 1, 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
+    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    return [first, *(x for x in others if x != first)]
 
 
-def _backward_tiles(K, V, dtype):
+def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
-    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16 or tiles == 1:
+        return [(1, 1, 0)]
+    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
 
 
 def _settle_tiles(K, V):
@@ -1777,7 +1782,7 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
@@ -1808,7 +1813,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 3, N * H, device)
+    bounds = _windows(T, bytes_a_token, 2, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)
@@ -1826,7 +1831,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
             k, v, b, decay_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
         )
-        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)
+        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
         _reads_kernel[(chunks, H)](
             k, q, v, b, decay_0, I_p, border, read_0, read_1, spans,
             scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
@@ -1844,7 +1849,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
     N = S.shape[0]
     dtype, device = k.dtype, k.device
     OT, precision = _operands(dtype)
-    I_local, N_local, registers = _backward_tiles(K, V, dtype)
+    I_local, N_local, registers = _chosen(_local_proposals, 'ratio_local', K, V, dtype)
     slabs_here = _cdiv(K, 16 * I_local * N_local)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}

@@ -27,21 +27,26 @@ def _registers(tensor, count):
     return {{"maxnreg": count}} if _fast(tensor) and count else {{}}
 
 
-def _forward_tiles(K, V, dtype):
+def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return 1, min(tiles, 2), 1, 0
-    turns = _cdiv(tiles, 6)
-    N = _cdiv(tiles, turns)
-    if N > 4 and N % 2 == 0:
-        return 2, N // 2, 1, 0
-    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
+        return [(1, min(tiles, 2), 1, 0)]
+    N = _cdiv(tiles, _cdiv(tiles, 6))
+    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 1, 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
+    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    return [first, *(x for x in others if x != first)]
 
 
-def _backward_tiles(K, V, dtype):
+def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
-    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16 or tiles == 1:
+        return [(1, 1, 0)]
+    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
 
 
 def _settle_tiles(K, V):
@@ -57,7 +62,7 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
@@ -98,7 +103,7 @@ def lists(words: Words) -> dict[str, list[str]]:
 
 
 _SLABS = [
-    "    I_local, N_local, registers = _backward_tiles(K, V, dtype)",
+    "    I_local, N_local, registers = _chosen(_local_proposals, 'ratio_local', K, V, dtype)",
     "    slabs_here = _cdiv(K, 16 * I_local * N_local)",
 ]
 
@@ -115,7 +120,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
         f"    bytes_a_token = {adjoints * count} * B * H * K * V * kept.itemsize // 16",
-        f"    bounds = _windows(T, bytes_a_token, {5 - 2 * adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
+        f"    bounds = _windows(T, bytes_a_token, {3 - adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
         *(["    if given:", "        bounds = [0, T]"] if adjoints > 1 else []),
         "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
@@ -161,7 +166,7 @@ def forward(words: Words) -> str:
         *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
         *TABLES,
         *_states_lines(words, n, True, 8),
-        "        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)",
+        "        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
         "        _reads_kernel[(chunks, H)](",
         f"            {', '.join([*n['k_in'], *n['v_in'], *words.decays, *n['parameters'], 'border', *reads])}, spans,",
         "            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
