@@ -1295,6 +1295,17 @@ def _step(at, mask):
     return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
 
 
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of log decays from the start of each token's chunk, float32."""
+    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    token = begin + tl.arange(0, 16)
+    here = (token < end)[:, None] & (o_h < H)[None, :]
+    at = token[:, None] * H + o_h[None, :]
+    tl.store(sums + at, tl.cumsum(_step(decay + at, here), axis=0), mask=here)
+
+
 @_kernel
 def _tile_step(at, mask):
     return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
@@ -1302,7 +1313,7 @@ def _tile_step(at, mask):
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _states_kernel(
-    k_in, v_in, b_in, decay_0_in, S_start, S_importance_start, chunks, S_end, S_importance_end, offsets, bases,
+    k_in, v_in, b_in, sums_0, S_start, S_importance_start, chunks, S_end, S_importance_end, offsets, bases,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1319,6 +1330,7 @@ def _states_kernel(
     tile = o_v[:, None] * K + o_k[None, :]
     S = tl.load(S_start + user, mask=m_tile, other=0.0).to(tl.float32)
     S_importance = tl.load(S_importance_start + user, mask=m_tile, other=0.0).to(tl.float32)
+    next_0 = tl.load(sums_0 + (tl.minimum(begin + 0 * 16 + 16, end) - 1) * H + i_h, mask=begin < end, other=0.0)
     for i_c in range(0, tl.cdiv(end - begin, 16)):
         slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
         if STORE:
@@ -1327,9 +1339,10 @@ def _states_kernel(
         token = begin + i_c * 16 + o_c
         live = token < end
         at = token * H + i_h
-        step = _step(decay_0_in + at, live)
-        whole_0 = tl.sum(step, 0)
-        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - tl.cumsum(step, 0), 0.0)), 0.0)
+        whole_0 = next_0
+        next_0 = tl.load(sums_0 + (tl.minimum(begin + (i_c + 1) * 16 + 16, end) - 1) * H + i_h)  # of the next turn; behind the end, the last
+        part = tl.load(sums_0 + at, mask=live, other=0.0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
         raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
@@ -1618,7 +1631,7 @@ def _local_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _carry_kernel(
-    chunks, adjoints, decay_0_in, d_S_end, d_S_importance_end, d_S_start, d_S_importance_start, products, offsets, bases,
+    chunks, adjoints, sums_0, d_S_end, d_S_importance_end, d_S_start, d_S_importance_start, products, offsets, bases,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1635,23 +1648,23 @@ def _carry_kernel(
     d_S_importance = tl.load(d_S_importance_end + user, mask=m_e, other=0.0).to(tl.float32)
     slot = ((base + (many - 1)) * H + i_h) * 2 * V * K
     here = m_e & (o_e * 0 + (many - 1) >= 0)
-    token = begin + (many - 1) * 16 + tl.arange(0, 16)
+    last = (tl.minimum(begin + (many - 1) * 16 + 16, end) - 1) * H + i_h
     handed_0 = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
     start_0 = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
     handed_1 = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
     start_1 = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
-    whole_0 = tl.sum(_step(decay_0_in + token * H + i_h, (token < end) & (token >= begin)), 0)
+    whole_0 = tl.load(sums_0 + last, mask=(many - 1) >= 0, other=0.0)
     for i_r in range(0, many):
         i_c = many - 1 - i_r
         # of the next turn, so that its latency hides behind this one
         slot = ((base + (i_c - 1)) * H + i_h) * 2 * V * K
         here = m_e & (o_e * 0 + (i_c - 1) >= 0)
-        token = begin + (i_c - 1) * 16 + tl.arange(0, 16)
+        last = (tl.minimum(begin + (i_c - 1) * 16 + 16, end) - 1) * H + i_h
         handed_0_next = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
         start_0_next = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
         handed_1_next = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
         start_1_next = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
-        whole_0_next = tl.sum(_step(decay_0_in + token * H + i_h, (token < end) & (token >= begin)), 0)
+        whole_0_next = tl.load(sums_0 + last, mask=(i_c - 1) >= 0, other=0.0)
         slot = ((base + i_c) * H + i_h) * 2 * V * K
         tl.store(adjoints + slot + 0 * V * K + o_e, d_S.to(adjoints.dtype.element_ty), mask=m_e)
         d_S = handed_0.to(tl.float32) + tl.exp(whole_0) * d_S
@@ -1669,7 +1682,7 @@ def _carry_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _settle_kernel(
-    k_in, v_in, b_in, decay_0_in, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
+    k_in, v_in, b_in, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLABS: tl.constexpr,
     PARTS: tl.constexpr, BP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -1690,8 +1703,9 @@ def _settle_kernel(
     m_k = o_k < K
     m_ck = live[:, None] & m_k[None, :]
     at_k = at[:, None] * K + o_k[None, :]
-    step = _step(decay_0_in + start + at, live)
-    until_0 = tl.where(live, tl.exp(tl.minimum(tl.sum(step, 0) - tl.cumsum(step, 0), 0.0)), 0.0)
+    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
+    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
+    until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
     wrote_0 = tl.zeros([16], tl.float32)
     direct_0 = tl.zeros([16], tl.float32)
     raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
@@ -1761,6 +1775,13 @@ def _reads_proposals(K, V, dtype):
     return [first, *(x for x in others if x != first)]
 
 
+def _states_proposals(K, V, dtype):
+    """(BK, BV, warps) of the kernel of the states at chunk starts."""
+    BK, BV = _tile(K, 32), _tile(V, 64)
+    first = BK, BV, 4 if BK * BV >= 2048 else 2
+    return [first, (BK, _tile(V, 32), 2), (BK, _tile(V, 16), 1)] if dtype == torch.bfloat16 else [first]
+
+
 def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
     tiles = _cdiv(K, 16)
@@ -1803,6 +1824,13 @@ def _window(T, low, high, offsets, N):
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
 
 
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
+
+
 def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, variance, keep=None):
     """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""
     B, T, H, K = k.shape
@@ -1821,15 +1849,17 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
     S_end = S
     S_importance_end = S_importance
     border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
+    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     for low, high in zip(bounds[:-1], bounds[1:]):
         S_start, S_end = S_end, torch.empty_like(S)
         S_importance_start, S_importance_end = S_importance_end, torch.empty_like(S_importance)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
-        BK, BV = _tile(K, 32), _tile(V, 64)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+        BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
         _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, decay_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
-            K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+            k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
+            K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
         )
         I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
         _reads_kernel[(chunks, H)](
@@ -1838,7 +1868,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
     if keep is not None and len(bounds) == 2 and border.numel() <= k.numel() + v.numel() + b.numel() + q.numel():
-        keep.append(border)
+        keep += [border, sums_0]
     return read_0, read_1, S_end, S_importance_end
 
 
@@ -1868,9 +1898,10 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
     d_decay_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     d_I_p = 0
     if given:
-        (border,) = given
+        border, sums_0 = given
     else:
         border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
+        sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     adjoints = torch.empty_like(border)
     d_k_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
     d_value_0_0_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)
@@ -1889,10 +1920,11 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         S_importance_start, S_importance_end = S_importance_end, torch.empty_like(S_importance)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
-        BK, BV = _tile(K, 32), _tile(V, 64)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+        BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
         _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, decay_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
-            K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=4, num_stages=3, **common,
+            k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
+            K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=warps, num_stages=3, **common,
         )
     for low, high in zip(bounds[-2::-1], bounds[:0:-1]):
         S_start, S_end = S_starts.pop(), torch.empty_like(S)
@@ -1900,10 +1932,11 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
         if not given:
-            BK, BV = _tile(K, 32), _tile(V, 64)
+            _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
+            BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
             _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-                k, v, b, decay_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
-                K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
+                k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases, *place,
+                K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
             )
         d_I_p_part = torch.empty((H, slabs_here * chunks), dtype=torch.float32, device=device)
         _local_kernel[(chunks, H, slabs_here)](
@@ -1915,13 +1948,13 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         d_S_start = torch.empty_like(S)
         d_S_importance_start = torch.empty_like(S_importance)
         _carry_kernel[(parts, N * H)](
-            border, adjoints, decay_0, d_S_end, d_S_importance_end,
+            border, adjoints, sums_0, d_S_end, d_S_importance_end,
             d_S_start, d_S_importance_start, products, inside, bases, *place,
             K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,
         )
         BK, BV, warps = _settle_tiles(K, V)
         _settle_kernel[(chunks, H)](
-            k, v, b, decay_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
+            k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
             *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
             num_warps=warps, num_stages=2, **common,
         )

@@ -25,7 +25,7 @@ def states_kernel(words: Words) -> str:
     keys, values = words.tensors("k", plan.keys), words.tensors("v", plan.values)
     pointers = [
         *(f"{n}_in" for n in (*keys, *values)),
-        *(f"{d}_in" for d in words.decays),
+        *words.sums,
         *(f"{s}_start" for s in words.states),
         "chunks",
     ]
@@ -51,6 +51,9 @@ def states_kernel(words: Words) -> str:
 '''.strip("\n").splitlines()
     for s in words.states:
         lines.append(f"    {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)")
+    last = "(tl.minimum(begin + {} * 16 + 16, end) - 1) * H + i_h"
+    for d in range(len(plan.decays)):
+        lines.append(f"    next_{d} = tl.load(sums_{d} + {last.format(0)}, mask=begin < end, other=0.0)")
     lines += [
         "    for i_c in range(0, tl.cdiv(end - begin, 16)):",
         f"        slot = chunks + ((base + i_c) * H + i_h) * {len(plan.states)} * V * K + tile",
@@ -65,9 +68,10 @@ def states_kernel(words: Words) -> str:
 """.strip("\n").splitlines()
     for d in range(len(plan.decays)):
         lines += [
-            f"        step = _step(decay_{d}_in + at, live)",
-            f"        whole_{d} = tl.sum(step, 0)",
-            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - tl.cumsum(step, 0), 0.0)), 0.0)",
+            f"        whole_{d} = next_{d}",
+            f"        next_{d} = tl.load(sums_{d} + {last.format('(i_c + 1)')})  # of the next turn; behind the end, the last",
+            f"        part = tl.load(sums_{d} + at, mask=live, other=0.0)",
+            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - part, 0.0)), 0.0)",
         ]
     for n, axis in [*((n, "k") for n in keys), *((n, "v") for n in values)]:
         at = f"{n}_in + at[:, None] * {axis.upper()} + o_{axis}[None, :]"

@@ -41,6 +41,13 @@ def _reads_proposals(K, V, dtype):
     return [first, *(x for x in others if x != first)]
 
 
+def _states_proposals(K, V, dtype):
+    """(BK, BV, warps) of the kernel of the states at chunk starts."""
+    BK, BV = _tile(K, 32), _tile(V, 64)
+    first = BK, BV, 4 if BK * BV >= 2048 else 2
+    return [first, (BK, _tile(V, 32), 2), (BK, _tile(V, 16), 1)] if dtype == torch.bfloat16 else [first]
+
+
 def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
     tiles = _cdiv(K, 16)
@@ -81,6 +88,13 @@ def _window(T, low, high, offsets, N):
     inside = offsets - low
     spans, bases, NT, chunks = _plan(high - low, inside, N, 16)
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
+
+
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
 '''
 
 
@@ -135,13 +149,14 @@ TABLES = """
 
 def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent: int) -> list[str]:
     """Decay sums and states of one window."""
-    border = [*names["key_in"], *names["value_in"], *words.decays]
+    border = [*names["key_in"], *names["value_in"], *words.sums]
     border += [*(f"{s}_start" for s in names["states"]), "border", *(f"{s}_end" for s in names["states"])]
     lines = [
-        "BK, BV = _tile(K, 32), _tile(V, 64)",
+        *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
+        "BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)",
         "_states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](",
         f"    {', '.join(border)}, inside, bases, *place,",
-        f"    K=K, V=V, BK=BK, BV=BV, STORE={store}, num_warps=4, num_stages=3, **common,",
+        f"    K=K, V=V, BK=BK, BV=BV, STORE={store}, num_warps=warps, num_stages=3, **common,",
         ")",
     ]
     return [" " * indent + line for line in lines]
@@ -162,6 +177,7 @@ def forward(words: Words) -> str:
     lines += [f"    {s}_end = {s}" for s in n["states"]]
     lines += [
         f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
+        *(f"    {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
         "    for low, high in zip(bounds[:-1], bounds[1:]):",
         *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
         *TABLES,
@@ -173,7 +189,7 @@ def forward(words: Words) -> str:
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
-        "        keep.append(border)",
+        f"        keep += [border, {', '.join(words.sums)}]",
         f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}",
     ]
     return "\n".join(lines) + "\n"
@@ -202,9 +218,10 @@ def backward(words: Words) -> str:
         *(f"    d_decay_{d} = {fresh.format('(B, T, H)')}" for d in groups),
         *(f"    d_{p} = 0" for p in n["parameters"]),
         "    if given:",
-        "        (border,) = given",
+        f"        border, {', '.join(words.sums)} = given",
         "    else:",
         f"        border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
+        *(f"        {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
         "    adjoints = torch.empty_like(border)",
         *(f"    d_{x}_part = {fresh.format('most * 16 * H * K')}" for x in keyed),
         *(f"    {x}_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)" for x in parts),
@@ -230,7 +247,7 @@ def backward(words: Words) -> str:
     arguments = [*n["k_in"], *n["v_in"], *words.decays, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
     arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
     arguments += [f"direct_{d}_part" for d in groups] + [f"d_{p}_part" for p in n["parameters"]] + ["adjoints", "spans"]
-    settled = [*keyed, *n["value_in"], *words.decays, "adjoints", "products", *(f"{x}_part" for x in parts)]
+    settled = [*keyed, *n["value_in"], *words.sums, "adjoints", "products", *(f"{x}_part" for x in parts)]
     settled += [*(f"direct_{d}_part" for d in groups), *(f"d_{x}_part" for x in keyed)]
     settled += [f"d_{x}_out" for x in (*keyed, *n["v_in"])] + [f"d_decay_{d}" for d in groups]
     lines += [
@@ -241,7 +258,7 @@ def backward(words: Words) -> str:
         *(f"        d_{p} = d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
         *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
         "        _carry_kernel[(parts, N * H)](",
-        f"            border, adjoints, {', '.join([*words.decays, *(f'd_{s}_end' for s in states)])},",
+        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
         f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
         "            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,",
         "        )",
