@@ -1317,32 +1317,38 @@ def _states_kernel(
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type.
+
+    Two chunks a turn: the state between them hangs on the turn's first, but nothing hangs on it.
+    """
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     i_n = tl.program_id(2) // H
     i_h = tl.program_id(2) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 16)
+    o_c = tl.arange(0, 32)
     m_v, m_k = o_v < V, o_k < K
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
+    many = tl.cdiv(end - begin, 16)
     M = tl.load(M_start + user, mask=m_tile, other=0.0).to(tl.float32)
     Ibar = tl.load(Ibar_start + user, mask=m_tile, other=0.0).to(tl.float32)
-    next_0 = tl.load(sums_0 + (tl.minimum(begin + 0 * 16 + 16, end) - 1) * H + i_h, mask=begin < end, other=0.0)
-    for i_c in range(0, tl.cdiv(end - begin, 16)):
-        slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
-        if STORE:
-            tl.store(slot + 0 * V * K, M.to(chunks.dtype.element_ty), mask=m_tile)
-            tl.store(slot + 1 * V * K, Ibar.to(chunks.dtype.element_ty), mask=m_tile)
-        token = begin + i_c * 16 + o_c
-        live = token < end
+    next_0_0 = tl.load(sums_0 + (tl.minimum(begin + (2 * 0 + 0) * 16 + 16, end) - 1) * H + i_h, mask=2 * 0 + 0 < many, other=0.0)
+    next_0_1 = tl.load(sums_0 + (tl.minimum(begin + (2 * 0 + 1) * 16 + 16, end) - 1) * H + i_h, mask=2 * 0 + 1 < many, other=0.0)
+    for i_p in range(0, tl.cdiv(many, 2)):
+        whole_0_0 = next_0_0
+        whole_0_1 = next_0_1
+        next_0_0 = tl.load(sums_0 + (tl.minimum(begin + (2 * (i_p + 1) + 0) * 16 + 16, end) - 1) * H + i_h, mask=2 * (i_p + 1) + 0 < many, other=0.0)
+        next_0_1 = tl.load(sums_0 + (tl.minimum(begin + (2 * (i_p + 1) + 1) * 16 + 16, end) - 1) * H + i_h, mask=2 * (i_p + 1) + 1 < many, other=0.0)
+        slot = chunks + ((base + 2 * i_p) * H + i_h) * 2 * V * K + tile
+        token = begin + i_p * 32 + o_c
+        live, before = token < end, o_c < 16
         at = token * H + i_h
-        whole_0 = next_0
-        next_0 = tl.load(sums_0 + (tl.minimum(begin + (i_c + 1) * 16 + 16, end) - 1) * H + i_h)  # of the next turn; behind the end, the last
         part = tl.load(sums_0 + at, mask=live, other=0.0)
-        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
+        left = whole_0_1 - part + tl.where(before, whole_0_0, 0.0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(left, 0.0)), 0.0)
+        between_0 = tl.where(live & before, tl.exp(tl.minimum(whole_0_0 - part, 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
         raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
@@ -1351,10 +1357,16 @@ def _states_kernel(
         b = raw_b.to(tl.float32)
         key_0 = raw_k.to(OT)
         key_1 = (k * k).to(OT)
-        M = M * tl.exp(whole_0)
-        M = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, M, input_precision=PRECISION)
-        Ibar = Ibar * tl.exp(whole_0)
-        Ibar = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, Ibar, input_precision=PRECISION)
+        if STORE:
+            tl.store(slot + 0 * V * K, M.to(chunks.dtype.element_ty), mask=m_tile)
+            tl.store(slot + 1 * V * K, Ibar.to(chunks.dtype.element_ty), mask=m_tile)
+            if 2 * i_p + 1 < many:
+                middle = tl.dot(tl.trans(((v) * between_0[:, None]).to(OT)), key_0, M * tl.exp(whole_0_0), input_precision=PRECISION)
+                tl.store(slot + (H * 2 + 0) * V * K, middle.to(chunks.dtype.element_ty), mask=m_tile)
+                middle = tl.dot(tl.trans(((b) * between_0[:, None]).to(OT)), key_1, Ibar * tl.exp(whole_0_0), input_precision=PRECISION)
+                tl.store(slot + (H * 2 + 1) * V * K, middle.to(chunks.dtype.element_ty), mask=m_tile)
+        M = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, M * tl.exp(whole_0_0 + whole_0_1), input_precision=PRECISION)
+        Ibar = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, Ibar * tl.exp(whole_0_0 + whole_0_1), input_precision=PRECISION)
     tl.store(M_end + user, M, mask=m_tile)
     tl.store(Ibar_end + user, Ibar, mask=m_tile)
 
@@ -1445,14 +1457,14 @@ def _reads_kernel(
                         for i_s in tl.static_range(N):
                             M = _mma(lead_0, M_0[i_s], zero, PRECISION, FAST)
                             M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
-                            Ibar = _mma(lead_0, Ibar_0[i_s], zero + I_p, PRECISION, FAST)
+                            Ibar = _mma(lead_0, Ibar_0[i_s], zero, PRECISION, FAST)
                             Ibar = _mma(rows_1_0, key_1[i_s], Ibar, PRECISION, FAST)
-                            y_read_0 = M * q[i_s] * _reciprocal(Ibar, FAST)
+                            y_read_0 = M * q[i_s] * _reciprocal(I_p + Ibar, FAST)
                             if K % (16 * I) != 0:
                                 y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
                             total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
                             if VARIANCE:
-                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(Ibar, FAST)
+                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(I_p + Ibar, FAST)
                                 if K % (16 * I) != 0:
                                     y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
                                 total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
@@ -1557,10 +1569,10 @@ def _local_kernel(
                     channel = first_k + i_s * 16 * I + o_k + row
                     M = _mma(M_0[i_s], lead_0, zero, PRECISION, FAST)
                     M = _mma(key_0[i_s], rows_0_0, M, PRECISION, FAST)
-                    Ibar = _mma(Ibar_0[i_s], lead_0, zero + I_p, PRECISION, FAST)
+                    Ibar = _mma(Ibar_0[i_s], lead_0, zero, PRECISION, FAST)
                     Ibar = _mma(key_1[i_s], rows_1_0, Ibar, PRECISION, FAST)
                     if not VARIANCE:
-                        c0 = _reciprocal(Ibar, FAST)
+                        c0 = _reciprocal(I_p + Ibar, FAST)
                         p0 = c0 * d_read_0
                         d_M = p0 * q[i_s]
                         p1 = M * p0
@@ -1572,16 +1584,17 @@ def _local_kernel(
                             d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
                         sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
                     if VARIANCE:
-                        c0 = _reciprocal(Ibar, FAST)
-                        p0 = c0 * q[i_s]
+                        c0 = I_p + Ibar
+                        c1 = _reciprocal(c0, FAST)
+                        p0 = c1 * q[i_s]
                         d_M = d_read_0 * p0
-                        c2 = d_read_1 * q[i_s]
-                        p1 = c0 * p0
-                        c1 = M * d_read_0
-                        p2 = c1
-                        d_Ibar = -c2 * p1 - p1 * p2
-                        d_q_tile = c0 * p2 + 2.0 * d_read_1 * p0
-                        sum_1_tile = p1 * (Ibar * c1 + (Ibar - I_p) * (-c1 - c2))
+                        c3 = d_read_1 * q[i_s]
+                        p1 = c1 * p0
+                        c2 = M * d_read_0
+                        p2 = c2
+                        d_Ibar = -c3 * p1 - p1 * p2
+                        d_q_tile = c1 * p2 + 2.0 * d_read_1 * p0
+                        sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
                         if K % (16 * I) != 0:
                             d_M = tl.where(channel < K, d_M, 0.0)
                             d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
@@ -1767,7 +1780,7 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 1, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    unroll = 2 if V % 2 == 0 and N <= 4 else 1
     first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
     others = [(1, N, 1, 0)] if N <= 4 else []
     others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
@@ -1803,13 +1816,14 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 5 instead of 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
-    size = max(256, share * 134217728 // max(1, bytes_a_token))
+    size = max(256, share * 134217728 // 2 // max(1, bytes_a_token))
+    size = -(-T // -(-T // size)) if T else size  # no short one at the end
     turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
-    size = (size // turn * turn if size > turn > 0 else size) // 16 * 16
+    size = -(-(-(-size // turn) * turn if size > turn > 0 else size) // 16) * 16
     return list(range(0, T, size)) + [T]
 
 
@@ -1841,7 +1855,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 2, N * H, device)
+    bounds = _windows(T, bytes_a_token, 5, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)
@@ -1884,7 +1898,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     bytes_a_token = 4 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 1, slabs_here * N * H, device)
+    bounds = _windows(T, bytes_a_token, 2, slabs_here * N * H, device)
     if given:
         bounds = [0, T]
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))

@@ -30,7 +30,7 @@ _RESERVED = frozenset(
     """raw i_c i_h i_n i_v i_k i_r i_s i_o i_g i_u i_j i_0 i_b o_c o_k o_v m_v m_k m_ck m_cv m_out m_tile row half column column_8 token
     lane_row live live_row live_column at at_k at_v at_tile at_handed at_own at_part whole part seen begin end base first_k first_v
     first_g channel channel_t tile slot own many step change from_here all_change operand side zero chunks adjoints user last total
-    until spans offsets bases o_e m_e here slots at_part along next token product products wrote wrote_row direct direct_row until_now T NT H LOW HIGH STORE K V I N BK BV NK OT PRECISION PACKED
+    until spans offsets bases o_e m_e here slots at_part along before left middle i_p token product products wrote wrote_row direct direct_row until_now T NT H LOW HIGH STORE K V I N BK BV NK OT PRECISION PACKED
     BE PARTS BP parts FAST VARIANCE SLABS UNROLL dtype batch like zeros triton tl final reads results values features""".split()
 ) | {f"{x}{i}" for x in "cp" for i in range(100)}
 

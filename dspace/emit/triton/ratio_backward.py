@@ -181,7 +181,7 @@ def local_kernel(words: Words) -> str:
         exprs |= {f"d_{n}_tile": e for n, e in {**case.queries, **case.beside}.items()}
         extra = [j for j, e in enumerate(case.sums) if e not in case.states]
         exprs |= {f"sum_{j}_tile": case.sums[j] for j in extra}
-        lines += statements({n: words.shifted(e) for n, e in exprs.items()}, wide, pad)
+        lines += statements(exprs, wide, pad)
         for n, e in exprs.items():
             if not words.whole(e):
                 lines.append(" " * pad + f"{n} = {n} + zero")

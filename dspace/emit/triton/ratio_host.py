@@ -33,7 +33,7 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 1, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    unroll = 2 if V % 2 == 0 and N <= 4 else 1
     first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
     others = [(1, N, 1, 0)] if N <= 4 else []
     others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
@@ -69,13 +69,14 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 5 instead of 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
-    size = max(256, share * {BUDGET} // max(1, bytes_a_token))
+    size = max(256, share * {BUDGET} // 2 // max(1, bytes_a_token))
+    size = -(-T // -(-T // size)) if T else size  # no short one at the end
     turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
-    size = (size // turn * turn if size > turn > 0 else size) // 16 * 16
+    size = -(-(-(-size // turn) * turn if size > turn > 0 else size) // 16) * 16
     return list(range(0, T, size)) + [T]
 
 
@@ -134,7 +135,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
         f"    bytes_a_token = {adjoints * count} * B * H * K * V * kept.itemsize // 16",
-        f"    bounds = _windows(T, bytes_a_token, {3 - adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
+        f"    bounds = _windows(T, bytes_a_token, {5 if adjoints == 1 else 2}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
         *(["    if given:", "        bounds = [0, T]"] if adjoints > 1 else []),
         "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",

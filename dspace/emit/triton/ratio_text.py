@@ -8,7 +8,6 @@ state and have no cotangent; channels that pad a size are taken out where a body
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -217,24 +216,6 @@ class Words:
     def body(self, read: int) -> sympy.Expr:
         return self.plan.bodies[read] / self.coefficient(read)
 
-    @functools.cached_property
-    def shifts(self) -> dict[sympy.Symbol, sympy.Symbol]:
-        """States that bodies know only after one and the same number per head is added: products can start from it."""
-        found = {}
-        for s in (state.symbol for state in self.plan.states):
-            bodies = [self.body(j) for j in range(len(self.plan.bodies)) if self.body(j).has(s)]
-            for p in (parameter.symbol for parameter in self.plan.parameters):
-                if bodies and all(b.has(p) and not sympy.cancel(b.xreplace({s: s - p})).has(p) for b in bodies):
-                    found[s] = p
-        return found
-
-    def shifted(self, expr: sympy.Expr) -> sympy.Expr:
-        """``expr``, a body or a derivative of one, in terms of the states as the products give them."""
-        for s, p in self.shifts.items():
-            sum_ = sympy.Dummy(real=True)  # what is left of the state itself is the sum less the number
-            expr = expr.xreplace({s + p: sum_}).xreplace({s: sum_ - p}).xreplace({sum_: s})
-        return expr
-
     def rows(self) -> list[tuple[int, int]]:
         """Distinct (value, decay group) pairs of the writes."""
         found: list[tuple[int, int]] = []
@@ -378,9 +359,7 @@ def state_lines(words: Words, transposed: bool, indent: int) -> list[str]:
             x, y = (right, left) if transposed else (left, right)
             return f"_mma({x}, {y}, {more}, PRECISION, FAST)"
 
-        shift = words.shifts.get(s.symbol)
-        start = "zero" if shift is None else f"zero + {words.names[shift.name]}"
-        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', start)}")
+        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', 'zero')}")
         for w in s.writes:
             lines.append(f"{name} = {product(f'rows_{w.value}_{s.group}', f'key_{w.key}[i_s]', name)}")
     return [" " * indent + line for line in lines]
