@@ -21,7 +21,7 @@ LEADING = ["first", "last", "heads", "every", "size_k", "size_v", "scale", "offs
 
 @dataclass(frozen=True)
 class Loop:
-    """One native loop: its source, and the shape of each scratch array that its caller must provide, as text."""
+    """One native loop: its source, and the shape of each scratch array that its caller must provide, zeroed, as text."""
 
     name: str
     code: str
