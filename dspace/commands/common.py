@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             function(*args, **kwargs)
             sys.stdout.flush()
@@ -58,9 +60,13 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _finish(message: str, code: int, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"error": message, "exit_code": code}))
-    else:
+    try:
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}), flush=True)
+        else:
+            complain(message)
+    except OSError:  # standard output is what failed: a full disk behind a redirection, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(message)
     raise typer.Exit(code)
 
