@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from dspace.errors import CompilerBug, DspaceError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_MAIN = threading.main_thread()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -25,6 +28,14 @@ class Settings:
     """Options before the command."""
 
     debug = bool(os.environ.get("DSPACE_DEBUG"))
+    interrupted = False
+    """Ctrl-C came. An exception alone may be lost: libraries that probe things while they load swallow it, half loaded,
+    and what follows is no finding."""
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    Settings.interrupted = True
+    signal.default_int_handler(number, frame)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,8 +45,19 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        Settings.interrupted = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is _MAIN:
+            signal.signal(signal.SIGINT, _interrupt)
         try:
-            function(*args, **kwargs)
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                told = getattr(error, "exit_code", None) == INTERRUPTED
+                if Settings.interrupted and not told:
+                    raise KeyboardInterrupt from error
+                raise
+            if Settings.interrupted:
+                raise KeyboardInterrupt
             sys.stdout.flush()
         except KeyboardInterrupt:
             _finish("interrupted", INTERRUPTED, as_json)
