@@ -137,7 +137,10 @@ def test_hostile_files(text, words):
 
 @pytest.mark.parametrize(
     ("step", "told"),
-    [("exp(d{0}) + exp(-d{0})", "levels, once its defined names are replaced"), ("d{0} * (d{0} + 3)", "multiplied out")],
+    [
+        ("exp(d{0}) + exp(-d{0})", "levels, once its defined names are replaced"),
+        ("d{0} * (d{0} + 3)", "multiplied out"),
+    ],
 )
 def test_definitions_cannot_explode(step, told):
     chain = "\n".join(f'd{i} = "{step.format(i - 1)}"' for i in range(1, 40))
