@@ -1,8 +1,10 @@
 """Native CPU loops against the token-by-token PyTorch loop, in one run.
 
-    python benchmarks/cpu.py [--json] [--specs ratio,...] [--batch 16 --steps 256 --heads 4 --keys 16 --values 32]
+    python benchmarks/cpu.py [--json] [--specs ratio,...] [--batch 16 --steps 256 --heads 4 --keys 16 --values 32 --rounds 7]
 
-Times are medians; ``x`` is how many times faster than ``reference_`` the form is in this run.
+Times are medians; ``x`` is how many times faster than ``reference_`` the form is in this run. All forms take turns in
+short rounds, so that a machine that slows down for a while does so for all of them, and ``x`` is the median of the
+rounds' own ratios.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import dspace
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -50,7 +51,8 @@ def measure(name: str, sizes: argparse.Namespace) -> list[dict[str, Any]]:
     module = dspace.compile(name)
     compiled = time.perf_counter() - start
     arguments = random_arguments(module.SPEC, sizes)
-    rows = []
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    first = {}
     for form in ("reference", "recurrent", "chunk"):
         function = getattr(module, f"{form}_{module.SPEC['name']}")
 
@@ -62,31 +64,35 @@ def measure(name: str, sizes: argparse.Namespace) -> list[dict[str, Any]]:
             out = function(*arguments)[0]
             return torch.autograd.grad(out.sum(), arguments, allow_unused=True)
 
+        runs[form, "forward"], runs[form, "both"] = forward, both
         start = time.perf_counter()
         both()
-        first = time.perf_counter() - start
-        repeats = 3 if form == "reference" else 11
-        rows.append(
-            {
-                "spec": module.SPEC["name"],
-                "class": module.SPEC["class"],
-                "form": form,
-                "first_call_s": first,
-                "compile_s": compiled,
-                "forward_ms": 1e3 * median_seconds(forward, repeats),
-                "both_ms": 1e3 * median_seconds(both, repeats),
-            }
-        )
-    for row in rows:
-        row["forward_x"] = rows[0]["forward_ms"] / row["forward_ms"]
-        row["both_x"] = rows[0]["both_ms"] / row["both_ms"]
+        first[form] = time.perf_counter() - start
+        forward()
+    rounds = [
+        {key: median_seconds(run, 1 if key[0] == "reference" else 7) for key, run in runs.items()}
+        for _ in range(sizes.rounds)
+    ]
+    rows = []
+    for form in first:
+        row = {
+            "spec": module.SPEC["name"],
+            "class": module.SPEC["class"],
+            "form": form,
+            "first_call_s": first[form],
+            "compile_s": compiled,
+        }
+        for part in ("forward", "both"):
+            row[f"{part}_ms"] = 1e3 * statistics.median(r[form, part] for r in rounds)
+            row[f"{part}_x"] = statistics.median(r["reference", part] / r[form, part] for r in rounds)
+        rows.append(row)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--specs", default="palimpsa,simple_gla,gla")
-    for option, value in (("batch", 16), ("steps", 256), ("heads", 4), ("keys", 16), ("values", 32)):
+    for option, value in (("batch", 16), ("steps", 256), ("heads", 4), ("keys", 16), ("values", 32), ("rounds", 7)):
         parser.add_argument(f"--{option}", type=int, default=value)
     parser.add_argument("--json", action="store_true")
     sizes = parser.parse_args()

@@ -18,12 +18,13 @@ Made by a program: change the spec and generate again rather than editing this f
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
 import math
 import numpy
 import os
+import queue
+import threading
 import torch
 import weakref
 
@@ -310,8 +311,6 @@ def _native_forward_loop(
             g_t = g[token, head]
             o_t = o[token, head]
             c0 = math.exp(g_t)
-            for j in range(size_v):
-                sum0[j] = zero
             for i in range(size_k):
                 S_h_row = S_h[i]
                 k_i = k_t[i]
@@ -321,8 +320,7 @@ def _native_forward_loop(
             for j in range(size_v):
                 col0_j = v_t[j] - c0 * sum0[j]
                 col0[j] = col0_j
-            for j in range(size_v):
-                sum1[j] = zero
+                sum0[j] = zero
             for i in range(size_k):
                 S_h_row = S_h[i]
                 k_i = k_t[i]
@@ -335,6 +333,7 @@ def _native_forward_loop(
                     S_h_row[j] = S_new
             for j in range(size_v):
                 o_t[j] = scale * sum1[j]
+                sum1[j] = zero
 
 
 def _native_backward_loop(
@@ -374,8 +373,6 @@ def _native_backward_loop(
                 g_t = g[token, head]
                 S_next = past_S[token - start + 1]
                 c0 = math.exp(g_t)
-                for j in range(size_v):
-                    sum0[j] = zero
                 for i in range(size_k):
                     S_row = S[i]
                     k_i = k_t[i]
@@ -385,6 +382,7 @@ def _native_backward_loop(
                 for j in range(size_v):
                     col0_j = v_t[j] - c0 * sum0[j]
                     col0[j] = col0_j
+                    sum0[j] = zero
                 for i in range(size_k):
                     S_row = S[i]
                     k_i = k_t[i]
@@ -415,8 +413,6 @@ def _native_backward_loop(
                     row0_[i] = row0__i
                 for j in range(size_v):
                     sum0_[j] = zero
-                    sum2[j] = zero
-                    sum7[j] = zero
                 for i in range(size_k):
                     S_old_row = S_old[i]
                     S_now_row = S_now[i]
@@ -446,6 +442,8 @@ def _native_backward_loop(
                     sum6 += sum0_[j] * sum2[j]
                     sum8 += sum7[j]
                     d_v_t[j] = col0__j
+                    sum2[j] = zero
+                    sum7[j] = zero
                 for i in range(size_k):
                     d_q_t[i] = scale * sum1[i]
                 d_beta[token, head] = sum5
@@ -511,33 +509,69 @@ def _native(loop):
 
 
 @functools.cache
-def _native_pool(process, threads):
-    """Worker threads of this process (a fork has none of its parent's, hence the process in the key)."""
-    return concurrent.futures.ThreadPoolExecutor(threads, "native")
+def _native_crew(process, threads):
+    """The queue from which worker threads of this process take jobs (a fork has none of its parent's, hence the key)."""
+    jobs = queue.SimpleQueue()
+
+    def serve():
+        while True:
+            jobs.get()()
+
+    for _ in range(threads):
+        threading.Thread(target=serve, name="native", daemon=True).start()
+    return jobs
 
 
-def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors):
+def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors, grain):
     """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
 
-    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once.
+    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once. A thread must
+    have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
     """
     loop = _native(loop)
     arrays = [t.detach().numpy() for t in tensors]
-    threads = max(1, min(torch.get_num_threads(), tasks))
+    updates = arrays[0].shape[0] * heads * sizes[0] * sizes[1]
+    threads = max(1, min(torch.get_num_threads(), tasks, 1 + updates // (2 * grain)))
     shares = threads if threads == 1 else min(tasks, 4 * threads)
     turn = itertools.count()  # whoever is free takes the next share
 
     def work():
-        scratch = [numpy.empty(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
+        scratch = [numpy.zeros(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
         while (i := next(turn)) < shares:
             first, last = tasks * i // shares, tasks * (i + 1) // shares
             loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
 
-    others = [_native_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    helpers = [_NativeHelper(work) for _ in range(threads - 1)]
+    for helper in helpers:
+        _native_crew(os.getpid(), threads - 1).put(helper)
     work()
-    for other in others:
-        if not other.cancel():  # not even started: all is done
-            other.result()
+    for helper in helpers:
+        helper.join()
+
+
+class _NativeHelper:
+    """``work`` as a job for another thread; a lighter future, since a short call takes little longer than one."""
+
+    def __init__(self, work):
+        self.work, self.error = work, None
+        self.claim, self.running = threading.Lock(), threading.Lock()
+        self.running.acquire()
+
+    def __call__(self):
+        if self.claim.acquire(blocking=False):
+            try:
+                self.work()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self.running.release()
+
+    def join(self):
+        """Wait for the end of the work, unless it has not even started: then all is done already."""
+        if not self.claim.acquire(blocking=False):
+            self.running.acquire()
+            if self.error is not None:
+                raise self.error
 
 
 def _native_split(args, *counts):
@@ -579,13 +613,13 @@ def _native_forward(*args):
     batch, steps, heads, sequences, segments = _native_layout(inputs, states, every, offsets)
     sizes = _sizes(*inputs, *parameters, *states)
     dtype = _native_dtype(inputs)
-    readouts = [torch.empty(batch * steps, heads, sizes[1], dtype=dtype) for _ in range(2 if want_variance else 1)]
+    readouts = [inputs[0].new_empty(batch * steps, heads, sizes[1], dtype=dtype) for _ in range(2 if want_variance else 1)]
     states = [s.to(dtype, copy=True, memory_format=torch.contiguous_format) for s in states]
-    saved = [torch.empty(segments, heads, *s.shape[2:], dtype=dtype) for s in states]
+    saved = [s.new_empty(segments, heads, *s.shape[2:]) for s in states]
     loop, shapes = _NATIVE["forward", want_variance]
     tensors = [*_native_flat(inputs, dtype), *(p.to(dtype).contiguous() for p in parameters), *states, *readouts, *saved]
     bounds = _native_offsets(offsets, batch, steps)
-    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors, 2**18)
     readouts = [r.view(batch, steps, heads, sizes[1]).to(inputs[0].dtype) for r in readouts]
     variance = readouts[1] if want_variance else inputs[0].new_empty(0)
     return readouts[0], variance, *states, *saved
@@ -603,12 +637,12 @@ def _native_backward(*args):
     given = _native_flat([d_o, d_variance] if want_variance else [d_o], dtype)
     d_states = [d.to(dtype, copy=True, memory_format=torch.contiguous_format) for d in d_states]
     d_inputs = [torch.empty_like(x) for x in flat]
-    d_parameters = [torch.zeros(sequences, *p.shape, dtype=dtype) for p in parameters]
+    d_parameters = [p.new_zeros(sequences, *p.shape, dtype=dtype) for p in parameters]
     loop, shapes = _NATIVE["backward", want_variance]
     tensors = [*flat, *(p.to(dtype).contiguous() for p in parameters), *saved, *given, *d_states]
     tensors += [*d_inputs, *d_parameters]
     bounds = _native_offsets(offsets, batch, steps)
-    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors)
+    _native_run(loop, shapes, sequences * heads, heads, every, sizes, scale, bounds, tensors, 2**16)
     return (
         *(d.view(x.shape).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
@@ -699,13 +733,31 @@ def _native_gradient(ctx, d_o, d_variance, *d_rest):
 _native_forward_op.register_autograd(_native_gradient, setup_context=_native_save)
 
 
+def _native_plain(tensors):
+    """Whether nobody watches this call: then the operator around the loop, a tenth of a short call, is left out.
+
+    Watchers are compilers and tracers, profilers, dispatch modes, transforms such as vmap, tensors of another kind and
+    those that are a lazy negation.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors)
+
+
 def _native_core(*args):
     """The sequential plan in compiled loops; the backward pass restarts from states saved every few tokens."""
     *tensors, scale, offsets, want_variance = args
-    every = 0
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{_NAME}: forward-mode derivatives go through reference_{_NAME}")
+    every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         every = 16 if tensors[0].shape[1] <= 1024 else 64
-    o, variance, *rest = _native_forward_op(*tensors, offsets, scale, every, want_variance)
+    elif _native_plain(tensors):
+        run = _native_forward
+    o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)
     return (o, variance if want_variance else None, *rest[: len(_STATES)])
 
 

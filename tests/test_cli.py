@@ -151,3 +151,56 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.stdout and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("space", "--count")])
+def test_a_full_disk_behind_standard_output_is_told_in_words(arguments: tuple[str, ...]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dspace", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert done.returncode == 4
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_where_a_picture_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "missing" / "map.svg"
+    code, _, err = run(capsys, "map", "retnet", "linear_attention", "--svg", str(picture))
+    assert code == 4 and str(picture) in err
+
+
+def test_a_folder_without_a_study_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capsys, "study", "report", "mine", "--dir", str(tmp_path))
+    assert code == 2 and str(tmp_path / "study.toml") in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize("ending", ["return", "raise typer.Exit(3)", "raise UserError('half loaded')"])
+def test_an_interrupt_that_a_library_swallowed_still_ends_the_command(ending: str) -> None:
+    code = f"""
+import os, signal, sys, typer
+from dspace.commands import common
+from dspace.errors import UserError
+
+@common.command
+def probe():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10**8): pass
+    except BaseException:
+        pass
+    {ending}
+
+try:
+    probe()
+except typer.Exit as end:
+    sys.exit(end.exit_code)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and done.stderr == "error: interrupted\n"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -16,6 +19,7 @@ from dspace.errors import CompilerBug, DspaceError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+_MAIN = threading.main_thread()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -24,6 +28,14 @@ class Settings:
     """Options before the command."""
 
     debug = bool(os.environ.get("DSPACE_DEBUG"))
+    interrupted = False
+    """Ctrl-C came. An exception alone may be lost: libraries that probe things while they load swallow it, half loaded,
+    and what follows is no finding."""
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    Settings.interrupted = True
+    signal.default_int_handler(number, frame)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,8 +44,20 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        Settings.interrupted = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is _MAIN:
+            signal.signal(signal.SIGINT, _interrupt)
         try:
-            function(*args, **kwargs)
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                told = getattr(error, "exit_code", None) == INTERRUPTED
+                if Settings.interrupted and not told:
+                    raise KeyboardInterrupt from error
+                raise
+            if Settings.interrupted:
+                raise KeyboardInterrupt
             sys.stdout.flush()
         except KeyboardInterrupt:
             _finish("interrupted", INTERRUPTED, as_json)
@@ -58,9 +82,13 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _finish(message: str, code: int, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"error": message, "exit_code": code}))
-    else:
+    try:
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}), flush=True)
+        else:
+            complain(message)
+    except OSError:  # standard output is what failed: a full disk behind a redirection, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(message)
     raise typer.Exit(code)
 

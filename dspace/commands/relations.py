@@ -39,7 +39,11 @@ def map_(
     store = default_dir() / f"map-{digest(*sorted(hashes.values()))[:16]}.json"
     found = load_or_build(hashes, lambda: {name: analyse(spec) for name, spec in specs.items()}, store, specs)
     if picture is not None:
-        found.svg(picture)
+        try:
+            found.svg(picture)
+        except OSError as error:
+            error.filename = error.filename or str(picture)
+            raise
     if as_json:
         show_json(found.as_dict())
     elif dot:

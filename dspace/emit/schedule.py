@@ -1,7 +1,8 @@
 """A schedule as source lines: the loop nests of one token, spelled for a scalar language with explicit loops.
 
 Row ``i`` runs over ``k``, lane ``j`` over ``v``. What a leaf or a store is called is given as arrays at token level:
-a name for a scalar, something to index by ``[i]``, ``[j]`` or ``[i][j]`` for the others.
+a name for a scalar, something to index by ``[i]``, ``[j]`` or ``[i][j]`` for the others. Scratch arrays are zero when
+the first token starts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,24 @@ class LoopWriter:
         self.arrays = arrays
         self.namer = namer
         self.locals: dict[tuple[str, str], str] = {}
+        self.cleared = self.cleared_by_readers()
+
+    def cleared_by_readers(self) -> dict[int, list[sympy.Symbol]]:
+        """Sums over k, on v, that the last loop to read them can set back to zero, by the place of that loop.
+
+        Their array is zero when the token starts: a loop that only wrote zeros would cost a call of memset each token.
+        """
+        last: dict[sympy.Symbol, int] = {}
+        for place, loop in enumerate(self.schedule.loops):
+            for symbol in {x for s in (*loop.head, *loop.body) for x in s.expr.free_symbols}:
+                last[symbol] = place
+        found: dict[int, list[sympy.Symbol]] = {}
+        for loop in self.schedule.loops:
+            for s in loop.body:
+                if isinstance(s, Sum) and loop.axes == "kv" and s.over == "k" and s.symbol in last:
+                    if self.schedule.loops[last[s.symbol]].axes == "v":
+                        found.setdefault(last[s.symbol], []).append(s.symbol)
+        return found
 
     def local(self, base: str, suffix: str) -> str:
         """One identifier for element ``suffix`` of ``base``, the same in every loop."""
@@ -46,8 +65,9 @@ class LoopWriter:
 
     def lines(self) -> list[str]:
         out: list[str] = []
-        for loop in self.schedule.loops:
+        for place, loop in enumerate(self.schedule.loops):
             out += self.nest(loop) if loop.axes == "kv" else self.flat(loop)
+            out += [f"{INDENT}{s.name}[j] = zero" for s in self.cleared.get(place, ())]
         return out
 
     def source(self, symbol: sympy.Symbol) -> str:
@@ -134,7 +154,8 @@ class LoopWriter:
                 lanes.append(f"{local} += {value}")
                 after.append(f"{s.symbol.name}[i] = {local}")
             elif isinstance(s, Sum):
-                before.append(f"{s.symbol.name}[j] = zero")
+                if not any(s.symbol in cleared for cleared in self.cleared.values()):
+                    before.append(f"{s.symbol.name}[j] = zero")
                 lanes.append(f"{s.symbol.name}[j] += {value}")
             else:
                 stores.append(f"{row_of(self.arrays.stores[s.name])}[j] {'+=' if s.add else '='} {value}")

@@ -34,13 +34,16 @@ def lower(spec: Spec) -> Recurrence:
     """
     inputs, parameters = spec.input_variables, spec.parameter_variables
     states = _posterior(spec, (*inputs, *parameters)) if spec.is_posterior else _stated(spec)
+    known = {}
+    if spec.is_posterior and spec.structure == "constant":  # the readout may speak of it all the same
+        known = {spec.state_symbols["precision"]: spec.expr("prior.precision")}
     recurrence = Recurrence(
         name=spec.name,
         inputs=inputs,
         parameters=parameters,
         states=states,
-        output=spec.expr("readout.output"),
-        variance=spec.expr("readout.variance") if spec.readout.variance is not None else None,
+        output=spec.expr("readout.output").xreplace(known),
+        variance=spec.expr("readout.variance").xreplace(known) if spec.readout.variance is not None else None,
         read=spec.readout.read,
         title=spec.title,
         references=tuple(spec.references),

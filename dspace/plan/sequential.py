@@ -19,8 +19,9 @@ from dspace.errors import CompilerBug
 from dspace.math.functions import Softplus, one_reciprocal
 from dspace.math.ir import CONTRACTED, Axes, SumK, SumV, axes_of, drop_axis
 
-SIZES = {"k": sympy.Symbol("size_k", positive=True), "v": sympy.Symbol("size_v", positive=True)}
-"""Channel counts as numbers of the formulas: the sum over an axis that a value does not have."""
+SIZES = {"k": sympy.Symbol("size k", positive=True), "v": sympy.Symbol("size v", positive=True)}
+"""Channel counts as numbers of the formulas: the sum over an axis that a value does not have. No name of a spec has a
+space, so that none can be taken for them."""
 
 _NAME_FIRST = (Softplus, sympy.Heaviside, sympy.sign)
 """Functions whose printed form repeats its argument, which therefore gets a name."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Status = Literal["ok", "failed", "undefined"]
-"""``undefined``: the oracle itself is not finite here, so that there is nothing to compare with."""
+"""``undefined``: the recurrence itself is not finite here, so that there is nothing to compare with."""
 
 
 @dataclass(frozen=True)

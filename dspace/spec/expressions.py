@@ -20,6 +20,8 @@ ARITY = {name: 1 for name in FUNCTIONS} | {"minimum": 2, "maximum": 2, "sum_k": 
 MAX_EXPONENT = 64
 MAX_NODES = 5_000
 """Largest formula after its defined names are replaced by what they stand for."""
+MAX_PRODUCT = 2_000
+"""Most terms of a formula once it is multiplied out over one denominator: what algebra with it may cost."""
 
 _HABITS = {
     "sum": "sum_k or sum_v",
@@ -95,7 +97,55 @@ def interpret(node: Node, scope: Scope, report: Reporter) -> Meaning | None:
             cure="shorten the chain of [define] entries",
         )
         return None
-    return _Interpreter(scope, report).visit(node)
+    meaning = _Interpreter(scope, report).visit(node)
+    if meaning is not None and multiplied_out(meaning.expr) > MAX_PRODUCT:
+        report(
+            f"multiplied out, the formula has more than {MAX_PRODUCT} terms",
+            node.column,
+            cure="lower the powers of sums, or write a power x**n of a positive sum as exp(n * log(x))",
+        )
+        return None
+    return meaning
+
+
+def multiplied_out(expr: sympy.Expr) -> int:
+    """Terms of numerator and denominator once ``expr`` stands over one denominator, multiplied out: an upper bound.
+
+    What is inside of a function counts on its own; the largest count is returned.
+    """
+    largest = 1
+    memory: dict[sympy.Expr, tuple[int, int]] = {}
+
+    def count(e: sympy.Expr) -> tuple[int, int]:
+        if e not in memory:
+            memory[e] = visit(e)
+        return memory[e]
+
+    def visit(e: sympy.Expr) -> tuple[int, int]:
+        nonlocal largest
+        if not e.args:
+            return 1, 1
+        if e.is_Mul:
+            parts = [count(a) for a in e.args]
+            found = math.prod(n for n, _ in parts), math.prod(d for _, d in parts)
+        elif e.is_Add:
+            parts = [count(a) for a in e.args]
+            denominators = {sympy.fraction(a)[1]: d for a, (_, d) in zip(e.args, parts, strict=True)}
+            common = math.prod(denominators.values())
+            found = sum(n * (common // d) for n, d in parts), common
+        elif e.is_Pow and e.exp.is_Integer:
+            times = abs(int(e.exp))
+            top, bottom = (math.comb(times + terms - 1, times) for terms in count(e.base))
+            found = (top, bottom) if e.exp > 0 else (bottom, top)
+        else:
+            for a in e.args:
+                count(a)
+            return 1, 1
+        largest = max(largest, *found)
+        return found
+
+    count(expr)
+    return largest
 
 
 def extent(node: Node, scope: Scope) -> tuple[int, int]:

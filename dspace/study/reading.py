@@ -38,6 +38,10 @@ class _Report:
         source = self.positions.line_text(line) if line else ""
         self.problems.append(Problem(message, self.file, line, column, ".".join(path), suggestion, cure, source[:200]))
 
+    def in_order(self) -> list[Problem]:
+        """The problems in the order of the file."""
+        return sorted(self.problems, key=lambda p: (p.line, p.column))
+
 
 def load(source: str | Path) -> StudyFile:
     """Read a study file, or a shipped one by name. Raises StudyError with all its problems."""
@@ -83,10 +87,10 @@ def loads(text: str, file: str = "<study>") -> StudyFile:
     except ValidationError as error:
         for item in error.errors():
             _pydantic_problem(item, report)
-        raise StudyError(report.problems) from None
+        raise StudyError(report.in_order()) from None
     _check(study, report)
     if report.problems:
-        raise StudyError(report.problems)
+        raise StudyError(report.in_order())
     return study
 
 

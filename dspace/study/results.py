@@ -67,9 +67,14 @@ def open_home(name: str | Path, folder: str | Path | None = None, storage: str |
     home = home_of(stem, folder, storage)
     if not home.definition.is_file():
         known = sorted(p.parent.name for p in Path("runs").glob("*/study.toml"))
+        there = f"; here are {', '.join(known)}" if known else "; none was run in this folder yet"
+        if folder is not None:
+            raise UserError(
+                f"no study was run with --dir {folder}: there is no {home.definition}\n"
+                f"  cure: give --dir as `dspace study run` was given it, or leave it away{there}"
+            )
         near = nearest(stem, known)
         hint = f"\n  did you mean {near!r}?" if near else ""
-        there = f"; here are {', '.join(known)}" if known else "; none was run in this folder yet"
         raise UserError(
             f"no study {stem!r} was run in {home.folder.parent}{hint}\n  cure: dspace study run {stem}, or --dir{there}"
         )

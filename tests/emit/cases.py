@@ -111,6 +111,17 @@ RECURRENCES = {
             },
             "scale*sum_k(S*q*z) + m*e + sum_v(sum_k(P))*0.01",
         ),
+        build(  # names that generated code uses for itself
+            "named",
+            inputs(torch="k", i="k", range="v", zero="", sum0="v"),
+            (parameter("size_k", ""), parameter("numpy", "v")),
+            {
+                "o": ("kv", "0", "sigmoid(zero)*o + size_k*range*i"),
+                "past_o": ("kv", "0", "0.9*past_o + o*i*0.1"),
+                "saved_o": ("v", "numpy", "0.5*saved_o + sum0*numpy"),
+            },
+            "scale*sum_k((o + past_o)*torch) + saved_o",
+        ),
     )
 }
 

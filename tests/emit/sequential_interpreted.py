@@ -92,7 +92,7 @@ def errors(made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf
     result = [x for x in made._CORES["cuda", "recurrent"](*flat, 0.6, offsets, variance) if x is not None]
     wanted, found = gradients(expected, flat), gradients(result, flat)
     assert result[0].dtype == dtype and all(g.dtype == x.dtype for g, x in zip(found, flat, strict=True))
-    names = ["o", *(["variance"] if variance else []), *(s.name for s in r.states)]
+    names = ["output", *(["variance"] if variance else []), *(s.name for s in r.states)]
     names += [f"d_{v.name}" for v in (*r.inputs, *r.parameters, *r.states)]
     pairs = zip(names, [*result, *found], [*expected, *wanted], strict=True)
     return {n: error(a, b) for n, a, b in pairs}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+import warnings
+
 import pytest
 import torch
 from cases import RECURRENCES
 from draw import arguments, error, gradients
 from oracle import evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def call(module, form, name, args, **options):
@@ -125,10 +130,12 @@ def test_strided_inputs(native):
         assert max(error(a, b) for a, b in zip(result, expected, strict=True)) < 1e-12
 
 
-def test_runs_are_bitwise_repeatable_whatever_the_threads(native):
+def test_runs_are_bitwise_repeatable_whatever_the_threads(native, monkeypatch):
     r = RECURRENCES["ratio"]
-    args = arguments(r, batch=3, steps=40, dtype=torch.float32)
-    found = []
+    args = arguments(r, batch=4, steps=300, keys=16, values=32, dtype=torch.float32)  # enough work for three threads
+    found, helped = [], []
+    helper = native("ratio")._NativeHelper
+    monkeypatch.setattr(native("ratio"), "_NativeHelper", lambda work: helped.append(work) or helper(work))
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -137,7 +144,81 @@ def test_runs_are_bitwise_repeatable_whatever_the_threads(native):
             found.append([*result, *gradients(result, flat(args))])
     finally:
         torch.set_num_threads(threads)
+    assert len(helped) == 2 * (0 + 1 + 2), "forward and backward with one helper, then with two"
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_small_calls_wake_no_thread(native, monkeypatch):
+    args = arguments(RECURRENCES["ratio"], batch=3, steps=20)
+    monkeypatch.setattr(native("ratio"), "_NativeHelper", None)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        result = call(native("ratio"), "recurrent", "ratio", args)
+        assert all(g.isfinite().all() for g in gradients(result, flat(args)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_errors_of_helping_threads_reach_the_caller(native):
+    """And work that no thread began is not waited for."""
+
+    def fail():
+        raise ArithmeticError("in a helper")
+
+    module = native("ratio")
+    helper = module._NativeHelper(fail)
+    module._native_crew(os.getpid(), 1).put(helper)
+    while not helper.claim.locked():
+        time.sleep(0.001)
+    with pytest.raises(ArithmeticError, match="in a helper"):
+        helper.join()
+    late = module._NativeHelper(fail)
+    late.join()
+    late()  # a thread that comes too late finds the work claimed
+
+
+def test_whoever_watches_a_call_sees_the_operator(native):
+    """Without gradients the operator is left out, except where someone looks at it or transforms it."""
+    module, r = native("ratio"), RECURRENCES["ratio"]
+    args = tuple([x.detach() for x in group] for group in arguments(r, batch=1, steps=5))
+    expected = call(module, "reference", "ratio", args)[0]
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def run(scale=1.0):
+        inputs = [x * scale if n == 2 else x for n, x in enumerate(args[0])]
+        return call(module, "recurrent", "ratio", (inputs, *args[1:]))[0]
+
+    with Watch():
+        assert error(run(), expected) < 1e-12
+    assert any("native_forward" in s for s in seen)
+    with torch.profiler.profile() as profile:
+        run()
+    assert any("native_forward" in e.key for e in profile.key_averages())
+    with torch.device("meta"):  # a default device that is not that of the arguments
+        assert error(run(), expected) < 1e-12
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vmap runs an operator that has no batching rule once an element
+        scales = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        batched = torch.func.vmap(run)(scales)
+    assert max(error(b, run(s)) for b, s in zip(batched, scales, strict=True)) < 1e-12
+
+
+def test_forward_mode_is_refused_rather_than_dropped(native):
+    module, r = native("ratio"), RECURRENCES["ratio"]
+    inputs, parameters, states = (tuple(x.detach() for x in group) for group in arguments(r, batch=1, steps=5))
+
+    def run(form, *inputs):
+        return call(module, form, "ratio", (inputs, parameters, states))[0]
+
+    with pytest.raises(NotImplementedError, match="reference_ratio"):
+        torch.func.jvp(lambda *x: run("recurrent", *x), inputs, inputs)
+    assert torch.func.jvp(lambda *x: run("reference", *x), inputs, inputs)[1].abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

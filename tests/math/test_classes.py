@@ -10,7 +10,7 @@ from dspace.math import analyse
 from dspace.math.functions import Sigmoid, Softplus
 from dspace.math.ir import SumK, axes_of
 from dspace.math.logdecay import log_decay
-from dspace.math.moebius import is_moebius, moebius_matrix
+from dspace.math.moebius import is_moebius, keeps_cross_ratios, moebius_matrix
 from dspace.math.rank import rank_one
 from dspace.math.separate import factors, writes
 
@@ -112,6 +112,24 @@ def test_moebius_by_fraction_and_by_schwarzian():
     assert is_moebius(1 / (1 / x + p), x)
     assert not is_moebius(x**2 + p, x)
     assert not is_moebius(sympy.exp(x), x)
+
+
+def test_a_map_that_is_no_moebius_map_is_refuted_by_numbers(monkeypatch):
+    """Its Schwarzian multiplied out would take minutes."""
+
+    def refuse(expr):
+        raise AssertionError("symbolic test of something that numbers refute")
+
+    monkeypatch.setattr("dspace.math.moebius.is_zero", refuse)
+    x, v, k = sympy.symbols("x v k", positive=True)
+    assert not is_moebius(((x + v + k) ** 30 + (x * v + k) ** 31) / ((x + 1) ** 29 + v), x)
+    assert not is_moebius(sympy.tanh(v * x), x)
+
+
+def test_numbers_do_not_refute_a_moebius_map():
+    x, v, k = sympy.symbols("x v k", positive=True)
+    for hidden in (1 / (1 / x + v), v * x / (k * x + 1e-9) + 1, 1 / (1 / (1 / x + k) + v) + k, x * 1e-6 + v, v + k):
+        assert keeps_cross_ratios(sympy.sympify(hidden), x), hidden
 
 
 def test_rank_one_finds_the_outer_product():

@@ -135,10 +135,17 @@ def test_hostile_files(text, words):
     assert len(str(caught.value)) < 5_000 + 2 * 200 * len(caught.value.problems)
 
 
-def test_definitions_cannot_explode():
-    chain = "\n".join(f'd{i} = "d{i - 1} * (d{i - 1} + {i})"' for i in range(1, 40))
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ("exp(d{0}) + exp(-d{0})", "levels, once its defined names are replaced"),
+        ("d{0} * (d{0} + 3)", "multiplied out"),
+    ],
+)
+def test_definitions_cannot_explode(step, told):
+    chain = "\n".join(f'd{i} = "{step.format(i - 1)}"' for i in range(1, 40))
     text = formula("v * k * d39") + f'[define]\nd0 = "v"\n{chain}\n'
-    with pytest.raises(SpecError, match="levels, once its defined names are replaced"):
+    with pytest.raises(SpecError, match=told):
         loads(text)
 
 

@@ -22,6 +22,7 @@ MISTAKES = {
     "attribute": ('"exp(g)"', '"g.exp()"'),
     "parenthesis": ('"scale * sum_k(mean * q)"', '"scale * sum_k(mean * q"'),
     "missing operator": ('"v * k"', '"v k"'),
+    "endless when multiplied out": ('"v * k"', '"(v + k + b + g + 1)**20"'),
     "unknown table": ("[forgetting]", "[forgeting]"),
     "unknown key": ("retain =", "retein ="),
     "unknown domain": ('"nonpositive"', '"nonpos"'),

@@ -62,6 +62,7 @@ def test_mistakes(old: str, new: str, said: str) -> None:
 def test_all_problems_are_told_at_once() -> None:
     said = problems(TOY.replace("trials = 8", "trails = 8").replace("high = 1.0", "hihg = 1.0"))
     assert said.startswith("2 problems")
+    assert said.index("trails") < said.index("hihg"), "in the order of the file"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

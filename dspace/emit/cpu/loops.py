@@ -21,7 +21,7 @@ LEADING = ["first", "last", "heads", "every", "size_k", "size_v", "scale", "offs
 
 @dataclass(frozen=True)
 class Loop:
-    """One native loop: its source, and the shape of each scratch array that its caller must provide, as text."""
+    """One native loop: its source, and the shape of each scratch array that its caller must provide, zeroed, as text."""
 
     name: str
     code: str
@@ -39,16 +39,19 @@ def without_variance(expr: sympy.Expr) -> sympy.Expr:
 
 
 def forward_token(r: Recurrence, variance: bool, *, readout: bool = True) -> Token:
-    """One token forward; without ``readout`` the states alone, each written to ``past_NAME`` too."""
+    """One token forward; without ``readout`` the states alone, each written to ``past NAME`` too.
+
+    What is written beside the states is named as no state of a spec can be.
+    """
     new = {s.symbol: new_symbol(s) for s in r.states}
     seen = new if r.read == "after" else {}
     outputs: dict[str, tuple[Axes, sympy.Expr]] = {}
     if readout:
-        outputs["o"] = ("v", r.output.xreplace(seen))
+        outputs["output"] = ("v", r.output.xreplace(seen))
         if variance and r.variance is not None:
             outputs["variance"] = ("v", r.variance.xreplace(seen))
     else:
-        outputs = {f"past_{s.name}": (s.axes, new[s.symbol]) for s in r.states}
+        outputs = {f"past {s.name}": (s.axes, new[s.symbol]) for s in r.states}
     return Token(
         leaves=r.axes_table(),
         defined={new[s.symbol]: s.update for s in r.states},
@@ -177,8 +180,8 @@ def forward(r: Recurrence, variance: bool) -> Loop:
         body.append(line)
     states = [_state(b, s.symbol, s.name, s.axes, b.known(b.names[s.name]), body) for s in r.states]
     token += [line for s in states for line in s.load]
-    for name in ("o", "variance") if variance else ("o",):
-        b.stores[name], line = b.view(b.known(name), f"{name}_t", "token, head")
+    for key, name in (("output", "o"), ("variance", "variance"))[: 1 + variance]:
+        b.stores[key], line = b.view(b.known(name), f"{name}_t", "token, head")
         token.append(line)
     saved: list[str] = []
     for s, local in zip(r.states, states, strict=True):
@@ -243,10 +246,10 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
             again.append(f"{b.loads[s.symbol]} = {now}[0]")
         place = f"{past[s.name]}[token - start + 1]"
         if s.axes:
-            b.stores[f"past_{s.name}"], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
+            b.stores[f"past {s.name}"], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
             again.append(line)
         else:
-            b.stores[f"past_{s.name}"] = place
+            b.stores[f"past {s.name}"] = place
     again += b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
 
     for s in r.states:

@@ -280,8 +280,8 @@ class _Kernels:
         lines += _indent(self.once({s: _store(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         lines += _indent(body.until(carried), 2)
-        for flag, name in (("OUTPUT", "o"), ("VARIANCE", "variance")):
-            stores = [s for s in body.stores if s.name == name]
+        for flag, key, name in (("OUTPUT", "output", "o"), ("VARIANCE", "variance", "variance")):
+            stores = [s for s in body.stores if s.name == key]
             lines += _indent([f"if {flag}:"], 2) if stores else []
             for s in stores:
                 lines += _indent(body.until([s]), 3)
