@@ -52,6 +52,8 @@ app.add_typer(studies, name="study")
 app.command("doctor")(variants.doctor)
 
 studies.command("run")(study.run)
+studies.command("work")(study.work)
+studies.command("proxy")(study.proxy)
 studies.command("report")(study.report)
 studies.command("export")(study.export)
 studies.command("heal")(study.heal)

@@ -20,6 +20,11 @@ from dspace.study.trial import derive_seed
 if TYPE_CHECKING:
     import optuna
 
+    from dspace.study.remote import Watch
+
+FREE = {"budget", "title", "doc", "compare", "storage", "artifacts", "workers"}
+"""Tables of the study file that may change while a study goes on."""
+
 MAX_ATTEMPTS = 2
 """A trial whose worker died is tried once more."""
 
@@ -132,6 +137,10 @@ def waiting(trials: list[Any]) -> list[Any]:
 
 def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
     """Take the next trial, or None when the budget is spent. Marks it as this worker's."""
+    if home.on_server:
+        from dspace.study import queue
+
+        return queue.take(phase, optuna_study, worker)
     with claim(home):
         trials = optuna_study.get_trials(deepcopy=False)
         if phase.comparison is None:
@@ -153,28 +162,48 @@ def root_number(attributes: Mapping[str, Any], number: int) -> int:
 def give_back(home: Home, optuna_study: optuna.Study, trial: Any, reason: str, died: bool) -> int | None:
     """Mark a running trial as failed and enqueue its repetition; returns the number of attempts so far.
 
-    Returns None when it has been tried often enough. The repetition is enqueued first: a stop in between is
-    mended by the next call, which sees that it exists.
+    Returns None when it has been tried often enough. Under the lock the repetition is enqueued first: a stop in
+    between is mended by the next call, which sees that it exists. On a server the trial is failed first, because one
+    healer only can do that; a repetition that is missing then is made by :func:`heal`.
     """
     import optuna
 
-    attributes = dict(trial.user_attrs)
-    attempt = int(attributes.get("attempt", 1))
+    attempt = int(trial.user_attrs.get("attempt", 1))
     again = attempt < MAX_ATTEMPTS or not died
-    trials = optuna_study.get_trials(deepcopy=False)
-    if again and trial.number not in retries(trials):
-        kept = {k: attributes[k] for k in ("params", "arm", "repeat") if k in attributes}
-        kept |= {
-            "retry_of": trial.number,
-            "root": root_number(attributes, trial.number),
-            "attempt": attempt + int(died),
-        }
-        optuna_study.enqueue_trial(dict(trial.params), user_attrs=kept)
     storage, trial_id = optuna_study._storage, trial._trial_id
+    if home.on_server:
+        from dspace.study import queue
+
+        if queue.fail_lost(optuna_study, trial, reason) and again:
+            _repeat(optuna_study, trial, died)
+        return attempt if again else None
+    if again and trial.number not in retries(optuna_study.get_trials(deepcopy=False)):
+        _repeat(optuna_study, trial, died)
     storage.set_trial_user_attr(trial_id, "failure", reason)
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
         storage.set_trial_state_values(trial_id, optuna.trial.TrialState.FAIL)
     return attempt if again else None
+
+
+def _repeat(optuna_study: optuna.Study, trial: Any, died: bool) -> None:
+    """Enqueue a trial again: same parameters, same seed. Optuna's own marks of a retry are set too."""
+    import optuna
+
+    attributes = dict(trial.user_attrs)
+    root = root_number(attributes, trial.number)
+    kept = {k: attributes[k] for k in ("params", "arm", "repeat", "slot", "cover", "warm") if k in attributes}
+    kept |= {
+        "retry_of": trial.number,
+        "root": root,
+        "attempt": int(attributes.get("attempt", 1)) + int(died),
+    }
+    marks = {"failed_trial": root, "retry_history": [*trial.system_attrs.get("retry_history", []), trial.number]}
+    fixed = dict(trial.params) or trial.system_attrs.get("fixed_params", {})
+    optuna_study.add_trial(
+        optuna.create_trial(
+            state=optuna.trial.TrialState.WAITING, system_attrs={"fixed_params": fixed, **marks}, user_attrs=kept
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -187,8 +216,11 @@ class Healed:
     retried: bool
 
 
-def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
-    """Mark running trials of dead workers as failed and enqueue each once more. Completed trials are not touched."""
+def heal(home: Home, phases: list[Phase], storage: Any, watch: Watch | None = None) -> list[Healed]:
+    """Mark running trials of dead workers as failed and enqueue each once more. Completed trials are not touched.
+
+    ``watch`` judges workers of other machines by their signs of life; without it they are let be.
+    """
     found: list[Healed] = []
     with claim(home):
         alive = living_workers(home)
@@ -197,22 +229,40 @@ def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
             if phase.name not in known:
                 continue
             optuna_study = open_study(phase, storage)
-            for trial in optuna_study.get_trials(deepcopy=False):
-                if trial.state.name != "RUNNING":
+            trials = optuna_study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state.name != "RUNNING" or not _is_dead(home, trial, watch):
                     continue
-                worker = trial.user_attrs.get("worker")
-                # A trial is named its worker's within the claim lock: one without a name died while holding it.
-                if worker is not None and is_alive(home, worker):
-                    continue
-                if worker is not None and trial.user_attrs.get("host") != os.uname().nodename and home.url is not None:
-                    continue  # of another machine, whose locks cannot be seen from here
                 retried = give_back(home, optuna_study, trial, "its worker died", died=True)
-                found.append(Healed(phase.name, trial.number, worker or "?", retried is not None))
+                worker = trial.user_attrs.get("worker") or "?"
+                found.append(Healed(phase.name, trial.number, worker, retried is not None))
+            if home.on_server:
+                _finish_healing(optuna_study)
         for lock in home.workers.glob("*.lock"):
             old = time.time() - lock.stat().st_mtime > 86_400  # a young one may be about to be taken
             if lock.stem != "claim" and lock.stem not in alive and old:
                 lock.unlink(missing_ok=True)
     return found
+
+
+def _is_dead(home: Home, trial: Any, watch: Watch | None) -> bool:
+    worker = trial.user_attrs.get("worker")
+    if not home.on_server:
+        # A trial is named its worker's within the claim lock: one without a name died while holding it.
+        return worker is None or not is_alive(home, worker)
+    from dspace.study.queue import host_of
+
+    if worker is not None and host_of(worker) == os.uname().nodename and (home.workers / f"{worker}.lock").exists():
+        return not is_alive(home, worker)
+    return watch is not None and watch.is_lost(trial)
+
+
+def _finish_healing(optuna_study: optuna.Study) -> None:
+    """Make the repetitions that a healer was stopped before making."""
+    from dspace.study import queue
+
+    for trial in queue.without_repetition(optuna_study.get_trials(deepcopy=False), MAX_ATTEMPTS):
+        _repeat(optuna_study, trial, died=True)
 
 
 def remove_stale_lock(home: Home) -> None:
@@ -224,20 +274,25 @@ def remove_stale_lock(home: Home) -> None:
                 lock.unlink(missing_ok=True)
 
 
+def first_points(study: StudyFile) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What is tried before the sampler chooses: parameters that are fixed, and attributes.
+
+    Each choice of each structural axis, and each arm of a comparison as often as it asks for.
+    """
+    arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
+    wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
+    for name, axis in study.structural_axes.items():
+        wanted += [{name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)]
+    return [(choices, {"cover": True}) for choices in wanted[: study.budget.trials]]
+
+
 def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
-    """See that each choice of each structural axis, and each arm of a comparison, is tried at least once."""
-    study = phase.study
+    """Enqueue the first points of a study that has no trial yet."""
     with claim(home):
         if optuna_study.get_trials(deepcopy=False):
             return
-        arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
-        wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
-        for name, axis in study.structural_axes.items():
-            wanted += [
-                {name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)
-            ]
-        for choices in wanted[: study.budget.trials]:
-            optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
+        for choices, attributes in first_points(phase.study):
+            optuna_study.enqueue_trial(choices, user_attrs=attributes)
 
 
 def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.Study) -> list[str]:
@@ -283,13 +338,13 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
 
 
 def refuse_changes(home: Home, phase: Phase, storage: Any, optuna_study: optuna.Study) -> None:
-    """A study that goes on must be the study that began: only its budget may change."""
-    definition = phase.study.model_dump(mode="json", exclude={"budget", "title", "doc", "compare"})
+    """A study that goes on must be the study that began: only what changes no result may change."""
+    definition = phase.study.model_dump(mode="json", exclude=FREE)
     before = optuna_study.user_attrs.get("definition")
     if before is None:
         optuna_study.set_user_attr("definition", definition)
         return
-    changed = sorted(k for k in definition if definition[k] != before.get(k))
+    changed = sorted(k for k in definition if k in before and definition[k] != before[k])
     if changed:
         raise StorageError(
             f"{home.folder}: a study named {phase.study.name!r} began with another {' and '.join(changed)}\n"

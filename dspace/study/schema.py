@@ -167,6 +167,23 @@ class Comparison(Table):
     metric: str = "accuracy"
 
 
+class WorkersTable(Table):
+    """How workers on other machines are watched and placed. Nothing here changes a result."""
+
+    heartbeat: float = Field(default=10.0, gt=0)
+    """Seconds between two signs of life of a running trial (storages on a server only)."""
+    grace: float = Field(default=60.0, gt=0)
+    """Seconds without one after which a trial counts as lost and runs again."""
+    patience: float = Field(default=600.0, ge=0)
+    """Seconds that a worker waits for a server that does not answer before it gives up."""
+    cpus: float = Field(default=1.0, ge=0)
+    """Cores of one worker, for Ray and Slurm."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one worker; with Ray a fraction lets several share one."""
+    slurm: dict[str, Scalar] = Field(default_factory=dict)
+    """Parameters of submitit: ``timeout_min``, ``slurm_partition``, ``mem_gb``, ..."""
+
+
 class BestTable(Table):
     """Which completed trial is the answer."""
 
@@ -189,6 +206,11 @@ class StudyFile(Table):
     sampler: SamplerTable = SamplerTable()
     prune: PruneTable | None = None
     best: BestTable = BestTable()
+    storage: str | None = None
+    """Where trials are kept, instead of a journal file: ``postgresql+psycopg://...`` or ``grpc://HOST:PORT``."""
+    artifacts: str | None = None
+    """Where trials leave their files, instead of the study's folder: a folder that all machines see, or ``s3://...``."""
+    workers: WorkersTable = WorkersTable()
     axes: dict[str, Axis] = Field(default_factory=dict)
     compare: dict[str, Comparison] = Field(default_factory=dict)
 

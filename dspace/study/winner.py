@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import UserError
+from dspace.study.artifacts import fetch
 from dspace.study.results import Record, Results, collect, open_home
 from dspace.study.space import Composer, identifier, merge
 from dspace.study.storage import Home, storage_errors
@@ -46,8 +47,7 @@ def export(
 def artifact(results: Results, record: Record, name: str) -> Path | None:
     """The file that a trial left under this name, or None."""
     found = record.attributes.get("artifacts", {}).get(name)
-    path = results.home.artifacts / found if found else None
-    return path if path is not None and path.is_file() else None
+    return fetch(results.home, results.study, found) if found else None
 
 
 def stored_spec(results: Results, record: Record) -> dict[str, Any]:

@@ -22,15 +22,29 @@ from types import FrameType
 from typing import Any
 
 from dspace.errors import DspaceError, UserError
+from dspace.study import queue, remote
+from dspace.study.artifacts import store_of
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
 from dspace.study.reading import load
 from dspace.study.space import Composer, suggest
-from dspace.study.storage import Home, connect, explain, worker_lock
+from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
 from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped, derive_seed, should_prune, values_of
 
 STOPPED = 75
 MAX_FAILURES = 4
 """Trials that may fail one after another before the worker gives up."""
+OWN = {"worker", "host", "seed", "test", "metrics", "beat", "progress", "slot", "cover", "warm", "attempt"} | {
+    "root",
+    "retry_of",
+    "failure",
+    "lost",
+}
+"""Attributes that say how a trial came about, not what was found: a trial of the same point does not take them over."""
+TELL_SECONDS = 0.5
+"""Least time between two notes of a running trial's curve."""
+IDLE_SECONDS = 0.1
+PATIENCE_WITH_ENGINE = 60.0
+"""Seconds without anything to do after which a worker takes it that no engine is there."""
 
 
 class TrialsFailed(DspaceError):
@@ -54,22 +68,26 @@ def find_objective(name: str) -> Objective:
 class Worker:
     """The loop of one worker and the state that its signal handlers touch."""
 
-    def __init__(self, home: Home, phase: Phase, worker: str, objective: Objective, root: Path, jobs: int) -> None:
+    def __init__(self, home: Home, phase: Phase, worker: str, objective: Objective, root: str | None, jobs: int) -> None:
         self.home, self.study, self.phase, self.id = home, phase.study, phase, worker
         self.objective = objective
-        self.storage = connect(home)
+        self.storage = connect(home, phase.study.workers.patience)
         self.optuna = open_study(phase, self.storage, jobs)
-        self.composer = Composer(phase.study, root)
-        self.parent = os.getppid()
+        self.composer = Composer(phase.study, Path(root or self.optuna.user_attrs.get("root", ".")))
+        self.parent: int | None = os.getppid()
         self.stopping = False
         self.failures = 0
+        self.idle = 0.0
+        self.curve: list[dict[str, float]] = []
         self.last_failure = ""
 
     def stop(self, signum: int, frame: FrameType | None) -> None:
         self.stopping = True
 
     def should_stop(self) -> bool:
-        return self.stopping or os.getppid() != self.parent  # the engine is gone: nobody would stop this worker
+        if self.parent is not None and os.getppid() != self.parent:
+            return True  # the engine is gone: nobody would stop this worker
+        return self.stopping
 
     def run(self, deadline: float) -> int:
         """Work until the budget is spent (0) or the worker must stop (75)."""
@@ -80,7 +98,10 @@ class Worker:
                 return 0
             trial = claim_trial(self.home, self.phase, self.optuna, self.id)
             if trial is None:
-                return 0
+                if self.nothing_comes():
+                    return 0
+                continue
+            self.idle = 0.0
             self.run_trial(trial)
             if self.failures >= MAX_FAILURES:
                 raise TrialsFailed(
@@ -88,7 +109,28 @@ class Worker:
                     f"  cure: mend the cause and give the same command again ({self.id} has the traceback)"
                 )
 
+    def nothing_comes(self) -> bool:
+        """Whether there will be no more to do. On a server the engine makes the trials, a little ahead of the workers."""
+        if not self.home.on_server or self.idle > PATIENCE_WITH_ENGINE or queue.is_settled(self.phase, self.optuna):
+            return True
+        time.sleep(IDLE_SECONDS)
+        self.idle += IDLE_SECONDS
+        return False
+
     def run_trial(self, trial: Any) -> None:
+        if not self.home.on_server:
+            self._run_trial(trial)
+            return
+        import optuna
+
+        try:
+            with remote.heartbeat(self.storage, trial._trial_id, self.study.workers.heartbeat):
+                self._run_trial(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # It was taken for lost (no sign of life came through for too long) and is another worker's now.
+            print(f"trial {trial.number} was given to another worker meanwhile", file=sys.stderr, flush=True)
+
+    def _run_trial(self, trial: Any) -> None:
         import optuna
 
         scratch = Path(tempfile.mkdtemp(prefix="dspace-trial-"))
@@ -98,11 +140,14 @@ class Worker:
             self.tell(trial, outcome)
             self.failures = 0
         except Pruned as reason:
+            self.keep_curve(trial)
             trial.set_user_attr("pruned", str(reason))
             self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
             self.failures = 0
         except Stopped:
             self.return_trial(trial, "stopped by the user")
+        except (StorageError, optuna.exceptions.UpdateFinishedTrialError):
+            raise
         except OSError as error:
             self.return_trial_if_possible(trial, f"the storage refused: {error}")
             raise explain(error, self.home) from None
@@ -127,11 +172,15 @@ class Worker:
         trial.set_user_attr("seed", seed)
         job = Job(self.study, self.composer, params, trial.number, seed, scratch)
         curve: list[dict[str, float]] = []
+        self.curve, told = curve, time.monotonic()
 
         def on_report(step: int, total: int, metrics: dict[str, float]) -> None:
+            nonlocal told
             curve.append({"step": step, **{k: round(float(v), 5) for k, v in metrics.items()}})
-            trial.set_user_attr("curve", curve)
-            trial.set_user_attr("progress", round(step / total, 4))
+            if time.monotonic() - told > TELL_SECONDS:  # for who looks on; the whole curve is kept at the end
+                told = time.monotonic()
+                trial.set_user_attr("curve", curve)
+                trial.set_user_attr("progress", round(step / total, 4))
             if self.study.prune is not None and self.phase.comparison is None:
                 reason = should_prune(self.study.prune, curve, total, self.finished_curves(trial.number))
                 if reason:
@@ -142,9 +191,7 @@ class Worker:
             trial.set_user_attr("point_hash", job.point.hash)
             twin = self.same_point(trial.number, job.point.hash) if self.phase.comparison is None else None
             if twin is not None:
-                kept = {
-                    k: v for k, v in twin.user_attrs.items() if k not in ("worker", "host", "seed", "test", "metrics")
-                }
+                kept = {k: v for k, v in twin.user_attrs.items() if k not in OWN}
                 metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
                 return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
         return self.objective(job)
@@ -166,21 +213,26 @@ class Worker:
 
     def keep(self, trial: Any, outcome: Outcome, scratch: Path) -> None:
         """Store attributes and artifacts before the trial counts as complete."""
-        from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+        from optuna.artifacts import upload_artifact
 
         if outcome.files:
-            store = FileSystemArtifactStore(str(self.home.artifacts))
+            store = store_of(self.home, self.study)
             kept = {}
             for name, path in outcome.files.items():
                 kept[name] = upload_artifact(
                     artifact_store=store, file_path=str(path), study_or_trial=trial, storage=self.storage
                 )
             outcome.attributes["artifacts"] = kept
+        self.keep_curve(trial)
         for key, value in outcome.attributes.items():
             trial.set_user_attr(key, value)
         if outcome.test:
             trial.set_user_attr("test", outcome.test)
         trial.set_user_attr("metrics", outcome.metrics)
+
+    def keep_curve(self, trial: Any) -> None:
+        if self.curve:
+            trial.set_user_attr("curve", self.curve)
 
     def tell(self, trial: Any, outcome: Outcome) -> None:
         import optuna
@@ -216,13 +268,26 @@ class Worker:
         self.optuna.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
+def fetch_definition(home: Home) -> None:
+    """On a machine that does not see the engine's folder, make one from what the storage holds."""
+    if home.definition.is_file() or not home.on_server:
+        return
+    prepare(home)
+    files = {s.study_name: s.user_attrs.get("file") for s in connect(home, 60.0).get_all_studies()}
+    text = files.get(home.folder.name)
+    if not text:
+        raise UserError(f"{remote.hidden(home.url or '')} holds no study {home.folder.name!r}\n  cure: see --dir")
+    home.definition.write_text(text, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="dspace.study.worker", description=__doc__)
     parser.add_argument("--dir", required=True)
     parser.add_argument("--url")
     parser.add_argument("--id", required=True)
-    parser.add_argument("--root", default=".")
+    parser.add_argument("--root")
+    parser.add_argument("--alone", action="store_true", help="no engine started this worker: outlive the parent")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=math.inf)
     parser.add_argument("--comparison")
@@ -231,9 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the engine, which asks its workers to stop
     home = Home(Path(args.dir), args.url)
     try:
+        fetch_definition(home)
         with worker_lock(home, args.id):
             phase = Phase(load(home.definition), args.comparison)
-            worker = Worker(home, phase, args.id, find_objective(args.objective), Path(args.root), args.jobs)
+            worker = Worker(home, phase, args.id, find_objective(args.objective), args.root, args.jobs)
+            worker.parent = None if args.alone else worker.parent
             signal.signal(signal.SIGTERM, worker.stop)
             return worker.run(args.deadline)
     except OSError as error:
