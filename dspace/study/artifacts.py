@@ -23,7 +23,7 @@ def store_of(home: Home, study: StudyFile) -> Any:
         except OSError as error:
             raise StorageError(
                 f"{folder}: artifacts cannot be kept there ({error.strerror})\n"
-                "  cure: artifacts = \"...\" in the study file, a folder that every machine can write"
+                '  cure: artifacts = "..." in the study file, a folder that every machine can write'
             ) from None
         return FileSystemArtifactStore(str(folder))
     parts = urlsplit(place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -166,20 +167,21 @@ class Ray(Placement):
             import ray
         except ImportError:
             raise UserError("Ray is not installed\n  cure: pip install 'dspace[ray]', here and on every node") from None
-        self.ray, self.table = ray, table
+        self.ray, self.table, self.own = ray, table, not ray.is_initialized()
         try:
+            _knock(address)
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             first = str(error).split("\n")[0]
             raise UserError(
                 f"no Ray cluster answers at {address!r}: {first}\n"
                 "  cure: `ray start --head` on one machine, `ray start --address HEAD:6379` on the others, --ray auto"
             ) from None
         self._check_room()
-        options = {"num_cpus": table.cpus, "num_gpus": table.gpus, "max_retries": 0}
+        options: dict[str, Any] = {"num_cpus": table.cpus, "num_gpus": table.gpus, "max_retries": 0}
         # The function travels by value: a node needs dspace for the worker's process only, which has its own path.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        self.task = ray.remote(**options)(run_command)
+        self.task: Any = ray.remote(**options)(run_command)
 
     def _check_room(self) -> None:
         room = self.ray.cluster_resources()
@@ -194,7 +196,15 @@ class Ray(Placement):
         return _RayTask(self.ray, self.task.remote(command, environment, int(self.table.cpus)), log)
 
     def close(self) -> None:
-        self.ray.shutdown()
+        if self.own:
+            self.ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 class _SlurmJob(Handle):
@@ -228,16 +238,18 @@ class Slurm(Placement):
 
     def __init__(self, cluster: str, table: WorkersTable, folder: Path) -> None:
         try:
+            import cloudpickle
             import submitit
         except ImportError:
             raise UserError("submitit is not installed\n  cure: pip install 'dspace[slurm]'") from None
         self.table = table
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as with Ray
         try:
             self.executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
             settings: dict[str, Any] = {"timeout_min": 24 * 60, "cpus_per_task": max(int(table.cpus), 1)}
             if table.gpus:
                 settings["gpus_per_node"] = max(round(table.gpus), 1)
-            self.executor.update_parameters(**settings, **table.slurm)
+            self.executor.update_parameters(**(settings | table.slurm))
         except (RuntimeError, NameError, ValueError, TypeError) as error:
             raise UserError(
                 f"Slurm cannot be used as the study file says: {error}\n  cure: [workers.slurm] in the study file"

@@ -40,17 +40,19 @@ def missing_slots(phase: Phase, trials: list[Any]) -> list[int]:
 
 def pending(phase: Phase, trials: list[Any]) -> int:
     """Slots that are not finished: not made, waiting, or running."""
-    return len(missing_slots(phase, trials)) + len({key_of(t) for t in trials if t.state.name in ("WAITING", "RUNNING")})
+    return len(missing_slots(phase, trials)) + len(
+        {key_of(t) for t in trials if t.state.name in ("WAITING", "RUNNING")}
+    )
 
 
 def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int) -> None:
     """See that ``ahead`` trials wait. A server that does not answer is asked again at the next call."""
     trials = optuna_study.get_trials(deepcopy=False)
-    wanted = min(ahead - len(waiting(trials)), phase.study.budget.trials)
-    if wanted <= ahead // 2:
+    there = len(waiting(trials))
+    if there > ahead // 2:
         return
     first = first_points(phase.study)
-    for slot in missing_slots(phase, trials)[:wanted]:
+    for slot in missing_slots(phase, trials)[: ahead - there]:
         attributes: dict[str, Any] = {"slot": slot}
         if slot < len(first):
             attributes |= first[slot][1]

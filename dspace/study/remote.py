@@ -107,7 +107,7 @@ def open_proxy(url: str, patience: float) -> Any:
     host, port = host_and_port(url)
     try:
         client = optuna.storages.GrpcStorageProxy(host=host, port=port)
-        client.wait_server_ready(timeout=max(patience, 5.0))
+        client.wait_server_ready(timeout=max(patience, 1.0))
         return client
     except ImportError as error:
         raise StorageError(_unreachable(url, error)) from None

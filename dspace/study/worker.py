@@ -68,7 +68,9 @@ def find_objective(name: str) -> Objective:
 class Worker:
     """The loop of one worker and the state that its signal handlers touch."""
 
-    def __init__(self, home: Home, phase: Phase, worker: str, objective: Objective, root: str | None, jobs: int) -> None:
+    def __init__(
+        self, home: Home, phase: Phase, worker: str, objective: Objective, root: str | None, jobs: int
+    ) -> None:
         self.home, self.study, self.phase, self.id = home, phase.study, phase, worker
         self.objective = objective
         self.storage = connect(home, phase.study.workers.patience)

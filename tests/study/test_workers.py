@@ -42,7 +42,7 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture
 def many(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy study without its comparison, with short graces, under a name of its own: tests share the server."""
-    text = toy.read_text().split("[compare.shapes]")[0].replace("[prune]\non = \"accuracy\"\n", "")
+    text = toy.read_text().split("[compare.shapes]")[0].replace('[prune]\non = "accuracy"\n', "")
     name = f"toy{random.SystemRandom().randrange(10**9)}"
     toy.write_text(text.replace('name = "toy"', f'name = "{name}"') + WORKERS)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -76,7 +76,7 @@ def workers_of(home: Path) -> list[int]:
 def kill_three(home: Path, killed: list[int]) -> None:
     """``kill -9`` three of eight workers at random moments, once all are there."""
     chance = random.Random(5)
-    wait_until(lambda: len(workers_of(home)) >= 8, 60, "eight workers did not start")
+    wait_until(lambda: len(workers_of(home)) >= 8, 120, "eight workers did not start")
     for _ in range(3):
         time.sleep(chance.uniform(0.1, 0.5))
         victim = chance.choice(workers_of(home))
@@ -190,13 +190,15 @@ def test_ray_places_workers_and_outlives_their_death(
             run(many, 1, objective="toys:logged", storage=postgres.url, quiet=True, trials=61, ray=address)
     finally:
         ray.shutdown()
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        run(many, 1, objective="toys:logged", storage=postgres.url, quiet=True, trials=61, ray="127.0.0.1:9")
     assert len(killed) == 3 and summary.counts["complete"] == 60
     account(trials_at(many, postgres.url), 60)
 
 
 def test_slurm_jobs_through_submitit(postgres: Postgres, many: Path) -> None:
     pytest.importorskip("submitit")
-    many.write_text(many.read_text() + '[workers.slurm]\ntimeout_min = 5\n')
+    many.write_text(many.read_text() + "[workers.slurm]\ntimeout_min = 5\n")
     run(many, 2, objective="toys:quick", storage=postgres.url, quiet=True, trials=6, slurm="local")
     account(trials_at(many, postgres.url), 6)
     many.write_text(many.read_text().replace("timeout_min = 5", "timeout_minn = 5"))
