@@ -145,7 +145,9 @@ def _check(models: Sequence[Model], configs: Sequence[TrainConfig]) -> None:
             )
 
 
-def _on(batch: Batch, device: torch.device) -> Columns:
+def _on(batch: Any, device: torch.device) -> Columns:
+    if isinstance(batch.inputs, Tensor):  # drawn there
+        return batch.inputs.to(device), batch.positions.to(device).long(), batch.targets.to(device).long()
     return (
         _tensor(batch.inputs, device),
         _tensor(batch.positions, device).long(),

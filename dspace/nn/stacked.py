@@ -31,12 +31,10 @@ class StackedLinear(nn.Linear):
 
 
 class StackedEmbedding(nn.Embedding):
-    """``[S, entries, size]`` on tokens ``[S * B, T]`` (or places ``[T]``, which all trials share)."""
+    """``[S, entries, size]`` on tokens ``[S * B, T]``."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         trials, entries, size = self.weight.shape
-        if tokens.ndim == 1:
-            tokens = tokens.expand(trials, -1)
         first = per_row(torch.arange(trials, device=tokens.device) * entries, len(tokens))
         return F.embedding(tokens + first, self.weight.reshape(trials * entries, size))
 
@@ -62,8 +60,6 @@ def stack(models: Sequence[Model]) -> Model:
     Raises UserError for models whose parameters differ in names or shapes.
     """
     first = models[0]
-    if len(models) == 1:
-        return copy.deepcopy(first)
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in models]
     if any(s != shapes[0] for s in shapes) or first.positions is not None:
         raise UserError(
@@ -71,6 +67,11 @@ def stack(models: Sequence[Model]) -> Model:
             "  cure: train them one by one"
         )
     made = copy.deepcopy(first)
+    for (_, own), (_, copied) in zip(first.named_parameters(), made.named_parameters(), strict=True):
+        if getattr(own, "no_weight_decay", False):  # a copy forgets it
+            copied.no_weight_decay = True  # type: ignore[attr-defined]
+    if len(models) == 1:
+        return made
     sources = [dict(m.named_modules()) for m in models]
     for path, module in made.named_modules():
         if hasattr(module, "trials"):

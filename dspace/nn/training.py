@@ -72,7 +72,7 @@ class Result:
     engine: str = "eager"
     """How a step ran: eager, compile, graph, compile+graph."""
     trials: int = 1
-    """Trials that shared each step; times and rates of tokens are those of one of them."""
+    """Trials that shared each step, and so its time."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,7 +89,8 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.curve[-1].tokens / max(self.seconds, 1e-9) if self.curve else 0.0
+        """Of all trials that shared the steps."""
+        return self.trials * self.curve[-1].tokens / max(self.seconds, 1e-9) if self.curve else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data for JSON."""

@@ -9,11 +9,12 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dspace.study.schema import METRICS, Direction, StudyFile
+from dspace.study.space import grid
 from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
@@ -81,7 +82,7 @@ def make_sampler(phase: Phase, number_of_jobs: int = 1) -> Any:
             return optuna.samplers.QMCSampler(
                 seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
             )
-        if table.kind == "random":
+        if table.kind in ("random", "grid"):  # of a grid every number is fixed
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `group` is called experimental
@@ -152,6 +153,31 @@ def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: st
         trial.set_user_attr("worker", worker)
         trial.set_user_attr("host", os.uname().nodename)
         return trial
+
+
+def claim_alike(
+    home: Home, phase: Phase, optuna_study: optuna.Study, worker: str, alike: Callable[[Any], bool], most: int
+) -> list[optuna.Trial]:
+    """Take up to ``most`` further waiting trials for which ``alike`` holds, to be trained beside one another."""
+    import optuna
+
+    taken: list[optuna.Trial] = []
+    if home.on_server:
+        from dspace.study import queue
+
+        while len(taken) < most and (trial := queue.take(phase, optuna_study, worker, alike)) is not None:
+            taken.append(trial)
+        return taken
+    with claim(home):
+        trials = optuna_study.get_trials(deepcopy=False)
+        if phase.comparison is None:
+            most = min(most, phase.study.budget.trials - used(trials))
+        for frozen in [t for t in waiting(trials) if alike(t)][: max(most, 0)]:
+            if optuna_study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING):
+                taken.append(optuna.Trial(optuna_study, frozen._trial_id))
+                taken[-1].set_user_attr("worker", worker)
+                taken[-1].set_user_attr("host", os.uname().nodename)
+    return taken
 
 
 def root_number(attributes: Mapping[str, Any], number: int) -> int:
@@ -279,6 +305,8 @@ def first_points(study: StudyFile) -> list[tuple[dict[str, Any], dict[str, Any]]
 
     Each choice of each structural axis, and each arm of a comparison as often as it asks for.
     """
+    if study.sampler.kind == "grid":
+        return [(dict(point), {"grid": True}) for point in grid(study)[: study.budget.trials]]
     arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
     wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
     for name, axis in study.structural_axes.items():

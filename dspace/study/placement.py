@@ -7,6 +7,7 @@ trials are Optuna's, and a placement that loses a worker costs that worker's run
 from __future__ import annotations
 
 import abc
+import logging
 import os
 import signal
 import socket
@@ -170,7 +171,7 @@ class Ray(Placement):
         self.ray, self.table, self.own = ray, table, not ray.is_initialized()
         try:
             _knock(address)
-            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             first = str(error).split("\n")[0]
             raise UserError(

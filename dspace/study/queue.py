@@ -8,6 +8,7 @@ was lost or two engines ran, is run once.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dspace.study import remote
@@ -64,13 +65,15 @@ def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int) -> None:
             return
 
 
-def take(phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
-    """Take a waiting trial and mark it as this worker's, or None when none waits."""
+def take(
+    phase: Phase, optuna_study: optuna.Study, worker: str, alike: Callable[[Any], bool] = lambda trial: True
+) -> optuna.Trial | None:
+    """Take a waiting trial for which ``alike`` holds and mark it as this worker's, or None when none waits."""
     import optuna
 
     storage = optuna_study._storage
     trials = optuna_study.get_trials(deepcopy=False)
-    for frozen in waiting(trials):
+    for frozen in filter(alike, waiting(trials)):
         try:
             if not storage.set_trial_state_values(frozen._trial_id, state=optuna.trial.TrialState.RUNNING):
                 continue

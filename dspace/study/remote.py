@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -202,16 +202,15 @@ def _patient_class() -> type:
 
 
 @contextmanager
-def heartbeat(storage: Any, trial_id: int, every: float, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Give signs of life for a running trial while the block runs."""
+def heartbeat(storage: Any, running: list[Any], every: float) -> Iterator[None]:
+    """Give signs of life for the trials in ``running`` (which may grow and shrink) while the block runs."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(every) and not stopped():
-            try:
-                storage.set_trial_user_attr(trial_id, BEAT, time.time())
-            except Exception:  # finished meanwhile, or no server: the block will hear of it itself
-                continue
+        while not done.wait(every):
+            for trial in list(running):
+                with suppress(Exception):  # finished meanwhile, or no server: the block will hear of it itself
+                    storage.set_trial_user_attr(trial._trial_id, BEAT, time.time())
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

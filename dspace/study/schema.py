@@ -26,6 +26,11 @@ METRICS: dict[str, tuple[Direction, str]] = {
 Scalar = bool | int | float | str
 
 
+SEED = "trial.seed"
+FREE_TARGETS = ("train.learning_rate", "train.weight_decay", SEED)
+"""Targets of axes along which trials may be stacked: they change no shape."""
+
+
 class Table(BaseModel):
     """Base of all tables: unknown keys are errors, values do not change once read."""
 
@@ -69,6 +74,8 @@ class ModelTable(Table):
     """Start of the forgetting: a number is the horizon N in tokens."""
     init: dict[str, float] = Field(default_factory=dict)
     """Start of parameters of the spec and of numbers per head, by name."""
+    mixer: Literal["spec", "softmax"] = "spec"
+    """``softmax``: attention over all tokens instead of the composed spec, as a ceiling."""
     frozen: tuple[str, ...] = ()
 
 
@@ -84,6 +91,10 @@ class TrainTable(Table):
     target: float | None = Field(default=None, gt=0, le=1)
     """Stop as soon as held-out accuracy exceeds this."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    stack: Literal["auto"] | int = "auto"
+    """Trials of equal structure trained in one batched step: a number, or as many as a GPU would otherwise idle for."""
+    fresh: bool = False
+    """Draw new training examples every epoch, on the GPU where there is one, instead of going through one set."""
     reports: int = Field(default=10, ge=1, le=200)
     """Evaluations on held-out data during training: points of the curve, and moments to prune."""
 
@@ -112,7 +123,10 @@ class Axis(Table):
     log: bool = False
     integer: bool = False
     target: str | None = None
-    """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ..."""
+    """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ...
+
+    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone.
+    """
     template: str | None = None
     """Text with ``{value}`` in it, for a place that holds a formula."""
     when: dict[str, list[str]] = Field(default_factory=dict)
@@ -134,7 +148,8 @@ class BudgetTable(Table):
 class SamplerTable(Table):
     """How the next point is chosen. The seed is the study's."""
 
-    kind: Literal["tpe", "nsga2", "random", "qmc"] = "tpe"
+    kind: Literal["tpe", "nsga2", "random", "qmc", "grid"] = "tpe"
+    """``grid`` runs every combination of choices and values once, and needs no budget of trials."""
     startup_trials: int = Field(default=8, ge=0)
     population: int = Field(default=16, ge=2)
 
@@ -217,6 +232,11 @@ class StudyFile(Table):
     @property
     def structural_axes(self) -> dict[str, Axis]:
         return {name: axis for name, axis in self.axes.items() if axis.structural}
+
+    @property
+    def free_axes(self) -> set[str]:
+        """Axes in which trials that share one batched step may differ."""
+        return {name for name, axis in self.axes.items() if axis.target in FREE_TARGETS}
 
     @property
     def directions(self) -> list[Direction]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from dspace.errors import DspaceError, UserError
-from dspace.study.schema import Axis, ModelTable, Scalar, StudyFile, TrainTable
+from dspace.study.schema import SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
 
 if TYPE_CHECKING:
     import optuna
@@ -101,6 +101,23 @@ def middle(study: StudyFile, choices: Params) -> dict[str, Scalar]:
     return params
 
 
+def seed_of(study: StudyFile, params: Params) -> int | None:
+    """The value on the axis that seeds the trial, if there is one."""
+    return next((int(params[n]) for n, a in study.axes.items() if a.target == SEED and n in params), None)
+
+
+def grid(study: StudyFile) -> list[dict[str, Scalar]]:
+    """Every combination of choices and values that can occur; what can be stacked comes together."""
+    found: list[dict[str, Scalar]] = [{}]
+    free = study.free_axes
+    for name, axis in sorted(ordered(study), key=lambda item: item[0] in free):
+        values: list[Scalar] = list(axis.choices) if axis.choices is not None else list(axis.values or [])
+        found = [{**p, name: v} for p in found for v in values if exists(axis, p)] + [
+            p for p in found if not exists(axis, p)
+        ]
+    return found
+
+
 def structures(study: StudyFile, limit: int = 256) -> list[dict[str, str]]:
     """Every combination of structural choices that can occur (at most ``limit``)."""
     found: list[dict[str, str]] = [{}]
@@ -153,12 +170,15 @@ class Composer:
             merge(model, patch.model)
             train.update(patch.train)
         for name, axis in study.axes.items():
-            if not axis.structural and name in params:
+            if not axis.structural and name in params and axis.target != SEED:
                 _place(axis, params[name], {"spec": spec, "model": model, "train": train}, name)
         choices = [str(params[name]) for name, axis in study.axes.items() if axis.structural and name in params]
         spec["name"] = identifier("_".join([study.name, *choices]))
         spec["title"] = f"{study.title or study.name}: {', '.join(choices) or spec.get('title', '')}"
         task = {"name": study.task.name, **study.task.sizes}
+        seed = seed_of(study, params)
+        if seed is not None:
+            task["trial_seed"] = seed  # two points that differ in it only are not the same training
         try:
             return Point(dict(params), spec, ModelTable(**model), TrainTable(**train), task)
         except ValidationError as error:

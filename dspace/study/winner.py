@@ -33,6 +33,11 @@ def export(
     if record is None:
         what = "trial of it" if trial is None else f"trial {trial}"
         raise UserError(f"study {results.study.name!r}: no {what} is complete\n  cure: dspace study list, then --trial")
+    if Composer(results.study, results.root).compose(record.params).model.mixer != "spec":
+        raise UserError(
+            f"trial {record.number} is the ceiling, softmax attention: it has no spec\n"
+            "  cure: dspace study list, then --trial with another one"
+        )
     label = "best" if trial is None else f"trial_{trial}"
     path = Path(output) if output else results.home.folder / f"{identifier(results.study.name)}_{label}.toml"
     text = spec_text(results, record, identifier(f"{results.study.name}_{label}"))

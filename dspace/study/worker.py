@@ -17,16 +17,17 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dspace.errors import DspaceError, UserError
-from dspace.study import queue, remote
+from dspace.study import ledger, queue, remote
 from dspace.study.artifacts import store_of
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
 from dspace.study.reading import load
-from dspace.study.space import Composer, suggest
+from dspace.study.space import Composer, seed_of, suggest
 from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
 from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped, derive_seed, should_prune, values_of
 
@@ -80,7 +81,8 @@ class Worker:
         self.stopping = False
         self.failures = 0
         self.idle = 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curves: dict[int, list[dict[str, float]]] = {}
+        self.running: list[Any] = []
         self.last_failure = ""
 
     def stop(self, signum: int, frame: FrameType | None) -> None:
@@ -120,25 +122,69 @@ class Worker:
         return False
 
     def run_trial(self, trial: Any) -> None:
-        if not self.home.on_server:
-            self._run_trial(trial)
-            return
-        import optuna
-
-        try:
-            with remote.heartbeat(self.storage, trial._trial_id, self.study.workers.heartbeat):
-                self._run_trial(trial)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            # It was taken for lost (no sign of life came through for too long) and is another worker's now.
-            print(f"trial {trial.number} was given to another worker meanwhile", file=sys.stderr, flush=True)
-
-    def _run_trial(self, trial: Any) -> None:
-        import optuna
-
+        """Run a trial, and those that can share its steps."""
+        self.running = [trial]
         scratch = Path(tempfile.mkdtemp(prefix="dspace-trial-"))
+        beating = remote.heartbeat(self.storage, self.running, self.study.workers.heartbeat)
         try:
-            outcome = self.attempt(trial, scratch)
-            self.keep(trial, outcome, scratch)
+            with beating if self.home.on_server else contextlib.nullcontext():
+                self.run_together(trial, scratch)
+        except Stopped:
+            for left in list(self.running):
+                self.return_trial(left, "stopped by the user")
+        except StorageError:
+            raise
+        except OSError as error:
+            for left in list(self.running):
+                self.return_trial_if_possible(left, f"the storage refused: {error}")
+            raise explain(error, self.home) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def run_together(self, trial: Any, scratch: Path) -> None:
+        jobs: dict[int, Job] = {}
+
+        def prepare(new: Any) -> Outcome | Job:
+            made = self.prepare(new, scratch / str(new.number))
+            if isinstance(made, Job):
+                jobs[new.number] = made
+            return made
+
+        first = self.conclude(trial, lambda: prepare(trial))
+        if not isinstance(first, Job):
+            return
+        many = getattr(self.objective, "many", None)
+        most = self.objective.stack(first) - 1 if many is not None else 0  # type: ignore[attr-defined]
+        others = ledger.claim_alike(self.home, self.phase, self.optuna, self.id, self.alike(trial, first), most)
+        self.running += others
+        for other in others:
+            self.conclude(other, lambda other=other: prepare(other))  # type: ignore[misc]
+        together = [t for t in (trial, *others) if t.number in jobs]
+        results: list[Outcome | Exception] | None = None
+        if many is not None and len(together) > 1:
+            try:
+                results = many([jobs[t.number] for t in together])
+            except (Stopped, OSError):
+                raise
+            except Exception:  # out of memory, perhaps: one by one they may fit
+                traceback.print_exc()
+        for i, each in enumerate(together):
+            if results is None:
+                self.conclude(each, lambda each=each: self.objective(jobs[each.number]))  # type: ignore[misc]
+            else:
+                self.conclude(each, lambda i=i: results[i])  # type: ignore[misc]
+
+    def conclude(self, trial: Any, act: Callable[[], Any]) -> Any:
+        """Do ``act`` for a trial and tell its end: an outcome, pruned, or failed. A job is no end, and is returned."""
+        import optuna
+
+        try:
+            outcome = act()
+            if isinstance(outcome, Job):
+                return outcome
+            if isinstance(outcome, Exception):
+                raise outcome
+            self.keep(trial, outcome)
             self.tell(trial, outcome)
             self.failures = 0
         except Pruned as reason:
@@ -146,23 +192,42 @@ class Worker:
             trial.set_user_attr("pruned", str(reason))
             self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
             self.failures = 0
-        except Stopped:
-            self.return_trial(trial, "stopped by the user")
-        except (StorageError, optuna.exceptions.UpdateFinishedTrialError):
+        except (Stopped, StorageError, OSError):
             raise
-        except OSError as error:
-            self.return_trial_if_possible(trial, f"the storage refused: {error}")
-            raise explain(error, self.home) from None
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # It was taken for lost (no sign of life came through for too long) and is another worker's now.
+            print(f"trial {trial.number} was given to another worker meanwhile", file=sys.stderr, flush=True)
         except Exception as error:  # the objective is anybody's code
             self.fail(trial, error)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        self.running[:] = [t for t in self.running if t.number != trial.number]
+        return None
 
-    def attempt(self, trial: Any, scratch: Path) -> Outcome:
+    def alike(self, trial: Any, job: Job) -> Callable[[Any], bool]:
+        """Which waiting trials can share the steps of ``trial``: those that differ in rates and seeds only."""
+        if self.phase.comparison is not None:
+            arm = trial.user_attrs.get("arm")
+            return lambda other: other.user_attrs.get("arm") == arm
+        free = self.study.free_axes
+        mine = {k: v for k, v in job.params.items() if k not in free}
+
+        def same(other: Any) -> bool:
+            fixed = other.system_attrs.get("fixed_params", {})
+            return fixed.keys() == job.params.keys() and {k: v for k, v in fixed.items() if k not in free} == mine
+
+        return same
+
+    def prepare(self, trial: Any, scratch: Path) -> Outcome | Job:
+        """The job of a trial, or the outcome of a completed trial that trained exactly the same."""
+        scratch.mkdir(exist_ok=True)
         attributes = trial.user_attrs
         if self.phase.comparison is None:
             params = suggest(self.study, trial)
-            seed = derive_seed(self.study.seed, root_number(attributes, trial.number))
+            chosen = seed_of(self.study, params)
+            seed = (
+                derive_seed(self.study.seed, root_number(attributes, trial.number))
+                if chosen is None
+                else derive_seed(self.study.seed, "chosen", chosen)
+            )
         else:
             comparison = self.study.compare[self.phase.comparison]
             arm = trial.suggest_categorical("arm", list(comparison.arms))
@@ -174,7 +239,7 @@ class Worker:
         trial.set_user_attr("seed", seed)
         job = Job(self.study, self.composer, params, trial.number, seed, scratch)
         curve: list[dict[str, float]] = []
-        self.curve, told = curve, time.monotonic()
+        self.curves[trial.number], told = curve, time.monotonic()
 
         def on_report(step: int, total: int, metrics: dict[str, float]) -> None:
             nonlocal told
@@ -196,7 +261,7 @@ class Worker:
                 kept = {k: v for k, v in twin.user_attrs.items() if k not in OWN}
                 metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
                 return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
-        return self.objective(job)
+        return job
 
     def finished_curves(self, number: int) -> list[list[dict[str, float]]]:
         trials = self.optuna.get_trials(deepcopy=False)
@@ -213,7 +278,7 @@ class Worker:
                 return t
         return None
 
-    def keep(self, trial: Any, outcome: Outcome, scratch: Path) -> None:
+    def keep(self, trial: Any, outcome: Outcome) -> None:
         """Store attributes and artifacts before the trial counts as complete."""
         from optuna.artifacts import upload_artifact
 
@@ -233,8 +298,9 @@ class Worker:
         trial.set_user_attr("metrics", outcome.metrics)
 
     def keep_curve(self, trial: Any) -> None:
-        if self.curve:
-            trial.set_user_attr("curve", self.curve)
+        curve = self.curves.pop(trial.number, [])
+        if curve:
+            trial.set_user_attr("curve", curve)
 
     def tell(self, trial: Any, outcome: Outcome) -> None:
         import optuna

@@ -54,9 +54,9 @@ def test_stacked_training_is_separate_training(name: str) -> None:
         expected = train(model, data, held_out, config)
         assert [e.step for e in result.curve] == [6, 12] and result.stopped == "finished" and result.trials == 3
         for mine, his in zip(result.curve, expected.curve, strict=True):
-            assert mine.loss == pytest.approx(his.loss, rel=1e-3) and mine.lr == pytest.approx(his.lr)
+            assert mine.loss == pytest.approx(his.loss, rel=1e-4) and mine.lr == pytest.approx(his.lr)
         for (key, p), q in zip(twin.named_parameters(), model.parameters(), strict=True):
-            assert apart(p, q) < 0.06, key
+            assert apart(p, q) < 5e-3, key
         assert result.num_parameters == expected.num_parameters and result.state_bytes == expected.state_bytes
 
 
@@ -67,7 +67,7 @@ def test_one_model_alone_goes_the_same_way() -> None:
     (result,) = train_many([mine], data, data, [config])
     expected = train(his, data, data, config)
     assert result.curve[-1].loss == pytest.approx(expected.curve[-1].loss, rel=1e-4)
-    assert (predict(mine, data) == predict(his, data)).mean() > 0.95
+    assert (predict(mine, data) == predict(his, data)).mean() > 0.99
 
 
 def test_a_trial_that_ends_is_frozen_and_the_others_go_on() -> None:
@@ -81,7 +81,7 @@ def test_a_trial_that_ends_is_frozen_and_the_others_go_on() -> None:
     train(again, data, data, TrainConfig(steps=9, batch_size=16, lr=1e-2, eval_every=3), callback=lambda e: False)
     frozen = dict(again.named_parameters())
     for key, p in models[2].named_parameters():
-        assert apart(p, frozen[key]) < 0.02, key
+        assert apart(p, frozen[key]) < 5e-3, key
 
 
 def test_what_cannot_be_stacked_is_told() -> None:
