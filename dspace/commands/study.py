@@ -112,6 +112,22 @@ def report(name: Name, out: Output = None, folder: Dir = None, storage: Storage 
 
 
 @command
+def publish(
+    name: Name,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; studies/results by default.")] = None,
+    folder: Dir = None,
+    storage: Storage = None,
+    ran: Annotated[str, typer.Option("--command", help="The command that was run, as it should be told.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write raw numbers (JSON), a table (Markdown) and a figure (PNG) about a study; prints their paths."""
+    from dspace.study.publish import publish
+
+    paths = [str(p) for p in publish(name, out, folder=folder, storage=storage, command=ran)]
+    show_json({"files": paths}) if as_json else show("\n".join(paths))
+
+
+@command
 def export(
     name: Name,
     best: Annotated[bool, typer.Option("--best", help="The best trial (the default).")] = False,

@@ -106,6 +106,7 @@ class Engine:
         self.placement = placement or Here(jobs)
         self.watch = remote.Watch(study.workers.grace)
         self.healed_at = 0.0
+        self.warm = ledger.warm_points(study, path.resolve().parent)
         self.objective, self.quiet = objective, quiet
         self.root = path.resolve().parent
         self.started = time.time()
@@ -128,7 +129,7 @@ class Engine:
                 self.write_definition(optuna_study)
                 self.heal([search, *comparisons])
                 if not self.home.on_server:  # there the queue holds them
-                    ledger.enqueue_cover(self.home, search, optuna_study)
+                    ledger.enqueue_cover(self.home, search, optuna_study, self.warm)
                 self.run_phase(search, optuna_study)
                 for phase in comparisons:
                     missing = ledger.enqueue_comparison(self.home, phase, self.storage, optuna_study)
@@ -196,7 +197,7 @@ class Engine:
         """On a server the engine makes the trials, and looks after those whose workers it cannot see."""
         if not self.home.on_server:
             return
-        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16))
+        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16), self.warm)
         if time.time() - self.healed_at > min(self.study.workers.heartbeat, self.study.workers.grace / 2):
             self.heal([phase])
 
@@ -217,9 +218,7 @@ class Engine:
         trials = optuna_study.get_trials(deepcopy=False)
         if self.home.on_server:
             return queue.pending(phase, trials)
-        if phase.comparison is not None:
-            return len(ledger.waiting(trials))
-        return max(self.study.budget.trials - ledger.used(trials), 0)
+        return ledger.owed(phase, trials)
 
     def launch(self, phase: Phase, deadline: float) -> None:
         self.launched += 1

@@ -9,12 +9,13 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspace.study.schema import METRICS, Direction, StudyFile
-from dspace.study.space import grid
+from dspace.study.space import grid, holds
 from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
@@ -136,6 +137,39 @@ def waiting(trials: list[Any]) -> list[Any]:
     return [t for t in trials if t.state.name == "WAITING"]
 
 
+def budget_of(study: StudyFile) -> int:
+    """Trials of the search: the budget, and of a grid no more than it has points."""
+    return min(study.budget.trials, len(grid(study))) if study.sampler.kind == "grid" else study.budget.trials
+
+
+def owed(phase: Phase, trials: list[Any]) -> int:
+    """How many trials are still to be started."""
+    if phase.comparison is not None:
+        return len(waiting(trials))
+    if is_stale(phase.study, trials):
+        return 0
+    left = max(budget_of(phase.study) - used(trials), 0)
+    return min(left, len(waiting(trials))) if phase.study.sampler.kind == "grid" else left
+
+
+def is_stale(study: StudyFile, trials: list[Any]) -> bool:
+    """Whether the last ``budget.stale_trials`` completed trials have added nothing to the front."""
+    limit = study.budget.stale_trials
+    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: t.datetime_complete)
+    if limit is None or len(done) <= limit:
+        return False
+    signs = [1 if d == "maximize" else -1 for d in study.directions]
+    front: list[list[float]] = []
+    newest = 0
+    for i, t in enumerate(done):
+        point = [s * v for s, v in zip(signs, t.values, strict=True)]
+        if any(all(a >= b for a, b in zip(other, point, strict=True)) for other in front):
+            continue
+        front = [o for o in front if not all(b >= a for a, b in zip(o, point, strict=True))] + [point]
+        newest = i
+    return len(done) - 1 - newest >= limit
+
+
 def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
     """Take the next trial, or None when the budget is spent. Marks it as this worker's."""
     if home.on_server:
@@ -143,11 +177,7 @@ def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: st
 
         return queue.take(phase, optuna_study, worker)
     with claim(home):
-        trials = optuna_study.get_trials(deepcopy=False)
-        if phase.comparison is None:
-            if used(trials) >= phase.study.budget.trials:
-                return None
-        elif not waiting(trials):
+        if not owed(phase, optuna_study.get_trials(deepcopy=False)):
             return None
         trial = optuna_study.ask()
         trial.set_user_attr("worker", worker)
@@ -171,7 +201,7 @@ def claim_alike(
     with claim(home):
         trials = optuna_study.get_trials(deepcopy=False)
         if phase.comparison is None:
-            most = min(most, phase.study.budget.trials - used(trials))
+            most = min(most, owed(phase, trials))
         for frozen in [t for t in waiting(trials) if alike(t)][: max(most, 0)]:
             if optuna_study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING):
                 taken.append(optuna.Trial(optuna_study, frozen._trial_id))
@@ -217,7 +247,7 @@ def _repeat(optuna_study: optuna.Study, trial: Any, died: bool) -> None:
 
     attributes = dict(trial.user_attrs)
     root = root_number(attributes, trial.number)
-    kept = {k: attributes[k] for k in ("params", "arm", "repeat", "slot", "cover", "warm") if k in attributes}
+    kept = {k: attributes[k] for k in ("params", "arm", "repeat", "slot", "cover", "warm", "grid") if k in attributes}
     kept |= {
         "retry_of": trial.number,
         "root": root,
@@ -300,27 +330,55 @@ def remove_stale_lock(home: Home) -> None:
                 lock.unlink(missing_ok=True)
 
 
-def first_points(study: StudyFile) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def first_points(
+    study: StudyFile, warm: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What is tried before the sampler chooses: parameters that are fixed, and attributes.
 
-    Each choice of each structural axis, and each arm of a comparison as often as it asks for.
+    All of a grid; else each choice of each structural axis and each arm of a comparison as often as it asks for, then
+    the points of earlier studies.
     """
     if study.sampler.kind == "grid":
-        return [(dict(point), {"grid": True}) for point in grid(study)[: study.budget.trials]]
+        return [(dict(point), {"grid": i}) for i, point in enumerate(grid(study)[: study.budget.trials])]
     arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
     wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
     for name, axis in study.structural_axes.items():
         wanted += [{name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)]
-    return [(choices, {"cover": True}) for choices in wanted[: study.budget.trials]]
+    points = [(choices, {"cover": True}) for choices in wanted] + [(dict(p), {"warm": True}) for p in warm]
+    return points[: study.budget.trials]
 
 
-def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study) -> None:
-    """Enqueue the first points of a study that has no trial yet."""
+def warm_points(study: StudyFile, root: Path) -> list[dict[str, Any]]:
+    """The best points of the studies that ``warm`` names, as far as this study's axes can hold them.
+
+    Raises UserError for a study that is not there.
+    """
+    if study.warm is None:
+        return []
+    from dspace.study.results import collect, open_home
+
+    sign = 1 if METRICS[study.best.by][0] == "maximize" else -1
+    found: list[dict[str, Any]] = []
+    for folder in study.warm.studies:
+        path = Path(folder) if Path(folder).is_absolute() or Path(folder).exists() else root / folder
+        trials = [t for t in collect(open_home(path)).trials if study.best.by in t.metrics]
+        for t in sorted(trials, key=lambda t: -sign * t.metrics[study.best.by])[: study.warm.best]:
+            point = {n: t.params[n] for n, axis in study.axes.items() if n in t.params and holds(axis, t.params[n])}
+            if point and point not in found:
+                found.append(point)
+    return found
+
+
+def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study, warm: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Enqueue the first points of a study that has no trial yet, and what a grid that has grown is short of."""
     with claim(home):
-        if optuna_study.get_trials(deepcopy=False):
+        trials = optuna_study.get_trials(deepcopy=False)
+        there = {t.user_attrs.get("grid") for t in trials}
+        if trials and phase.study.sampler.kind != "grid":
             return
-        for choices, attributes in first_points(phase.study):
-            optuna_study.enqueue_trial(choices, user_attrs=attributes)
+        for choices, attributes in first_points(phase.study, warm):
+            if attributes.get("grid") is None or attributes["grid"] not in there:
+                optuna_study.enqueue_trial(choices, user_attrs=attributes)
 
 
 def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.Study) -> list[str]:
@@ -355,6 +413,7 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
         for t in trials
         if t.state.name == "COMPLETE"
         and metric in t.user_attrs.get("metrics", {})
+        and not t.user_attrs.get("infeasible")
         and all(t.params.get(k) == v for k, v in (fixed or {}).items())
     ]
 

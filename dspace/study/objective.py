@@ -110,7 +110,7 @@ def _train(cells: list[tuple[Job, int]]) -> list[Outcome | Exception]:
             batch_size=point.train.batch_size,
             lr=job.point.train.learning_rate,
             weight_decay=job.point.train.weight_decay,
-            clip=point.train.clip,
+            clip=point.train.clip or None,
             precision=point.train.precision,
             schedule=point.train.schedule,
             target=point.train.target,

@@ -85,14 +85,41 @@ class _Process(Handle):
         return self.log.read_text(errors="replace").strip() if self.log.exists() else ""
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    folder = Path("/proc/driver/nvidia/gpus")
+    if folder.is_dir():
+        return [str(i) for i in range(len(list(folder.iterdir())))]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
 class Here(Placement):
-    """Processes of this machine, each with its share of the cores."""
+    """Processes of this machine, each with its share of the cores; of several GPUs each gets one, in turn."""
 
     def __init__(self, jobs: int) -> None:
         self.threads = str(max((os.cpu_count() or 1) // jobs, 1))
+        self.gpus = visible_gpus()
+        self.held: list[tuple[str, Handle]] = []
+
+    def next_gpu(self) -> str | None:
+        """The GPU with the fewest living workers, where there are several."""
+        if len(self.gpus) < 2:
+            return None
+        living = [gpu for gpu, worker in self.held if worker.poll() is None]
+        return min(self.gpus, key=living.count)
 
     def start(self, command: list[str], environment: dict[str, str], log: Path) -> Handle:
         everything = {**os.environ, **dict.fromkeys(THREADS, self.threads), **environment}
+        gpu = self.next_gpu()
+        if gpu is not None:
+            everything["CUDA_VISIBLE_DEVICES"] = gpu
         with open(log, "wb") as output:
             # Its own session: Ctrl-C in the terminal reaches the engine alone.
             process = subprocess.Popen(
@@ -103,7 +130,10 @@ class Here(Placement):
                 stderr=output,
                 start_new_session=True,
             )
-        return _Process(process, log)
+        handle = _Process(process, log)
+        if gpu is not None:
+            self.held.append((gpu, handle))
+        return handle
 
 
 def run_command(command: list[str], environment: dict[str, str], threads: int) -> tuple[int, str]:

@@ -8,11 +8,11 @@ was lost or two engines ran, is run once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspace.study import remote
-from dspace.study.ledger import Phase, first_points, retries, waiting
+from dspace.study.ledger import Phase, budget_of, first_points, is_stale, retries, waiting
 
 if TYPE_CHECKING:
     import optuna
@@ -35,8 +35,10 @@ def missing_slots(phase: Phase, trials: list[Any]) -> list[int]:
     """Slots of the budget for which there is no trial yet."""
     if phase.comparison is not None:
         return []  # all of them are enqueued at once
+    if is_stale(phase.study, trials):
+        return []
     there = {t.user_attrs.get("slot") for t in trials}
-    return [slot for slot in range(phase.study.budget.trials) if slot not in there]
+    return [slot for slot in range(budget_of(phase.study)) if slot not in there]
 
 
 def pending(phase: Phase, trials: list[Any]) -> int:
@@ -46,13 +48,13 @@ def pending(phase: Phase, trials: list[Any]) -> int:
     )
 
 
-def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int) -> None:
+def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int, warm: Sequence[Mapping[str, Any]] = ()) -> None:
     """See that ``ahead`` trials wait. A server that does not answer is asked again at the next call."""
     trials = optuna_study.get_trials(deepcopy=False)
     there = len(waiting(trials))
     if there > ahead // 2:
         return
-    first = first_points(phase.study)
+    first = first_points(phase.study, warm)
     for slot in missing_slots(phase, trials)[: ahead - there]:
         attributes: dict[str, Any] = {"slot": slot}
         if slot < len(first):

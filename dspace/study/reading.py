@@ -152,6 +152,11 @@ def _check(study: StudyFile, report: _Report) -> None:
     ):
         if metric not in METRICS:
             _unknown(report, "metric", metric, METRICS, *path)
+    for metric, limit in study.constraints.items():
+        if metric not in METRICS:
+            _unknown(report, "metric", metric, METRICS, "constraints", metric)
+        if limit.most is None and limit.least is None:
+            report.add("a constraint needs a bound", "constraints", metric, cure="{ most = 4096 }")
     for name, axis in study.axes.items():
         _check_axis(study, name, axis, report)
         if study.sampler.kind == "grid" and not (axis.choices or axis.values):

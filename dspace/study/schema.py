@@ -86,7 +86,8 @@ class TrainTable(Table):
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float | None = Field(default=1.0, gt=0)
+    clip: float | None = Field(default=1.0, ge=0)
+    """Largest norm of a trial's gradient; 0 leaves it alone."""
     precision: Literal["float32", "bfloat16"] = "float32"
     target: float | None = Field(default=None, gt=0, le=1)
     """Stop as soon as held-out accuracy exceeds this."""
@@ -142,6 +143,8 @@ class BudgetTable(Table):
 
     trials: int = Field(default=32, ge=1, le=1_000_000)
     minutes: float | None = Field(default=None, gt=0)
+    stale_trials: int | None = Field(default=None, ge=1)
+    """End the search when this many trials in succession have added nothing to the front of the objectives."""
     seeds_per_point: int = Field(default=1, ge=1, le=64)
 
 
@@ -149,17 +152,37 @@ class SamplerTable(Table):
     """How the next point is chosen. The seed is the study's."""
 
     kind: Literal["tpe", "nsga2", "random", "qmc", "grid"] = "tpe"
-    """``grid`` runs every combination of choices and values once, and needs no budget of trials."""
+    """``grid`` runs every combination of choices and values once, as far as the budget goes."""
     startup_trials: int = Field(default=8, ge=0)
     population: int = Field(default=16, ge=2)
 
 
-class PruneTable(Table):
-    """Stop a trial whose curve is below the median of the others at the same step.
+class Limit(Table):
+    """A bound on a metric that every feasible trial keeps."""
 
-    The rule reads one declared scalar, because Optuna's pruners know one objective only.
+    most: float | None = None
+    least: float | None = None
+
+
+class WarmTable(Table):
+    """Points of earlier studies that are tried first."""
+
+    studies: tuple[str, ...]
+    """Folders of studies (``runs/NAME``)."""
+    best: int = Field(default=8, ge=1)
+    """How many of the best points of each, by this study's ``best.by``."""
+
+
+class PruneTable(Table):
+    """Stop a trial whose curve is worse than most others' at the same step.
+
+    The rule reads one declared scalar, because Optuna's pruners know one objective only (optuna issue 3450).
     """
 
+    kind: Literal["quantile", "halving"] = "quantile"
+    """``quantile``: at every report; ``halving``: at steps total / factor**i only, where the best 1 / factor go on."""
+    factor: int = Field(default=3, ge=2)
+    """``halving`` only."""
     on: str = "accuracy"
     after: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the steps before which no trial is stopped."""
@@ -220,6 +243,9 @@ class StudyFile(Table):
     objectives: dict[str, Direction] = {"stability": "maximize", "plasticity": "maximize", "state_bytes": "minimize"}
     sampler: SamplerTable = SamplerTable()
     prune: PruneTable | None = None
+    constraints: dict[str, Limit] = Field(default_factory=dict)
+    """Metric -> bound: a trial outside is infeasible; samplers avoid such points, and it is never the best."""
+    warm: WarmTable | None = None
     best: BestTable = BestTable()
     storage: str | None = None
     """Where trials are kept, instead of a journal file: ``postgresql+psycopg://...`` or ``grpc://HOST:PORT``."""

@@ -101,16 +101,30 @@ def middle(study: StudyFile, choices: Params) -> dict[str, Scalar]:
     return params
 
 
+def holds(axis: Axis, value: Scalar) -> bool:
+    """Whether the axis has this value."""
+    if axis.choices is not None:
+        return str(value) in axis.choices
+    if axis.values is not None:
+        return value in axis.values
+    return isinstance(value, int | float) and float(axis.low or 0) <= value <= float(axis.high or 0)
+
+
 def seed_of(study: StudyFile, params: Params) -> int | None:
     """The value on the axis that seeds the trial, if there is one."""
     return next((int(params[n]) for n, a in study.axes.items() if a.target == SEED and n in params), None)
 
 
 def grid(study: StudyFile) -> list[dict[str, Scalar]]:
-    """Every combination of choices and values that can occur; what can be stacked comes together."""
+    """Every combination of choices and values that can occur: seed by seed, then structure by structure."""
     found: list[dict[str, Scalar]] = [{}]
-    free = study.free_axes
-    for name, axis in sorted(ordered(study), key=lambda item: item[0] in free):
+
+    def place(item: tuple[str, Axis]) -> int:
+        if item[1].target == SEED and not item[1].when:
+            return 0
+        return 2 if item[0] in study.free_axes else 1
+
+    for name, axis in sorted(ordered(study), key=place):
         values: list[Scalar] = list(axis.choices) if axis.choices is not None else list(axis.values or [])
         found = [{**p, name: v} for p in found for v in values if exists(axis, p)] + [
             p for p in found if not exists(axis, p)

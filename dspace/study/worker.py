@@ -29,7 +29,17 @@ from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study
 from dspace.study.reading import load
 from dspace.study.space import Composer, seed_of, suggest
 from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
-from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped, derive_seed, should_prune, values_of
+from dspace.study.trial import (
+    Job,
+    Objective,
+    Outcome,
+    Pruned,
+    Stopped,
+    derive_seed,
+    should_prune,
+    values_of,
+    violations,
+)
 
 STOPPED = 75
 MAX_FAILURES = 4
@@ -313,6 +323,13 @@ class Worker:
             trial.set_user_attr("pruned", "an objective is not a finite number: the training diverged")
             self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return
+        for name, violation in (
+            violations(self.study, outcome.metrics) if self.phase.comparison is None else {}
+        ).items():
+            if violation > 0:
+                trial.set_user_attr("infeasible", name)
+            if hasattr(trial, "set_constraint"):  # Optuna 5
+                trial.set_constraint(name, violation)
         self.optuna.tell(trial, values)
 
     def return_trial(self, trial: Any, reason: str) -> None:
