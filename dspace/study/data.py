@@ -30,9 +30,9 @@ class Data:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def batches(study: StudyFile) -> Data:
-    """The study's data: equal for all trials and workers."""
-    return _make(study.task.model_dump_json(), study.seed)
+def batches(study: StudyFile, draw: str = "") -> Data:
+    """The study's data: equal for all trials and workers; ``draw`` names another one of the same kind."""
+    return _make(study.task.model_dump_json(), derive_seed(study.seed, draw) if draw else study.seed)
 
 
 def training_data(study: StudyFile, device: str) -> Callable[[int], Batch]:

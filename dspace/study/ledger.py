@@ -392,8 +392,15 @@ def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.St
     missing: list[str] = []
     with claim(home):
         existing = optuna_study.get_trials(deepcopy=False)
-        for arm, fixed in comparison.arms.items():
-            trial = best_of(search.get_trials(deepcopy=False), comparison.metric, fixed)
+        found = search.get_trials(deepcopy=False)
+        chosen = {arm: best_of(found, comparison.metric, fixed) for arm, fixed in comparison.arms.items()}
+        chosen |= {f"top{i + 1}": None for i in range(comparison.top)}
+        known_arms = {t.user_attrs["arm"]: t.user_attrs["from_trial"] for t in existing if "from_trial" in t.user_attrs}
+        for i, trial in enumerate(top_structures(phase.study, found, comparison.metric, comparison.top)):
+            chosen[f"top{i + 1}"] = trial
+        for arm, trial in chosen.items():
+            if arm in known_arms:  # arms do not change while they are compared
+                trial = next((t for t in found if t.number == known_arms[arm]), trial)
             if trial is None:
                 missing.append(arm)
                 continue
@@ -403,6 +410,17 @@ def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.St
                 attributes = {"arm": arm, "repeat": repeat, "params": dict(trial.params), "from_trial": trial.number}
                 optuna_study.enqueue_trial({"arm": arm, "repeat": repeat}, user_attrs=attributes)
     return missing
+
+
+def top_structures(study: StudyFile, trials: list[Any], metric: str, count: int) -> list[Any]:
+    """The best trial of each of the ``count`` best structures."""
+    names = set(study.named_axes)
+    found: dict[Any, Any] = {}
+    left = list(trials)
+    while len(found) < count and (trial := best_of(left, metric)) is not None:
+        found.setdefault(tuple(sorted((k, v) for k, v in trial.params.items() if k in names)), trial)
+        left = [t for t in left if t.number != trial.number]
+    return list(found.values())
 
 
 def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = None) -> Any | None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dspace.errors import UserError
 from dspace.study.trial import Job, Outcome, Pruned, derive_seed
 
 
@@ -94,11 +95,11 @@ def _train(cells: list[tuple[Job, int]]) -> list[Outcome | Exception]:
     torch.set_num_threads(max(int(os.environ.get("OMP_NUM_THREADS", 0)), 1))
     study, point = cells[0][0].study, cells[0][0].point
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = batches(study)
+    data = batches(study, cells[0][0].data)
     spec = point.build()
     source: Any = "softmax" if point.model.mixer == "softmax" else dspace.compile(spec)
     seeds = [derive_seed(job.seed, "repeat", repeat) for job, repeat in cells]
-    settings = model_arguments(point)
+    settings = model_arguments(point, source)
     models = [
         Model(source, vocab_size=data.train.vocab_size, seed=derive_seed(seed, "model"), **settings).to(device)
         for seed in seeds
@@ -156,12 +157,30 @@ def _train(cells: list[tuple[Job, int]]) -> list[Outcome | Exception]:
     ]
 
 
-def model_arguments(point: Any) -> dict[str, Any]:
-    """Keyword arguments of ``dspace.nn.Model`` for a point."""
-    settings = {k: v for k, v in point.model.model_dump().items() if v is not None and k != "mixer"}
-    if point.model.mixer == "softmax":
+def model_arguments(point: Any, source: Any = None) -> dict[str, Any]:
+    """Keyword arguments of ``dspace.nn.Model`` for a point; ``source`` is its module, or ``"softmax"``."""
+    settings = {k: v for k, v in point.model.model_dump().items() if v is not None}
+    budget = settings.pop("state_per_head", None)
+    if settings.pop("mixer") == "softmax":
         taken = ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "head_dim", "expand_v", "conv_size")
-        settings = {k: v for k, v in settings.items() if k in taken}
+        return {k: v for k, v in settings.items() if k in taken}
+    if source is not None and (budget is not None or settings["init"]):
+        from dspace.nn.operator import as_operator
+        from dspace.nn.recipe import make_plan
+
+        operator = as_operator(source)
+        plan = make_plan(operator.inputs, {p.name: p.axes for p in operator.parameters}, operator.layer)
+        if "point" in point.task:  # of the names that the space starts somewhere, a point has some
+            known = {*(p.name for p in operator.parameters), *plan.per_head}
+            settings["init"] = {k: v for k, v in settings["init"].items() if k in known}
+        if budget is not None:
+            key = settings.get("head_dim") or settings["hidden_size"] // settings["num_heads"]
+            fitting = [v for v in range(1, 257) if operator.state_numbers(1, key, v) <= budget]
+            if not fitting:
+                raise UserError(
+                    f"state_per_head = {budget} holds no value channel beside {key} key channels\n  cure: more, or a smaller head_dim"
+                )
+            settings["expand_v"] = (fitting[-1] + 0.5) / key  # rounded down by the layer
     return settings
 
 

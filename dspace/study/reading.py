@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dspace.errors import Problem, StudyError, UserError
 from dspace.spec.positions import Positions
-from dspace.study.schema import METRICS, SEED, Axis, ModelTable, StudyFile, TrainTable
+from dspace.study.schema import METRICS, POINT, SEED, Axis, ModelTable, StudyFile, TrainTable
 
 MAX_BYTES = 1_000_000
 
@@ -164,7 +164,7 @@ def _check(study: StudyFile, report: _Report) -> None:
     for name, comparison in study.compare.items():
         if comparison.metric not in METRICS:
             _unknown(report, "metric", comparison.metric, METRICS, "compare", name, "metric")
-        if len(comparison.arms) < 2:
+        if len(comparison.names) < 2:
             report.add("a comparison needs at least two arms", "compare", name, "arms")
         for arm, fixed in comparison.arms.items():
             _check_choices(study, {k: [v] for k, v in fixed.items()}, report, "compare", name, "arms", arm)
@@ -179,10 +179,10 @@ def _unknown(report: _Report, what: str, name: str, known: Iterable[str], *path:
 
 def _check_choices(study: StudyFile, wanted: dict[str, list[str]], report: _Report, *path: str) -> None:
     for axis, choices in wanted.items():
-        if axis not in study.structural_axes:
-            _unknown(report, "structural axis", axis, study.structural_axes, *path, axis)
+        if axis not in study.named_axes:
+            _unknown(report, "structural axis", axis, study.named_axes, *path, axis)
             continue
-        known = study.structural_axes[axis].choices or {}
+        known = [str(v) for v in study.axes[axis].choices or study.axes[axis].values or ()]
         for choice in choices:
             if choice not in known:
                 _unknown(report, f"choice of the axis {axis!r}:", choice, known, *path, axis)
@@ -223,6 +223,16 @@ def _check_axis(study: StudyFile, name: str, axis: Axis, report: _Report) -> Non
             report.add("an axis of seeds needs whole numbers", *path, cure="values = [0, 1, 2]")
         return
     target = (axis.target or "").split(".")
+    if target[0] == POINT.rstrip("."):
+        from dspace.space import AXES
+
+        if len(target) != 2 or target[1] not in AXES:
+            _unknown(report, "axis of the space", ".".join(target[1:]), AXES, *path, "target")
+            return
+        for value in axis.values or [""]:
+            if value not in AXES[target[1]]:
+                _unknown(report, f"choice of {target[1]!r}:", str(value), AXES[target[1]], *path, "values")
+        return
     tables: dict[str, Iterable[str]] = {"model": ModelTable.model_fields, "train": TrainTable.model_fields}
     if target[0] in tables:
         starts = target[:2] == ["model", "init"] and len(target) == 3

@@ -31,6 +31,10 @@ FREE_TARGETS = ("train.learning_rate", "train.weight_decay", SEED)
 """Targets of axes along which trials may be stacked: they change no shape."""
 
 
+POINT = "point."
+"""Targets that choose on the axes of :mod:`dspace.space`: then the spec is the composed point, not ``base``."""
+
+
 class Table(BaseModel):
     """Base of all tables: unknown keys are errors, values do not change once read."""
 
@@ -77,6 +81,8 @@ class ModelTable(Table):
     mixer: Literal["spec", "softmax"] = "spec"
     """``softmax``: attention over all tokens instead of the composed spec, as a ceiling."""
     frozen: tuple[str, ...] = ()
+    state_per_head: int | None = Field(default=None, ge=1)
+    """Numbers of state that a head may carry: it gets as many value channels as fit, in place of ``expand_v``."""
 
 
 class TrainTable(Table):
@@ -126,12 +132,13 @@ class Axis(Table):
     target: str | None = None
     """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ...
 
-    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone.
+    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone; ``point.AXIS`` chooses on an
+    axis of :mod:`dspace.space`.
     """
     template: str | None = None
     """Text with ``{value}`` in it, for a place that holds a formula."""
     when: dict[str, list[str]] = Field(default_factory=dict)
-    """Structural axes and the choices of theirs under which this axis exists."""
+    """Axes and the choices or values of theirs under which this axis exists."""
 
     @property
     def structural(self) -> bool:
@@ -198,11 +205,20 @@ class Comparison(Table):
 
     doc: str = ""
     arms: dict[str, dict[str, str]]
-    """Name of the arm -> the choice of each structural axis that it fixes."""
+    """Name of the arm -> the choice of each structural axis (or value of another) that it fixes."""
+    top: int = Field(default=0, ge=0, le=32)
+    """Further arms ``top1``, ``top2``, ...: the best structures that the search found."""
+    fresh_data: bool = False
+    """Train and test on examples that the search has not seen."""
     tries: int = Field(default=1, ge=1, le=1000)
     """Trials of the search that each arm is sure to get, so that its best numbers are worth comparing."""
     seeds: int = Field(default=3, ge=1, le=64)
     metric: str = "accuracy"
+
+    @property
+    def names(self) -> list[str]:
+        """All arms."""
+        return [*self.arms, *(f"top{i + 1}" for i in range(self.top))]
 
 
 class WorkersTable(Table):
@@ -258,6 +274,11 @@ class StudyFile(Table):
     @property
     def structural_axes(self) -> dict[str, Axis]:
         return {name: axis for name, axis in self.axes.items() if axis.structural}
+
+    @property
+    def named_axes(self) -> dict[str, Axis]:
+        """Axes whose values are names: structural ones, and those of the space."""
+        return {n: a for n, a in self.axes.items() if a.structural or (a.target or "").startswith(POINT)}
 
     @property
     def free_axes(self) -> set[str]:

@@ -16,15 +16,31 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from dspace.errors import DspaceError, UserError
-from dspace.study.schema import SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
+from dspace.study.schema import POINT, SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
 
 if TYPE_CHECKING:
     import optuna
 
     from dspace.spec import Spec
 
+USUAL = {
+    "structure": "key_value",
+    "evidence": "energy",
+    "forgetting": "token",
+    "target": "prior",
+    "prior_precision": "head",
+    "prior_mean": "zero",
+    "correction": "none",
+    "readout": "mean",
+}
+"""The choice on each axis of the space that a study does not search."""
+
 Params = Mapping[str, Scalar]
 """Axis name -> choice (structural) or value (numerical): what Optuna stores as a trial's parameters."""
+
+
+class NotAVariant(UserError):
+    """These choices on the axes of the space do not go together."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,27 @@ class Composer:
             self._bases[name, transform] = tomllib.loads(spec.to_toml())
         return copy.deepcopy(self._bases[name, transform])
 
+    def point(self, params: Params) -> dict[str, Any] | None:
+        """Tables of the composed point of :mod:`dspace.space`, where the study searches it. Raises NotAVariant."""
+        targets = {n: a.target or "" for n, a in self.study.axes.items()}
+        chosen = {
+            t.removeprefix(POINT): str(params[n]) for n, t in targets.items() if t.startswith(POINT) and n in params
+        }
+        if not chosen:
+            return None
+        from dspace.space import Point as SpacePoint
+        from dspace.space import coincides, compose, why_not
+
+        point = SpacePoint(**(USUAL | chosen))
+        point = coincides(point) or point  # one spelling of the same mathematics
+        reason = why_not(point)
+        if reason:
+            raise NotAVariant(f"{point} is not a variant: {reason}\n  cure: another choice on one of these axes")
+        key = (str(point), None)
+        if key not in self._bases:
+            self._bases[key] = tomllib.loads(compose(point).to_toml())
+        return copy.deepcopy(self._bases[key])
+
     def compose(self, params: Params) -> Point:
         """The point of these parameters. Raises UserError when its pieces do not fit."""
         study, base, transform = self.study, self.study.base, None
@@ -177,19 +214,22 @@ class Composer:
                 patch = axis.choices[str(params[name])]
                 base, transform = patch.base or base, patch.transform or transform
                 patches.append(patch)
-        spec = self.base(base, transform)
+        spec = self.point(params) or self.base(base, transform)
         model, train = study.model.model_dump(), study.train.model_dump()
         for patch in patches:
             merge(spec, patch.spec)
             merge(model, patch.model)
             train.update(patch.train)
         for name, axis in study.axes.items():
-            if not axis.structural and name in params and axis.target != SEED:
+            placed = axis.structural or axis.target == SEED or (axis.target or "").startswith(POINT)
+            if not placed and name in params:
                 _place(axis, params[name], {"spec": spec, "model": model, "train": train}, name)
-        choices = [str(params[name]) for name, axis in study.axes.items() if axis.structural and name in params]
+        choices = [str(params[name]) for name in study.named_axes if name in params]
         spec["name"] = identifier("_".join([study.name, *choices]))
         spec["title"] = f"{study.title or study.name}: {', '.join(choices) or spec.get('title', '')}"
         task = {"name": study.task.name, **study.task.sizes}
+        if any((a.target or "").startswith(POINT) for a in study.axes.values()):
+            task["point"] = True
         seed = seed_of(study, params)
         if seed is not None:
             task["trial_seed"] = seed  # two points that differ in it only are not the same training
@@ -205,6 +245,8 @@ class Composer:
         for choices in combinations:
             try:
                 self.compose(middle(self.study, choices)).build()
+            except NotAVariant:
+                continue  # of the space not all combinations are; the search finds its way
             except DspaceError as error:
                 named = ", ".join(f"{k} = {v}" for k, v in choices.items()) or "the base spec"
                 raise UserError(f"study {self.study.name!r}, {named}: the composed spec is wrong\n{error}") from None

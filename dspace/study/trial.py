@@ -57,6 +57,8 @@ class Job:
     seed: int
     scratch: Path
     """An empty folder of this trial's own, removed afterwards."""
+    data: str = ""
+    """Names another draw of the study's data; empty for the one of the search."""
     on_report: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None
     should_stop: Callable[[], bool] = lambda: False
 

@@ -27,7 +27,7 @@ from dspace.study import ledger, queue, remote
 from dspace.study.artifacts import store_of
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
 from dspace.study.reading import load
-from dspace.study.space import Composer, seed_of, suggest
+from dspace.study.space import Composer, NotAVariant, seed_of, suggest
 from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
 from dspace.study.trial import (
     Job,
@@ -197,7 +197,7 @@ class Worker:
             self.keep(trial, outcome)
             self.tell(trial, outcome)
             self.failures = 0
-        except Pruned as reason:
+        except (Pruned, NotAVariant) as reason:
             self.keep_curve(trial)
             trial.set_user_attr("pruned", str(reason))
             self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -240,7 +240,7 @@ class Worker:
             )
         else:
             comparison = self.study.compare[self.phase.comparison]
-            arm = trial.suggest_categorical("arm", list(comparison.arms))
+            arm = trial.suggest_categorical("arm", comparison.names)
             repeat = trial.suggest_int("repeat", 0, comparison.seeds - 1)
             params = attributes["params"]
             # The same seed for the same repeat of every arm: equal data and equal draws as far as shapes allow.
@@ -248,6 +248,8 @@ class Worker:
             trial.set_user_attr("fixed", {"arm": arm, "repeat": repeat})
         trial.set_user_attr("seed", seed)
         job = Job(self.study, self.composer, params, trial.number, seed, scratch)
+        if self.phase.comparison is not None and self.study.compare[self.phase.comparison].fresh_data:
+            job.data = self.phase.comparison
         curve: list[dict[str, float]] = []
         self.curves[trial.number], told = curve, time.monotonic()
 
