@@ -115,6 +115,7 @@ class Step:
             self.losses.zero_()
 
     def _compile(self) -> None:
+        torch._dynamo.reset()  # or the compiler takes each further model for one recompilation too many
         self._loss = torch.compile(self.loss, dynamic=False)
         self._update = torch.compile(self.optimizer.step, dynamic=False)
         self._warm(2)

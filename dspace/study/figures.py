@@ -24,7 +24,7 @@ class Group:
 
 def structure_of(record: Record, study: StudyFile) -> str:
     """The structural choices of a trial, in words."""
-    words = [str(record.params[name]).replace("_", " ") for name in study.structural_axes if name in record.params]
+    words = [str(record.params[name]).replace("_", " ") for name in study.named_axes if name in record.params]
     return " · ".join(words) or "the base spec"
 
 

@@ -289,3 +289,21 @@ def test_engine_is_quick(postgres: Postgres, many: Path) -> None:
     trials = open_study(Phase(load(many)), connect(open_home(load(many).name))).get_trials(deepcopy=False)
     assert summary.counts == {"complete": 200} and len({t.user_attrs["seed"] for t in trials}) == 200
     assert time.time() - begin < 60
+
+
+def test_of_several_gpus_each_local_worker_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dspace.study.placement import Here
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
+    here = Here(jobs=3)
+    command = ["sh", "-c", 'echo "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS"; sleep "$1"', "worker"]
+    first = here.start([*command, "0"], {}, tmp_path / "0.log")
+    wait_until(lambda: first.poll() is not None)
+    handles = [here.start([*command, "30"], {}, tmp_path / f"{i}.log") for i in (1, 2)]
+    wait_until(lambda: all((tmp_path / f"{i}.log").stat().st_size for i in (1, 2)))
+    assert [(tmp_path / f"{i}.log").read_text().split()[0] for i in (0, 1, 2)] == ["4", "4", "7"]
+    for handle in handles:
+        handle.kill()
+    assert [h.poll() for h in handles] == [-9, -9]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert Here(jobs=2).next_gpu() is None, "one GPU is shared"
