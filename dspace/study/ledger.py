@@ -155,8 +155,10 @@ def owed(phase: Phase, trials: list[Any]) -> int:
 def is_stale(study: StudyFile, trials: list[Any]) -> bool:
     """Whether the last ``budget.stale_trials`` completed trials have added nothing to the front."""
     limit = study.budget.stale_trials
+    if limit is None:
+        return False
     done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: t.datetime_complete)
-    if limit is None or len(done) <= limit:
+    if len(done) <= limit:
         return False
     signs = [1 if d == "maximize" else -1 for d in study.directions]
     front: list[list[float]] = []
