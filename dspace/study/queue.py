@@ -8,6 +8,7 @@ was lost or two engines ran, is run once.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from dspace.study.ledger import Phase, budget_of, first_points, is_stale, retrie
 if TYPE_CHECKING:
     import optuna
 
-DONE = ("COMPLETE", "PRUNED")
+SPREAD = 8
+"""Of how many trials at the head of the queue a worker takes one first."""
 
 
 def key_of(trial: Any) -> Any:
@@ -75,7 +77,9 @@ def take(
 
     storage = optuna_study._storage
     trials = optuna_study.get_trials(deepcopy=False)
-    for frozen in filter(alike, waiting(trials)):
+    queued = list(filter(alike, waiting(trials)))
+    first = zlib.crc32(worker.encode()) % max(min(len(queued), SPREAD), 1)  # not all workers grasp at the same one
+    for frozen in queued[first:] + queued[:first]:
         try:
             if not storage.set_trial_state_values(frozen._trial_id, state=optuna.trial.TrialState.RUNNING):
                 continue

@@ -76,6 +76,11 @@ def find_objective(name: str) -> Objective:
         raise UserError(f"there is no objective {name!r}: {error}\n  cure: give module:function") from None
 
 
+def known(trial: Any) -> Any:
+    """What this process knows of its own trial: its attributes cost no round trip to the storage."""
+    return getattr(trial, "_cached_frozen_trial", trial)
+
+
 class Worker:
     """The loop of one worker and the state that its signal handlers touch."""
 
@@ -200,7 +205,7 @@ class Worker:
         except (Pruned, NotAVariant) as reason:
             self.keep_curve(trial)
             trial.set_user_attr("pruned", str(reason))
-            self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            self.finish(trial, optuna.trial.TrialState.PRUNED)
             self.failures = 0
         except (Stopped, StorageError, OSError):
             raise
@@ -215,7 +220,7 @@ class Worker:
     def alike(self, trial: Any, job: Job) -> Callable[[Any], bool]:
         """Which waiting trials can share the steps of ``trial``: those that differ in rates and seeds only."""
         if self.phase.comparison is not None:
-            arm = trial.user_attrs.get("arm")
+            arm = known(trial).user_attrs.get("arm")
             return lambda other: other.user_attrs.get("arm") == arm
         free = self.study.free_axes
         mine = {k: v for k, v in job.params.items() if k not in free}
@@ -229,7 +234,7 @@ class Worker:
     def prepare(self, trial: Any, scratch: Path) -> Outcome | Job:
         """The job of a trial, or the outcome of a completed trial that trained exactly the same."""
         scratch.mkdir(exist_ok=True)
-        attributes = trial.user_attrs
+        attributes = known(trial).user_attrs
         if self.phase.comparison is None:
             params = suggest(self.study, trial)
             chosen = seed_of(self.study, params)
@@ -323,7 +328,7 @@ class Worker:
             values = [float(outcome.metrics[self.study.compare[self.phase.comparison].metric])]
         if not all(math.isfinite(v) for v in values):
             trial.set_user_attr("pruned", "an objective is not a finite number: the training diverged")
-            self.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            self.finish(trial, optuna.trial.TrialState.PRUNED)
             return
         for name, violation in (
             violations(self.study, outcome.metrics) if self.phase.comparison is None else {}
@@ -332,7 +337,17 @@ class Worker:
                 trial.set_user_attr("infeasible", name)
             if hasattr(trial, "set_constraint"):  # Optuna 5
                 trial.set_constraint(name, violation)
-        self.optuna.tell(trial, values)
+        self.finish(trial, optuna.trial.TrialState.COMPLETE, values)
+
+    def finish(self, trial: Any, state: Any, values: list[float] | None = None) -> None:
+        """As ``Study.tell`` for values already checked, without reading the trial back twice from a server."""
+        if not self.home.on_server:
+            self.optuna.tell(trial, values, state=None if values is not None else state)
+            return
+        if self.study.sampler.kind not in ("random", "grid"):
+            frozen = self.storage.get_trial(trial._trial_id)
+            self.optuna.sampler.after_trial(self.optuna, frozen, state, values)
+        self.storage.set_trial_state_values(trial._trial_id, state, values)
 
     def return_trial(self, trial: Any, reason: str) -> None:
         with claim(self.home):
@@ -352,7 +367,7 @@ class Worker:
         self.failures += 1
         self.last_failure = text
         trial.set_user_attr("failure", text[:2000])
-        self.optuna.tell(trial, state=optuna.trial.TrialState.FAIL)
+        self.finish(trial, optuna.trial.TrialState.FAIL)
 
 
 def fetch_definition(home: Home) -> None:
