@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import DspaceError, UserError
-from dspace.study import ledger, queue, remote
+from dspace.study import enqueue, ledger, queue, remote
 from dspace.study.ledger import Healed, Phase
 from dspace.study.placement import Handle, Here, Placement, Ray, Slurm, worker_command
 from dspace.study.progress import Progress
@@ -106,7 +106,7 @@ class Engine:
         self.placement = placement or Here(jobs)
         self.watch = remote.Watch(study.workers.grace)
         self.healed_at = 0.0
-        self.warm = ledger.warm_points(study, path.resolve().parent)
+        self.warm = enqueue.warm_points(study, path.resolve().parent)
         self.objective, self.quiet = objective, quiet
         self.root = path.resolve().parent
         self.started = time.time()
@@ -129,10 +129,10 @@ class Engine:
                 self.write_definition(optuna_study)
                 self.heal([search, *comparisons])
                 if not self.home.on_server:  # there the queue holds them
-                    ledger.enqueue_cover(self.home, search, optuna_study, self.warm)
+                    enqueue.enqueue_cover(self.home, search, optuna_study, self.warm)
                 self.run_phase(search, optuna_study)
                 for phase in comparisons:
-                    missing = ledger.enqueue_comparison(self.home, phase, self.storage, optuna_study)
+                    missing = enqueue.enqueue_comparison(self.home, phase, self.storage, optuna_study)
                     if missing:
                         self.summary.notes.append(
                             f"comparison {phase.comparison!r}: the search completed no trial of {', '.join(missing)}"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspace.study import remote
-from dspace.study.ledger import Phase, budget_of, first_points, is_stale, retries, waiting
+from dspace.study.enqueue import first_points
+from dspace.study.ledger import Phase, budget_of, is_stale, retries, waiting
 
 if TYPE_CHECKING:
     import optuna

@@ -14,7 +14,8 @@ import pytest
 
 from dspace.errors import DspaceError, UserError
 from dspace.study.engine import heal, run
-from dspace.study.ledger import Phase, enqueue_cover, open_study
+from dspace.study.enqueue import enqueue_cover
+from dspace.study.ledger import Phase, open_study
 from dspace.study.reading import load
 from dspace.study.remote import check_url
 from dspace.study.results import collect, open_home
