@@ -138,8 +138,8 @@ def is_away(error: BaseException) -> bool:
         return True
     code = getattr(error, "code", None)  # of gRPC; a database that is away under the proxy comes as UNKNOWN
     if callable(code):
-        return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL")
-    return isinstance(error, ConnectionError)
+        return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
+    return isinstance(error, ConnectionError) or "closed channel" in str(error)
 
 
 class Patience:
@@ -150,13 +150,19 @@ class Patience:
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """``inner.name(*args)``; a change that an unheard answer had confirmed is not an error."""
-        end, pause, unsure = time.monotonic() + self.seconds, 0.2, False
+        end, pause, unsure, read_again = time.monotonic() + self.seconds, 0.2, False, False
         while True:
             try:
                 return getattr(self.inner, name)(*args, **kwargs)
             except Exception as error:
                 if unsure and type(error).__name__ == "UpdateFinishedTrialError" and self._done(name, *args, **kwargs):
                     return True
+                if isinstance(error, KeyError) and name == "set_trial_param" and not read_again:
+                    # A proxy that was started again knows no trial until somebody has read the study's.
+                    read_again = True
+                    for study in self("get_all_studies"):
+                        self("get_all_trials", study._study_id, deepcopy=False)
+                    continue
                 if not is_away(error):
                     raise
                 if time.monotonic() + pause > end:
@@ -205,6 +211,8 @@ def _patient_class() -> type:
 def heartbeat(storage: Any, running: list[Any], every: float) -> Iterator[None]:
     """Give signs of life for the trials in ``running`` (which may grow and shrink) while the block runs."""
     done = threading.Event()
+    patient = getattr(storage, "_patience", None)
+    storage = patient.inner if patient is not None else storage  # a sign of life that fails is not worth repeating
 
     def beat() -> None:
         while not done.wait(every):

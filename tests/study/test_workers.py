@@ -252,6 +252,22 @@ def test_a_lost_trial_of_another_machine_is_healed_after_its_grace(postgres: Pos
     assert [h.number for h in healed] == [second.number], "by hand, at once"
 
 
+def test_a_proxy_that_was_started_again_takes_a_running_trials_parameters(postgres: Postgres, many: Path) -> None:
+    phase = Phase(load(many))
+    proxy = Proxy(postgres.url)
+    try:
+        optuna_study = open_study(phase, connect(Home(Path("x"), proxy.url), patience=30.0))
+        queue.top_up(phase, optuna_study, 16)
+        trial = queue.take(phase, optuna_study, "far-1-1")
+        assert trial is not None
+        proxy.kill()
+        proxy.start()
+        assert trial.suggest_categorical("shape", ["round", "flat"]) == "round"
+        assert 0 <= trial.suggest_float("x", 0, 1) <= 1
+    finally:
+        proxy.close()
+
+
 def test_a_slot_that_is_there_twice_is_run_once(postgres: Postgres, many: Path) -> None:
     phase = Phase(load(many))
     optuna_study = open_study(phase, connect(Home(Path("x"), postgres.url)))
