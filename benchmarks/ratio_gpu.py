@@ -3,7 +3,8 @@
     python benchmarks/ratio_gpu.py [--json FILE]
 
 bf16 inputs, medians of ``triton.testing.do_bench``, milliseconds; memory in MiB, everything that is allocated while
-one forward and backward pass runs, inputs and gradients included. A shape is timed only after outputs and every
+one forward and backward pass runs, inputs and gradients included. ``graph_``: replayed from a CUDA graph, without the
+time that Python takes to launch. A shape is timed only after outputs and every
 gradient agree with the float64 reference at its head sizes; otherwise its row says so instead of a time. The
 published kernel's times were measured once on an H100 (torch 2.11, triton 3.6) and are printed as given: its
 repository is not a package that this script could install and run beside.
@@ -43,6 +44,26 @@ def peak(module, inputs: list[torch.Tensor]) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
+def graphed(module, inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """Milliseconds of forward and of forward + backward replayed from a CUDA graph: without the host's time."""
+    op = getattr(module, f"chunk_{module.SPEC['name']}")
+    cotangent = torch.randn(inputs[2].shape, device="cuda", dtype=inputs[2].dtype)
+    bare = [t.detach() for t in inputs]
+    found = []
+    for call in (lambda: op(*bare), lambda: torch.autograd.grad(op(*inputs)[0], inputs, cotangent)):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        found.append(triton.testing.do_bench(graph.replay, warmup=25, rep=150, quantiles=[0.5]))
+        del graph
+    return found[0], found[1]
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--json", help="also write the rows there")
@@ -57,6 +78,7 @@ def main() -> None:
             inputs = draw(module, shape)
             row["peak_MiB"] = peak(module, inputs)
             row["fwd"], row["fwd_bwd"] = time(module.chunk_palimpsa, inputs)
+            row["graph_fwd"], row["graph_fwd_bwd"] = graphed(module, inputs)
             row["published_fwd"], row["published_fwd_bwd"] = PUBLISHED[label]
             del inputs
         rows.append(row)

@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal 1, outer product of -beta*k and k,
     both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'delta_net', hash 1f9f70e0a304ac4b, by emitter 2.
+Generated from the spec 'delta_net', hash 1f9f70e0a304ac4b, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -53,7 +53,7 @@ SPEC = {'name': 'delta_net',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_delta_net_1f9f70e0'  # namespace of this module's PyTorch operators
 
 

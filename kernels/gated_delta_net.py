@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of
     -beta*k*exp(g) and k, both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'gated_delta_net', hash 7f29db58b84abd1e, by emitter 2.
+Generated from the spec 'gated_delta_net', hash 7f29db58b84abd1e, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -56,7 +56,7 @@ SPEC = {'name': 'gated_delta_net',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_gated_delta_net_7f29db58'  # namespace of this module's PyTorch operators
 
 

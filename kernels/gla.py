@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'gla', hash cb878de4576b6b02, by emitter 2.
+Generated from the spec 'gla', hash cb878de4576b6b02, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -54,7 +54,7 @@ SPEC = {'name': 'gla',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'linear', 'k': 'linear', 'v': 'linear', 'g': '-softplus(-low_rank) / 16'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_gla_cb878de4'  # namespace of this module's PyTorch operators
 
 

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'hgrn2', hash 0104e562f7e6f57d, by emitter 2.
+Generated from the spec 'hgrn2', hash 0104e562f7e6f57d, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -56,7 +56,7 @@ SPEC = {'name': 'hgrn2',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'silu(linear)', 'v': 'linear', 'g': '-softplus(-linear)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_hgrn2_0104e562'  # namespace of this module's PyTorch operators
 
 

@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of -beta*k and
     k*exp(g), both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'kda', hash 50a2d676eff1efb7, by emitter 2.
+Generated from the spec 'kda', hash 50a2d676eff1efb7, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -56,7 +56,7 @@ SPEC = {'name': 'kda',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)',
            'g': '-softplus(low_rank + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_kda_50a2d676'  # namespace of this module's PyTorch operators
 
 

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'lightning_attention', hash d645dec6fcba91da, by emitter 2.
+Generated from the spec 'lightning_attention', hash d645dec6fcba91da, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -53,7 +53,7 @@ SPEC = {'name': 'lightning_attention',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'silu(linear)', 'k': 'silu(linear)', 'v': 'silu(linear)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_lightning_attention_d645dec6'  # namespace of this module's PyTorch operators
 
 

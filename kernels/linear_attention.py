@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'linear_attention', hash ad7ea38717c0a3e4, by emitter 2.
+Generated from the spec 'linear_attention', hash ad7ea38717c0a3e4, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -49,7 +49,7 @@ SPEC = {'name': 'linear_attention',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'softplus(conv(linear))', 'k': 'softplus(conv(linear))', 'v': 'conv(linear)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_linear_attention_ad7ea387'  # namespace of this module's PyTorch operators
 
 

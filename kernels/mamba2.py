@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'mamba2', hash 37aa25105fd4508a, by emitter 2.
+Generated from the spec 'mamba2', hash 37aa25105fd4508a, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -54,7 +54,7 @@ SPEC = {'name': 'mamba2',
            'k': 'silu(conv(linear))',
            'v': 'dt * silu(conv(linear))',
            'g': '-dt * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_mamba2_37aa2510'  # namespace of this module's PyTorch operators
 
 

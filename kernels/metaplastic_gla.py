@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'metaplastic_gla', hash 7d174aeadbe77316, by emitter 2.
+Generated from the spec 'metaplastic_gla', hash 7d174aeadbe77316, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -63,7 +63,7 @@ SPEC = {'name': 'metaplastic_gla',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(-low_rank) / 16'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_metaplastic_gla_7d174aea'  # namespace of this module's PyTorch operators
 
 

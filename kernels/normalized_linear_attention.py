@@ -14,7 +14,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; z varies only along k, so it divides the output and what remains is
     class a
 
-Generated from the spec 'normalized_linear_attention', hash 4ee4f1a3606382fa, by emitter 2.
+Generated from the spec 'normalized_linear_attention', hash 4ee4f1a3606382fa, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -57,7 +57,7 @@ SPEC = {'name': 'normalized_linear_attention',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'softplus(conv(linear))', 'k': 'softplus(conv(linear))', 'v': 'conv(linear)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_normalized_linear_attention_4ee4f1a3'  # namespace of this module's PyTorch operators
 
 

@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'palimpsa', hash 20275009501316fb, by emitter 2.
+Generated from the spec 'palimpsa', hash 20275009501316fb, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -59,7 +59,7 @@ SPEC = {'name': 'palimpsa',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(low_rank) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_palimpsa_20275009'  # namespace of this module's PyTorch operators
 
 
@@ -1289,23 +1289,20 @@ def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
-def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
-    """Sums of log decays from the start of each token's chunk, float32."""
-    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    row = begin + tl.arange(0, 16)
-    here = (row < end)[:, None] & (o_h < H)[None, :]
-    at = row[:, None] * H + o_h[None, :]
-    step = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
-    # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits.
-    step = tl.minimum(tl.maximum(step, -40.0), 0.0)
-    tl.store(sums + at, tl.cumsum(step, axis=0), mask=here)
+@_kernel
+def _step(at, mask):
+    """Log decays; exp(-40) is nothing beside 1, and a longer step would only cost the sums their digits."""
+    return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
+
+
+@_kernel
+def _tile_step(at, mask):
+    return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
 
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _states_kernel(
-    k_in, v_in, b_in, sums_0, M_start, Ibar_start, chunks, M_end, Ibar_end, offsets, bases,
+    k_in, v_in, b_in, decay_0_in, M_start, Ibar_start, chunks, M_end, Ibar_end, offsets, bases,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1330,10 +1327,9 @@ def _states_kernel(
         token = begin + i_c * 16 + o_c
         live = token < end
         at = token * H + i_h
-        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
-        whole_0 = tl.load(sums_0 + last)
-        part = tl.load(sums_0 + at, mask=live, other=0.0)
-        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
+        step = _step(decay_0_in + at, live)
+        whole_0 = tl.sum(step, 0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - tl.cumsum(step, 0), 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
         raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
@@ -1352,7 +1348,7 @@ def _states_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _reads_kernel(
-    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, read_0_out, read_1_out, spans,
+    k_in, q_in, v_in, b_in, decay_0_in, I_p_in, chunks, read_0_out, read_1_out, spans,
     scale, T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
     FAST: tl.constexpr, VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -1373,12 +1369,13 @@ def _reads_kernel(
     start = begin * H + i_h
     slot = i_c.to(tl.int64) * H + i_h
     live_row, live_column = begin + row < end, begin + column < end
-    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.where(live_column, _get(sums_0 + start + column * H, live_column), whole)  # of s
-    seen = _get(sums_0 + start + row * H, live_row)  # of t
-    seen = tl.where(live_row, seen, whole)
-    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)
-    since_0 = tl.exp(seen)
+    step_row = _tile_step(decay_0_in + start + row * H, live_row)
+    step_column = _tile_step(decay_0_in + start + column * H, live_column)
+    sum_row = _sum_columns(tl.where(column <= row, step_column, 0.0), FAST)
+    sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)
+    seen_row = sum_row  # by the read of the row's token
+    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)
+    since_0 = tl.exp(seen_row)
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
     o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
@@ -1435,14 +1432,14 @@ def _reads_kernel(
                         for i_s in tl.static_range(N):
                             M = _mma(lead_0, M_0[i_s], zero, PRECISION, FAST)
                             M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
-                            Ibar = _mma(lead_0, Ibar_0[i_s], zero, PRECISION, FAST)
+                            Ibar = _mma(lead_0, Ibar_0[i_s], zero + I_p, PRECISION, FAST)
                             Ibar = _mma(rows_1_0, key_1[i_s], Ibar, PRECISION, FAST)
-                            y_read_0 = M * q[i_s] * _reciprocal(I_p + Ibar, FAST)
+                            y_read_0 = M * q[i_s] * _reciprocal(Ibar, FAST)
                             if K % (16 * I) != 0:
                                 y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
                             total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
                             if VARIANCE:
-                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(I_p + Ibar, FAST)
+                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(Ibar, FAST)
                                 if K % (16 * I) != 0:
                                     y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
                                 total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
@@ -1458,7 +1455,7 @@ def _reads_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _local_kernel(
-    k_in, q_in, v_in, b_in, sums_0, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
+    k_in, q_in, v_in, b_in, decay_0_in, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
     scale, T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr,
     FAST: tl.constexpr, VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -1478,22 +1475,20 @@ def _local_kernel(
     start = begin * H + i_h
     slot = i_c.to(tl.int64) * H + i_h
     live_row, live_column = begin + row < end, begin + column < end
-    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.where(live_column, _get(sums_0 + start + column * H, live_column), whole)  # of s
-    seen = _get(sums_0 + start + row * H, live_row)  # of t
-    seen = tl.where(live_row, seen, whole)
-    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)
-    since_0 = tl.exp(seen)
+    step_row = _tile_step(decay_0_in + start + row * H, live_row)
+    step_column = _tile_step(decay_0_in + start + column * H, live_column)
+    sum_row = _sum_columns(tl.where(column <= row, step_column, 0.0), FAST)
+    sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)
+    seen_row = sum_row  # by the read of the row's token
+    within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)
+    since_0 = tl.exp(seen_row)
+    seen_column = sum_column
+    back_0 = tl.where(column >= row, tl.exp(tl.minimum(seen_column - sum_row, 0.0)), 0.0).to(OT)
+    first_0 = tl.exp(_step(decay_0_in + start, begin < end))
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
     first_k = tl.program_id(2) * 16 * I * N
     o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
-    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.where(live_row, _get(sums_0 + start + row * H, live_row), whole)  # of s
-    seen = _get(sums_0 + start + column * H, live_column)  # of t
-    seen = tl.where(live_column, seen, whole)
-    back_0 = tl.where(column >= row, tl.exp(tl.minimum(seen - part, 0.0)), 0.0).to(OT)
-    first_0 = tl.exp(tl.load(sums_0 + start, mask=begin < end, other=0.0))
     q = ()
     full_k = ()
     key_0 = ()
@@ -1549,10 +1544,10 @@ def _local_kernel(
                     channel = first_k + i_s * 16 * I + o_k + row
                     M = _mma(M_0[i_s], lead_0, zero, PRECISION, FAST)
                     M = _mma(key_0[i_s], rows_0_0, M, PRECISION, FAST)
-                    Ibar = _mma(Ibar_0[i_s], lead_0, zero, PRECISION, FAST)
+                    Ibar = _mma(Ibar_0[i_s], lead_0, zero + I_p, PRECISION, FAST)
                     Ibar = _mma(key_1[i_s], rows_1_0, Ibar, PRECISION, FAST)
                     if not VARIANCE:
-                        c0 = _reciprocal(I_p + Ibar, FAST)
+                        c0 = _reciprocal(Ibar, FAST)
                         p0 = c0 * d_read_0
                         d_M = p0 * q[i_s]
                         p1 = M * p0
@@ -1564,17 +1559,16 @@ def _local_kernel(
                             d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
                         sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
                     if VARIANCE:
-                        c0 = I_p + Ibar
-                        c1 = _reciprocal(c0, FAST)
-                        p0 = c1 * q[i_s]
+                        c0 = _reciprocal(Ibar, FAST)
+                        p0 = c0 * q[i_s]
                         d_M = d_read_0 * p0
-                        c3 = d_read_1 * q[i_s]
-                        p1 = c1 * p0
-                        c2 = M * d_read_0
-                        p2 = c2
-                        d_Ibar = -c3 * p1 - p1 * p2
-                        d_q_tile = c1 * p2 + 2.0 * d_read_1 * p0
-                        sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
+                        c2 = d_read_1 * q[i_s]
+                        p1 = c0 * p0
+                        c1 = M * d_read_0
+                        p2 = c1
+                        d_Ibar = -c2 * p1 - p1 * p2
+                        d_q_tile = c0 * p2 + 2.0 * d_read_1 * p0
+                        sum_1_tile = p1 * (Ibar * c1 + (Ibar - I_p) * (-c1 - c2))
                         if K % (16 * I) != 0:
                             d_M = tl.where(channel < K, d_M, 0.0)
                             d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
@@ -1624,7 +1618,7 @@ def _local_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _carry_kernel(
-    chunks, adjoints, sums_0, d_M_end, d_Ibar_end, d_M_start, d_Ibar_start, products, offsets, bases,
+    chunks, adjoints, decay_0_in, d_M_end, d_Ibar_end, d_M_start, d_Ibar_start, products, offsets, bases,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1641,23 +1635,23 @@ def _carry_kernel(
     d_Ibar = tl.load(d_Ibar_end + user, mask=m_e, other=0.0).to(tl.float32)
     slot = ((base + (many - 1)) * H + i_h) * 2 * V * K
     here = m_e & (o_e * 0 + (many - 1) >= 0)
-    last = (tl.minimum(begin + (many - 1) * 16 + 16, end) - 1) * H + i_h
+    token = begin + (many - 1) * 16 + tl.arange(0, 16)
     handed_0 = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
     start_0 = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
     handed_1 = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
     start_1 = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
-    whole_0 = tl.load(sums_0 + last, mask=(many - 1) >= 0, other=0.0)
+    whole_0 = tl.sum(_step(decay_0_in + token * H + i_h, (token < end) & (token >= begin)), 0)
     for i_r in range(0, many):
         i_c = many - 1 - i_r
         # of the next turn, so that its latency hides behind this one
         slot = ((base + (i_c - 1)) * H + i_h) * 2 * V * K
         here = m_e & (o_e * 0 + (i_c - 1) >= 0)
-        last = (tl.minimum(begin + (i_c - 1) * 16 + 16, end) - 1) * H + i_h
+        token = begin + (i_c - 1) * 16 + tl.arange(0, 16)
         handed_0_next = tl.load(adjoints + slot + 0 * V * K + o_e, mask=here, other=0.0)
         start_0_next = tl.load(chunks + slot + 0 * V * K + o_e, mask=here, other=0.0)
         handed_1_next = tl.load(adjoints + slot + 1 * V * K + o_e, mask=here, other=0.0)
         start_1_next = tl.load(chunks + slot + 1 * V * K + o_e, mask=here, other=0.0)
-        whole_0_next = tl.load(sums_0 + last, mask=(i_c - 1) >= 0, other=0.0)
+        whole_0_next = tl.sum(_step(decay_0_in + token * H + i_h, (token < end) & (token >= begin)), 0)
         slot = ((base + i_c) * H + i_h) * 2 * V * K
         tl.store(adjoints + slot + 0 * V * K + o_e, d_M.to(adjoints.dtype.element_ty), mask=m_e)
         d_M = handed_0.to(tl.float32) + tl.exp(whole_0) * d_M
@@ -1675,7 +1669,7 @@ def _carry_kernel(
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
 def _settle_kernel(
-    k_in, v_in, b_in, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
+    k_in, v_in, b_in, decay_0_in, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLABS: tl.constexpr,
     PARTS: tl.constexpr, BP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -1696,9 +1690,8 @@ def _settle_kernel(
     m_k = o_k < K
     m_ck = live[:, None] & m_k[None, :]
     at_k = at[:, None] * K + o_k[None, :]
-    whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
-    until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
+    step = _step(decay_0_in + start + at, live)
+    until_0 = tl.where(live, tl.exp(tl.minimum(tl.sum(step, 0) - tl.cumsum(step, 0), 0.0)), 0.0)
     wrote_0 = tl.zeros([16], tl.float32)
     direct_0 = tl.zeros([16], tl.float32)
     raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
@@ -1754,21 +1747,26 @@ def _registers(tensor, count):
     return {"maxnreg": count} if _fast(tensor) and count else {}
 
 
-def _forward_tiles(K, V, dtype):
+def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return 1, min(tiles, 2), 1, 0
-    turns = _cdiv(tiles, 6)
-    N = _cdiv(tiles, turns)
-    if N > 4 and N % 2 == 0:
-        return 2, N // 2, 1, 0
-    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
+        return [(1, min(tiles, 2), 1, 0)]
+    N = _cdiv(tiles, _cdiv(tiles, 6))
+    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 1, 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
+    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    return [first, *(x for x in others if x != first)]
 
 
-def _backward_tiles(K, V, dtype):
+def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
-    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16 or tiles == 1:
+        return [(1, 1, 0)]
+    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
 
 
 def _settle_tiles(K, V):
@@ -1784,7 +1782,7 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
@@ -1805,13 +1803,6 @@ def _window(T, low, high, offsets, N):
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
 
 
-def _sums(decay, sums, spans, T, low, high, NT, chunks):
-    """Sums of log decays inside the chunks of a window."""
-    H = decay.shape[2]
-    BH = _tile(H, 64)
-    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
-
-
 def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, keep=None):
     """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""
     B, T, H, K = k.shape
@@ -1821,9 +1812,8 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
     OT, precision = _operands(dtype)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
-    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 3, N * H, device)
+    bounds = _windows(T, bytes_a_token, 2, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)
@@ -1836,20 +1826,19 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
         Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
-        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV = _tile(K, 32), _tile(V, 64)
         _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            k, v, b, decay_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
         )
-        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)
+        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
         _reads_kernel[(chunks, H)](
-            k, q, v, b, sums_0, I_p, border, read_0, read_1, spans,
+            k, q, v, b, decay_0, I_p, border, read_0, read_1, spans,
             scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
     if keep is not None and len(bounds) == 2 and border.numel() <= k.numel() + v.numel() + b.numel() + q.numel():
-        keep += [border, sums_0]
+        keep.append(border)
     return read_0, read_1, M_end, Ibar_end
 
 
@@ -1860,11 +1849,10 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
     N = M.shape[0]
     dtype, device = k.dtype, k.device
     OT, precision = _operands(dtype)
-    I_local, N_local, registers = _backward_tiles(K, V, dtype)
+    I_local, N_local, registers = _chosen(_local_proposals, 'ratio_local', K, V, dtype)
     slabs_here = _cdiv(K, 16 * I_local * N_local)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
-    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     bytes_a_token = 4 * B * H * K * V * kept.itemsize // 16
     bounds = _windows(T, bytes_a_token, 1, slabs_here * N * H, device)
     if given:
@@ -1880,7 +1868,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
     d_decay_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     d_I_p = 0
     if given:
-        border, sums_0 = given
+        (border,) = given
     else:
         border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
     adjoints = torch.empty_like(border)
@@ -1901,10 +1889,9 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
-        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV = _tile(K, 32), _tile(V, 64)
         _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            k, v, b, decay_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
             K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=4, num_stages=3, **common,
         )
     for low, high in zip(bounds[-2::-1], bounds[:0:-1]):
@@ -1913,15 +1900,14 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT, H)
         if not given:
-            _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
             BK, BV = _tile(K, 32), _tile(V, 64)
             _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-                k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+                k, v, b, decay_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
                 K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=4, num_stages=3, **common,
             )
         d_I_p_part = torch.empty((H, slabs_here * chunks), dtype=torch.float32, device=device)
         _local_kernel[(chunks, H, slabs_here)](
-            k, q, v, b, sums_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
+            k, q, v, b, decay_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
             scale, *place, K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
@@ -1929,13 +1915,13 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         d_M_start = torch.empty_like(M)
         d_Ibar_start = torch.empty_like(Ibar)
         _carry_kernel[(parts, N * H)](
-            border, adjoints, sums_0, d_M_end, d_Ibar_end,
+            border, adjoints, decay_0, d_M_end, d_Ibar_end,
             d_M_start, d_Ibar_start, products, inside, bases, *place,
             K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,
         )
         BK, BV, warps = _settle_tiles(K, V)
         _settle_kernel[(chunks, H)](
-            k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
+            k, v, b, decay_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
             *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
             num_warps=warps, num_stages=2, **common,
         )

@@ -15,7 +15,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; Ibar varies only along k, so it divides the query and variance and
     what remains is class a
 
-Generated from the spec 'palimpsa_folded', hash 7a6b861700dcaeac, by emitter 2.
+Generated from the spec 'palimpsa_folded', hash 7a6b861700dcaeac, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -60,7 +60,7 @@ SPEC = {'name': 'palimpsa_folded',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(linear) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_palimpsa_folded_7a6b8617'  # namespace of this module's PyTorch operators
 
 

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'retnet', hash f535d5f9ab66a4ae, by emitter 2.
+Generated from the spec 'retnet', hash f535d5f9ab66a4ae, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -53,7 +53,7 @@ SPEC = {'name': 'retnet',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'linear', 'k': 'linear', 'v': 'linear'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_retnet_f535d5f9'  # namespace of this module's PyTorch operators
 
 

@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class b: affine, decay per channel.
 every state is affine, its decay is per channel, its writes are products key * value, the readout is linear
 
-Generated from the spec 'rwkv6', hash cc917fea3b34bc03, by emitter 2.
+Generated from the spec 'rwkv6', hash cc917fea3b34bc03, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -54,7 +54,7 @@ SPEC = {'name': 'rwkv6',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'conv(linear)', 'k': 'conv(linear)', 'v': 'conv(linear)', 'w': '-exp(minimum(low_rank - 1, 2))'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_rwkv6_cc917fea'  # namespace of this module's PyTorch operators
 
 

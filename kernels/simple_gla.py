@@ -11,7 +11,7 @@ One token, per head (k: key channel, v: value channel):
 Class a: affine, scalar decay.
 every state is affine, its decay is a scalar, its writes are products key * value, the readout is linear
 
-Generated from the spec 'simple_gla', hash 930ac1822aca4400, by emitter 2.
+Generated from the spec 'simple_gla', hash 930ac1822aca4400, by emitter 3.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -53,7 +53,7 @@ SPEC = {'name': 'simple_gla',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'write_gate * silu(conv(linear))',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '2'}}
+ 'versions': {'emitter': '3'}}
 _OPS = 'dspace_simple_gla_930ac182'  # namespace of this module's PyTorch operators
 
 

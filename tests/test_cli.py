@@ -50,6 +50,16 @@ def test_help_takes_little_processor_time() -> None:
     assert min(times) < 0.5
 
 
+def test_expected_time_on_a_named_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "palimpsa", "--gpu", "h100"]) == 0
+    assert "expected on H100:" in capsys.readouterr().out
+    assert main(["list", "--gpu", "H100", "--json"]) == 0
+    rows = {r["name"]: r["expected"] for r in json.loads(capsys.readouterr().out)}
+    assert rows["palimpsa"]["seconds"] > rows["simple_gla"]["seconds"] > 0 and rows["palimpsa"]["sizes"]["K"] == 64
+    assert main(["show", "palimpsa", "--gpu", "H10"]) == 2
+    assert "did you mean 'H100'" in capsys.readouterr().err
+
+
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "list", "--json")
     rows = json.loads(out)

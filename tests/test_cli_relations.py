@@ -43,3 +43,16 @@ def test_reduce_proves_or_refutes(capsys):
 def test_an_unknown_variant_is_told_without_traceback(capsys):
     code, _, err = run(capsys, "reduce", "palimpsa", "palimsa")
     assert code == 2 and "palimpsa" in err and "Traceback" not in err
+
+
+def test_one_file_is_placed_among_the_built_in_variants(capsys, tmp_path, monkeypatch):
+    """Recognised whatever its names are; here among few of them, for time."""
+    import dspace.spec.library
+
+    monkeypatch.setattr(dspace.spec.library, "builtin_names", lambda: ["palimpsa", "simple_gla"])
+    monkeypatch.setattr(dspace.spec, "builtin_names", lambda: ["palimpsa", "simple_gla"], raising=False)
+    path = tmp_path / "gla.toml"
+    path.write_text('name = "palimpsa"\nextends = "simple_gla"\n[state.S]\nupdate = "k * v + exp(g) * S"\n')
+    code, out, _ = run(capsys, "map", str(path))
+    assert code == 0 and "palimpsa (built in) → simple_gla" in out or "palimpsa (built in) → palimpsa" in out
+    assert "the same up to substitution: palimpsa, simple_gla" in out

@@ -13,7 +13,10 @@ from dspace.commands.common import Json, command, show, show_json
 @command
 def map_(
     sources: Annotated[
-        list[str] | None, typer.Argument(help="Spec files or built-in names; all built-in specs by default.")
+        list[str] | None,
+        typer.Argument(
+            help="Spec files or built-in names: of one, its place among the built-in specs; all by default."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option("--svg", help="Draw the map into this file (.svg, .pdf, .png).")
@@ -28,6 +31,10 @@ def map_(
     from dspace.spec import builtin_names, load
 
     specs = {spec.name: spec for spec in map(load, sources or builtin_names())}
+    if sources is not None and len(sources) == 1:
+        (own,) = specs
+        # A file may have the name of a built-in spec without being it.
+        specs = {n if n != own else f"{n} (built in)": load(n) for n in builtin_names() if n != sources[0]} | specs
     hashes = {name: spec.hash for name, spec in specs.items()}
     store = default_dir() / f"map-{digest(*sorted(hashes.values()))[:16]}.json"
     found = load_or_build(hashes, lambda: {name: analyse(spec) for name, spec in specs.items()}, store, specs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +15,27 @@ from dspace.errors import UserError
 Source = Annotated[str, typer.Argument(help="A spec file, or the name of a built-in spec.", metavar="SPEC")]
 
 
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Also the expected time on this GPU, such as H100.")]
+
+
+def _expected(analysis: Any, gpu: str) -> dict[str, Any]:
+    """What a variant costs on a named GPU, for the sizes that ``dspace space`` takes by default too."""
+    from dspace.math.roofline import Sizes, costs_of, estimate, find_gpu
+
+    sizes = Sizes()
+    return {**estimate(costs_of(analysis), find_gpu(gpu), sizes).as_dict(), "sizes": asdict(sizes)}
+
+
 @command
 def list_(
+    gpu: Gpu = None,
     as_json: Json = False,
 ) -> None:
     """Every built-in variant: class, state size, cost per token."""
     from dspace.math import analyse
     from dspace.spec import builtin_names, load
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in builtin_names():
         spec = load(name)
         analysis = analyse(spec)
@@ -30,6 +43,7 @@ def list_(
         kind = analysis.classification
         rows.append(
             {"name": name, "class": kind.letter, "kind": kind.name, "title": spec.title, "hash": spec.hash, **cost}
+            | ({"expected": _expected(analysis, gpu)} if gpu is not None else {})
         )
     if as_json:
         show_json(rows)
@@ -37,11 +51,23 @@ def list_(
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "class", "state bytes", "flops a token", "title"):
+    timed = () if gpu is None else (f"ms on {rows[0]['expected']['gpu']}", "limit")
+    for column in ("name", "class", "state bytes", "flops a token", *timed, "title"):
         table.add_column(column, no_wrap=column != "title")
     for row in rows:
-        table.add_row(row["name"], row["class"], row.get("state_bytes", ""), row.get("flops", ""), row["title"])
+        found = row.get("expected")
+        times = [] if found is None else [f"{found['seconds'] * 1e3:.3f}", found["limit"]]
+        table.add_row(row["name"], row["class"], row.get("state_bytes", ""), row.get("flops", ""), *times, row["title"])
     show(table)
+    if gpu is not None:
+        show(_sizes_text(rows[0]["expected"]["sizes"]))
+
+
+def _sizes_text(sizes: dict[str, int]) -> str:
+    return (
+        f"a lower bound from counted work and peak rates, for {sizes['tokens']} tokens, {sizes['heads']} heads, "
+        f"K = {sizes['K']}, V = {sizes['V']}; dspace space takes other sizes"
+    )
 
 
 @command
@@ -49,6 +75,7 @@ def show_(
     source: Source,
     latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX.")] = False,
     passes: Annotated[bool, typer.Option("--passes", help="Also what each pass did.")] = False,
+    gpu: Gpu = None,
     as_json: Json = False,
 ) -> None:
     """The mathematics of a variant: normal form, class and why, gradients, ranges, cost."""
@@ -56,12 +83,16 @@ def show_(
     from dspace.spec import load
 
     analysis = math.analyse(load(source))
+    expected = _expected(analysis, gpu) if gpu is not None else None
     if as_json:
-        show_json(math.show.as_dict(analysis))
+        show_json(math.show.as_dict(analysis) | ({"expected": expected} if expected else {}))
     elif latex:
         show(math.show.latex(analysis))
     else:
-        show(math.show.text(analysis, passes=passes))
+        show(math.show.text(analysis, passes=passes).rstrip("\n"))
+        if expected:
+            show(f"\nexpected on {expected['gpu']}: {expected['seconds'] * 1e3:.3g} ms, limited by {expected['limit']}")
+            show(f"  {_sizes_text(expected['sizes'])}")
 
 
 @command

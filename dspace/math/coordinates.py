@@ -207,7 +207,9 @@ def _shift(change: Change) -> Change:
             continue
         decay = found[0].get(s.symbol, sympy.S.Zero)
         drift = simplify(found[1] - (1 - decay) * s.init, table)
-        if sympy.count_ops(drift) >= sympy.count_ops(simplify(found[1], table)):
+        # A state that forgets nothing starts at zero for free; another is moved where that is cheaper.
+        spared = sympy.count_ops(simplify(found[1], table)) - sympy.count_ops(drift)
+        if spared < 0 or (spared == 0 and decay != 1):
             states.append(s)
             continue
         name = _free(

@@ -2,133 +2,172 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspace.math.layout import Layout, Size, arrange
+
 if TYPE_CHECKING:
-    from dspace.math.map import Map
+    from dspace.math.map import Edge, Map
 
-Position = tuple[float, float]
+LINES: dict[str, tuple[str, Any]] = {
+    "exact": ("#333333", "solid"),
+    "limit": ("#8e3b8a", (0, (4, 2.5))),
+    "fold": ("#2f7d32", (0, (6, 1.5, 1, 1.5))),
+    "transform": ("#a05a00", (0, (1, 1.5))),
+}
+"""Colour and line style of each kind of edge."""
+WORDS = {
+    "exact": "becomes, exactly",
+    "limit": "becomes, in a limit",
+    "fold": "becomes, small states carried beside",
+    "transform": "a transform makes",
+}
 
-MOVE = "#a05a00"
-"""Colour of transforms."""
-LINES: dict[str, Any] = {"exact": "solid", "limit": (0, (4, 3)), "transform": (0, (1, 1.5))}
-"""Line style of each kind of edge."""
-
-
-def layout(drawn: Map) -> dict[str, Position]:
-    """Places of variants: each a row below all that become it; rows ordered to keep edges short."""
-    import networkx
-
-    families = drawn.families()
-    family = {name: f for f in families for name in f}
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(families)
-    for e in drawn.skeleton():
-        if e.kind != "transform" and family[e.source] != family[e.target]:
-            graph.add_edge(family[e.source], family[e.target])
-    if not networkx.is_directed_acyclic_graph(graph):  # limits may close a circle: rank by exact edges alone
-        graph.remove_edges_from(list(graph.edges))
-        for e in drawn.edges:
-            if e.kind == "exact" and family[e.source] != family[e.target]:
-                graph.add_edge(family[e.source], family[e.target])
-    depth = {f: 0 for f in families}
-    for f in networkx.topological_sort(graph):
-        for below in graph.successors(f):
-            depth[below] = max(depth[below], depth[f] + 1)
-    lonely = [f for f in families if not graph.degree(f)]
-    rows: dict[int, list[tuple[str, ...]]] = {}
-    for f in families:
-        if f not in lonely:
-            rows.setdefault(depth[f], []).append(f)
-    if lonely:  # variants that nothing becomes and that become nothing: a row of their own
-        rows[max(rows, default=-1) + 1] = lonely
-    order = {f: float(i) for row in rows.values() for i, f in enumerate(row)}
-    for _ in range(8):  # barycentres, down and up
-        for level in [*sorted(rows), *sorted(rows, reverse=True)]:
-
-            def centre(f: tuple[str, ...]) -> float:
-                near = [*graph.predecessors(f), *graph.successors(f)]
-                return sum(order[n] for n in near) / len(near) if near else order[f]
-
-            rows[level].sort(key=centre)
-            widths = [len(f) for f in rows[level]]
-            at = -sum(widths) / 2
-            for f, width in zip(rows[level], widths, strict=True):
-                order[f] = at + width / 2
-                at += width
-    places: dict[str, Position] = {}
-    for level, row in rows.items():
-        width = sum(len(f) for f in row)
-        x = -width / 2 + 0.5
-        for f in row:
-            for name in f:
-                places[name] = (x, -float(level))
-                x += 1
-    return places
+NAME, LABEL = 9.5, 7.0
+"""Sizes of the texts, in points."""
+WRAP = 22
+"""Letters of a label before it is broken after a comma."""
 
 
 def draw(drawn: Map, path: Path) -> None:
-    """Write the picture to ``path`` (SVG, PDF or PNG by its suffix)."""
+    """Write the picture to ``path`` (SVG, PDF or PNG by its suffix). Raises UserError for any other suffix."""
+    from dspace.errors import UserError
+
+    if path.suffix.lower() not in (".svg", ".pdf", ".png"):
+        raise UserError(f"{path}: a map is drawn as .svg, .pdf or .png\n  cure: give the file one of these suffixes")
+    figure = _figure(drawn)
+    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else {"dpi": 160}
+    with _settings():
+        figure.savefig(path, bbox_inches="tight", **options)
+
+
+def _settings() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.artist import Artist
+    # One salt: the same map is the same file.
+    return matplotlib.rc_context({"svg.hashsalt": "dspace", "font.family": "DejaVu Sans"})
+
+
+def label_of(edge: Edge) -> str:
+    """The text of an edge, broken into lines."""
+    lines: list[str] = []
+    for piece in re.split(r"(?<=,) |(?<=with) ", edge.text):  # within an equation nothing is broken
+        if lines and len(lines[-1]) + len(piece) < WRAP:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(piece)
+    return "\n".join(lines)
+
+
+def name_of(name: str) -> str:
+    """The name of a variant, in two lines where it is long."""
+    return "\n".join(textwrap.wrap(name.replace("_", " "), 14)) if len(name) > 16 else name.replace("_", " ")
+
+
+def lay_out(drawn: Map) -> Layout:
+    """The layout with the sizes that the texts have in the picture."""
+    with _settings():
+        nodes = {n.name: _grown(_measure(name_of(n.name), NAME), 0.2, 0.16) for n in drawn.nodes}
+        labels = {e: _grown(_measure(label_of(e), LABEL), 0.05, 0.04) for e in drawn.skeleton()}
+    return arrange(drawn, nodes, labels)
+
+
+def _grown(size: Size, by_width: float, by_height: float) -> Size:
+    return size[0] + by_width, size[1] + by_height
+
+
+def _measure(text: str, points: float) -> Size:
+    """Width and height of ``text`` in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    lines = text.split("\n")
+    outlines = [TextPath((0, 0), line or " ", prop=FontProperties(size=points)).vertices for line in lines]
+    # Control points lie outside a curve by little: their extent is quicker to have than the curve's.
+    return max((float(v[:, 0].max()) for v in outlines if len(v)), default=0.0) / 72, len(lines) * 1.25 * points / 72
+
+
+def _figure(drawn: Map) -> Any:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
+    from matplotlib.path import Path as Outline
+
+    from dspace.math.map import COLOURS
+
+    layout = lay_out(drawn)
+    boxes = [*layout.nodes.values(), *layout.labels]
+    left, right = min(b.x - b.width / 2 for b in boxes) - 0.15, max(b.x + b.width / 2 for b in boxes) + 0.15
+    low, high = min(b.y - b.height / 2 for b in boxes) - 0.15, max(b.y + b.height / 2 for b in boxes) + 0.15
+    figure = Figure(figsize=(right - left, high - low))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    axes.axis("off")
+    letters = {n.name: n.letter for n in drawn.nodes}
+    for curve in layout.curves:
+        colour, style = LINES[curve.edge.kind]
+        outline = Outline(list(curve.points), [Outline.MOVETO, Outline.CURVE3, Outline.CURVE3])
+        axes.add_patch(PathPatch(outline, fill=False, edgecolor=colour, linewidth=1.1, linestyle=style, zorder=1))
+        # The head apart, on the last piece of the curve, so that dots do not make it ragged.
+        tail, tip = (tuple(p) for p in curve.at(np.array([0.97, 1.0])))
+        head = FancyArrowPatch(tail, tip, arrowstyle="-|>", mutation_scale=11, color=colour, linewidth=0.6, zorder=1)
+        head.shrinkA = head.shrinkB = 0
+        axes.add_patch(head)
+    for curve, box in zip(layout.curves, layout.labels, strict=True):
+        background = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.92}
+        axes.text(
+            box.x,
+            box.y,
+            label_of(curve.edge),
+            ha="center",
+            va="center",
+            fontsize=LABEL,
+            color=LINES[curve.edge.kind][0],
+            zorder=2,
+            bbox=background,
+            linespacing=1.15,
+        )
+    for name, box in layout.nodes.items():
+        corner = (box.x - box.width / 2 + 0.05, box.y - box.height / 2 + 0.05)
+        shape = FancyBboxPatch(
+            corner,
+            box.width - 0.1,
+            box.height - 0.1,
+            boxstyle="round,pad=0.05",
+            facecolor=COLOURS[letters[name]],
+            edgecolor="none",
+            zorder=3,
+        )
+        axes.add_patch(shape)
+        ink = _ink(COLOURS[letters[name]])
+        axes.text(box.x, box.y, name_of(name), ha="center", va="center", fontsize=NAME, color=ink, zorder=4)
+    axes.legend(
+        handles=_legend(drawn), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=2, fontsize=8, frameon=False
+    )
+    return figure
+
+
+def _ink(colour: str) -> str:
+    """White or black, whichever is read more easily on ``colour``."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.66 else "black"
+
+
+def _legend(drawn: Map) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     from dspace.math.classes import NAMES
     from dspace.math.map import COLOURS
 
-    places = layout(drawn)
-    xs, ys = [p[0] for p in places.values()], [p[1] for p in places.values()]
-    width, height = 2.3 * (max(xs) - min(xs) + 1.4), 1.5 * (max(ys) - min(ys) + 1.6)
-    figure, axes = pyplot.subplots(figsize=(width, height))
-    axes.axis("off")
-    axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
-    axes.set_ylim(min(ys) - 0.8, max(ys) + 0.6)
-    letters = {n.name: n.letter for n in drawn.nodes}
-    for name, (x, y) in places.items():
-        axes.text(
-            x,
-            y,
-            name.replace("_", " ").replace(" attention", "\nattention"),
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white",
-            zorder=3,
-            bbox={"boxstyle": "round,pad=0.45", "facecolor": COLOURS[letters[name]], "edgecolor": "none"},
-        )
-    for i, e in enumerate(drawn.skeleton()):
-        start, end = places[e.source], places[e.target]
-        level = start[1] == end[1]
-        side = 1 if start[0] <= end[0] else -1
-        bend = 0.35 if level else {"limit": -0.22, "exact": 0.06, "transform": 0.3}[e.kind] * side
-        colour = MOVE if e.kind == "transform" else "#555555"
-        style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.1, "shrinkA": 17, "shrinkB": 17}
-        style |= {"linestyle": LINES[e.kind]}
-        style |= {"connectionstyle": f"arc3,rad={bend}"}
-        axes.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
-        share = {"limit": 0.34, "exact": 0.56, "transform": 0.3}[e.kind] + 0.05 * (i % 3 - 1)
-        x = start[0] + share * (end[0] - start[0])
-        y = start[1] + share * (end[1] - start[1])
-        if not level:  # halfway out along the bend
-            x += bend * (end[1] - start[1]) / 2
-            y -= bend * (end[0] - start[0]) / 2
-        else:
-            y += (-0.5 if start[0] < end[0] else 0.5) * bend * abs(end[0] - start[0])
-        shade = MOVE if e.kind == "transform" else "#333333"
-        label = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-        axes.text(x, y, e.text, ha="center", va="center", fontsize=6.5, color=shade, zorder=2, bbox=label)
-    shown = [letter for letter in COLOURS if letter in letters.values()]
-    legend: list[Artist] = [Patch(facecolor=COLOURS[c], label=f"class {c}: {NAMES[c]}") for c in shown]
-    legend += [
-        Line2D([], [], color="#555555", label="exact"),
-        Line2D([], [], color="#555555", linestyle="--", label="limit"),
-        Line2D([], [], color=MOVE, linestyle=":", label="transform"),
-    ]
-    axes.legend(handles=legend, loc="lower center", bbox_to_anchor=(0.5, -0.05), ncol=3, fontsize=8, frameon=False)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    present = {n.letter for n in drawn.nodes}
+    kinds = {e.kind for e in drawn.skeleton()}
+    handles: list[Any] = [Patch(facecolor=COLOURS[c], label=f"{c}: {NAMES[c]}") for c in COLOURS if c in present]
+    for kind, (colour, style) in LINES.items():
+        if kind in kinds:
+            handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.3, label=WORDS[kind]))
+    return handles

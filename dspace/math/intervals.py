@@ -65,7 +65,21 @@ def interval(expr: sympy.Expr, domains: Mapping[sympy.Symbol, Domain]) -> Domain
 
 def sign_domain(expr: sympy.Expr, recurrence: Recurrence) -> str:
     """The name in ``ir.DOMAINS`` of the strongest sign that ``expr`` provably has: "real" if none."""
-    found = interval(expr, domains_of(recurrence))
+    domains = domains_of(recurrence)
+    sign = _sign(interval(expr, domains))
+    if sign == "real" and expr.is_Add:
+        # Terms that belong together, such as p - p * exp(g), may have been spelt apart.
+        known = sorted((x for x in expr.free_symbols if _sign(domains.get(x, REAL)) != "real"), key=str)
+        expanded = sympy.expand(expr)
+        for x in known:
+            sign = _sign(interval(sympy.collect(expanded, x), domains))
+            if sign != "real":
+                return sign
+        sign = _sign(interval(sympy.collect(expanded, known), domains)) if known else "real"
+    return sign
+
+
+def _sign(found: Domain) -> str:
     if found.low > 0 or (found.low == 0 and found.open_low):
         return "positive"
     if found.low == 0:

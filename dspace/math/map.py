@@ -6,6 +6,7 @@ drawn.svg("map.svg")
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,18 +23,18 @@ from dspace.math.cost import K, V
 from dspace.math.explain import as_dict
 from dspace.math.ir import Analysis
 from dspace.math.pipeline import analyse
-from dspace.math.reductions import reduce
+from dspace.math.reductions import Answer, reduce
 
 if TYPE_CHECKING:
     import networkx
 
     from dspace.spec import Spec
 
-VERSION = "3"
-"""Part of the key of stored maps: raise it when the search or the proofs change."""
-
 INVERSES = frozenset({"non_metaplastic"})
 """Transforms that undo another: pictures leave them out, since they go where an exact reduction goes."""
+
+SAME = "the same recurrence"
+"""Text of an edge along which nothing is substituted."""
 
 COLOURS = {
     "a": "#4c78a8",
@@ -61,8 +62,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """``source`` becomes ``target``: ``kind`` is "exact" or "limit" for a proven reduction, "transform" where a named
-    transform of its spec makes it; ``proof`` is one a reader can follow."""
+    """``source`` becomes ``target``: ``kind`` is "exact", "limit" or "fold" for a proven reduction, "transform" where a
+    named transform of its spec makes it; ``proof`` is one a reader can follow."""
 
     source: str
     target: str
@@ -119,19 +120,38 @@ class Map:
             if e.kind == "exact" and pair in needed and (pair not in best or len(e.text) < len(best[pair].text)):
                 best[pair] = e
         moves = [e for e in self.edges if e.kind == "transform" and e.text not in INVERSES]
-        inner = [e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]]
-        limits = self._limits(exact, family)
-        return (*best.values(), *inner, *limits, *moves)
+        inner = self._inner(family)
+        needed_kinds = [e for kind in ("limit", "fold") for e in self._beyond(kind, exact, family)]
+        return (*best.values(), *inner, *needed_kinds, *moves)
 
-    def _limits(self, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
-        """Limits whose end is not reached by another limit of the same source and then exactly."""
+    def _inner(self, family: Mapping[str, tuple[str, ...]]) -> list[Edge]:
+        """Within a family, where each becomes each: both directions along a tree of the shortest substitutions."""
+        import networkx
+
+        within = {
+            (e.source, e.target): e for e in self.edges if e.kind == "exact" and family[e.source] == family[e.target]
+        }
+        graph = networkx.Graph()
+        for (source, target), e in within.items():
+            back = within.get((target, source))
+            if back is not None:
+                graph.add_edge(source, target, weight=sum(len(x.text) for x in (e, back) if x.text != SAME))
+        tree = networkx.minimum_spanning_tree(graph)
+        joined = {pair for a, b in tree.edges for pair in ((a, b), (b, a))}
+        # A family that holds together only by circles longer than a pair keeps all its edges.
+        parts = {frozenset(c) for c in networkx.connected_components(tree)}
+        return [e for pair, e in within.items() if pair in joined or frozenset(family[pair[0]]) not in parts]
+
+    def _beyond(self, kind: str, exact: networkx.DiGraph, family: Mapping[str, tuple[str, ...]]) -> tuple[Edge, ...]:
+        """Limits (or folds) whose end is not reached by another one of the same source and then exactly, nor from
+        what the source becomes exactly."""
         import networkx
 
         after = {f: networkx.descendants(exact, f) for f in exact}
         before = {f: networkx.ancestors(exact, f) for f in exact}
         found: dict[tuple, Edge] = {}
         for e in self.edges:
-            if e.kind == "limit":
+            if e.kind == kind:
                 pair = (family[e.source], family[e.target])
                 if pair not in found or len(e.text) < len(found[pair].text):
                     found[pair] = e
@@ -156,12 +176,12 @@ class Map:
         }
 
     def dot(self) -> str:
-        """The skeleton in Graphviz's language: exact edges solid, limits dashed, transforms dotted."""
+        """The skeleton in Graphviz's language: exact edges solid, limits dashed, folds bold, transforms dotted."""
         lines = ["digraph dspace {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
         for n in self.nodes:
             lines.append(f'  "{n.name}" [fillcolor="{COLOURS[n.letter]}", tooltip="{n.title}"];')
         for e in self.skeleton():
-            style = {"exact": "solid", "limit": "dashed", "transform": "dotted"}[e.kind]
+            style = {"exact": "solid", "limit": "dashed", "fold": "bold", "transform": "dotted"}[e.kind]
             lines.append(f'  "{e.source}" -> "{e.target}" [label="{e.text}", style={style}];')
         return "\n".join([*lines, "}"]) + "\n"
 
@@ -170,12 +190,14 @@ class Map:
         lines = []
         for name in sorted({e.source for e in self.skeleton()}):
             for e in sorted((e for e in self.skeleton() if e.source == name), key=lambda e: (e.kind, e.target)):
-                arrow = {"exact": "→", "limit": "⇢", "transform": "⇒"}[e.kind]
+                arrow = {"exact": "→", "limit": "⇢", "fold": "↠", "transform": "⇒"}[e.kind]
                 lines.append(f"{e.source} {arrow} {e.target}: {e.text}")
         alone = {n.name for n in self.nodes} - {x for e in self.edges for x in (e.source, e.target)}
         reductions = sum(e.kind != "transform" for e in self.edges)
-        count = f"{reductions} proven reductions in all; the others follow from these (→ exact, ⇢ limit)"
+        count = f"{reductions} proven reductions in all; the others follow from these (→ exact, ⇢ limit, ↠ fold)"
         lines += ["", count, "⇒ a transform of the spec on its left makes the variant on its right"]
+        if any(e.kind == "fold" for e in self.skeleton()):
+            lines.append("↠ becomes it once the small states of the variant on the right are carried beside")
         same = [f for f in self.families() if len(f) > 1]
         lines += [f"the same up to substitution: {', '.join(f)}" for f in same]
         if alone:
@@ -192,21 +214,51 @@ class Map:
 def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True, specs: Mapping[str, Spec] | None = None) -> Map:
     """Try every ordered pair; keep what is proven. With ``specs``, by the same names, also every transform of each."""
     start = time.perf_counter()
-    nodes = tuple(
-        Node(name, a.source.title, a.classification.letter, str(a.cost["state_bytes"])) for name, a in analyses.items()
-    )
+    nodes = tuple(_node(name, a) for name, a in analyses.items())
     edges: list[Edge] = []
     for source, a in analyses.items():
         for target, b in analyses.items():
-            if source == target:
-                continue
-            told = as_dict(reduce(a.recurrence, b.recurrence, limits=limits))
-            for kind in ("exact", "limit"):
-                if told[kind] is not None:
-                    edges.append(Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"])))
+            if source != target:
+                edges += _edges(source, a, target, b, limits)
     if specs is not None:
         edges += transform_edges(specs, analyses)
     return Map(nodes, tuple(edges), time.perf_counter() - start)
+
+
+def extend_map(found: Map, analyses: Mapping[str, Analysis], name: str, new: Analysis) -> Map:
+    """``found`` with one more variant, tried against every other in both directions; ``analyses`` are those of ``found``."""
+    start = time.perf_counter()
+    edges = list(found.edges)
+    for other, analysis in analyses.items():
+        edges += _edges(name, new, other, analysis, True) + _edges(other, analysis, name, new, True)
+    return Map((*found.nodes, _node(name, new)), tuple(edges), found.seconds + time.perf_counter() - start)
+
+
+def _node(name: str, analysis: Analysis) -> Node:
+    return Node(name, analysis.source.title, analysis.classification.letter, str(analysis.cost["state_bytes"]))
+
+
+def _edges(source: str, a: Analysis, target: str, b: Analysis, limits: bool) -> list[Edge]:
+    return edges_of(source, target, reduce(a.recurrence, b.recurrence, limits=limits))
+
+
+def edges_of(source: str, target: str, answer: Answer) -> list[Edge]:
+    """The edges that an answer proves."""
+    told = as_dict(answer)
+    return [
+        Edge(source, target, kind, told[kind]["text"], tuple(told[kind]["proof"]))
+        for kind in ("exact", "limit", "fold")
+        if told[kind] is not None
+    ]
+
+
+def builtin_map(store: Path) -> Map:
+    """The map of all built-in variants with their transforms, from ``store`` if it holds it."""
+    from dspace.spec import builtin_names, load
+
+    specs = {name: load(name) for name in builtin_names()}
+    hashes = {name: spec.hash for name, spec in specs.items()}
+    return load_or_build(hashes, lambda: {n: analyse(s) for n, s in specs.items()}, store, specs)
 
 
 def transform_edges(specs: Mapping[str, Spec], analyses: Mapping[str, Analysis]) -> list[Edge]:
@@ -239,7 +291,7 @@ def load_or_build(
 
     ``hashes`` names what each variant is (the hash of its spec); ``analyses`` is called only to build.
     """
-    key = hashlib.sha256(json.dumps([VERSION, sorted(hashes.items())]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([_version(), sorted(hashes.items())]).encode()).hexdigest()
     try:
         stored = json.loads(store.read_text())
         if stored["key"] == key:
@@ -258,6 +310,17 @@ def load_or_build(
     except OSError:
         pass  # a map that cannot be stored is still a map
     return built
+
+
+@functools.cache
+def _version() -> str:
+    """A hash of the text that decides what a map says: that of the language, the mathematics and the transforms."""
+    package = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for name in ("spec", "math"):
+        for path in sorted((package / name).rglob("*.py")):
+            total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def state_bytes_at(node: Node, k: int, v: int) -> int:

@@ -9,6 +9,7 @@ parameter is ``1/eps`` or ``eps``; the equation must hold at ``eps = 0`` and its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,8 +20,10 @@ from dspace.math.ir import CONTRACTED, Axes, Recurrence, State, SumK, SumV, Vari
 from dspace.math.numeric import draw, evaluate, full
 from dspace.math.simplify import atomise, is_zero
 
-EPS = sympy.Symbol("eps", positive=True)
-"""The small quantity of a limit."""
+EPS = sympy.Symbol("ε", positive=True)
+"""The small quantity of a limit: no spec can name a variable so."""
+MAX_ORDER = 3
+"""Orders of the error of a limit that are tried."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +57,54 @@ class Verdict:
     proven: bool
     equations: tuple[Equation, ...]
     errors: Mapping[str, sympy.Expr | None] = field(default_factory=dict)
-    """In a limit: for each equation that is not exact, the coefficient of ``eps`` in source minus target (None where
-    the derivative at 0 is not finite)."""
+    """In a limit: for each equation that is not exact, the leading coefficient of source minus target in ``eps``
+    (None where no derivative of the first :data:`MAX_ORDER` at 0 is finite and not zero)."""
+    orders: Mapping[str, int | None] = field(default_factory=dict)
+    """The power of ``eps`` that each of ``errors`` multiplies."""
     failing: Equation | None = None
     counterexample: Mapping[str, list] = field(default_factory=dict)
 
 
-def equations(claim: Claim) -> tuple[Equation, ...]:
-    """What must hold for ``claim`` to be true, before any simplification."""
+def equations(claim: Claim, *, deviating: bool = False) -> tuple[Equation, ...]:
+    """What must hold for ``claim`` to be true, before any simplification.
+
+    With ``deviating`` the source's states before the token are off by ``eps`` times anything: see :func:`prove`.
+    """
     swap, states = _swaps(claim)
+    exactly = dict(states)
+    if deviating:
+        states |= {s.symbol: _deviated(s, states[s.symbol], claim) for s in claim.source.states}
     by_symbol = {s.symbol: s for s in claim.target.states}
     found = []
     for s in claim.source.states:
-        value = states[s.symbol]
+        value = exactly[s.symbol]
         if value == unread(s):
             continue
         new = value.xreplace({b: t.update for b, t in by_symbol.items()})
         start = value.xreplace({b: t.init for b, t in by_symbol.items()})
         # A state that is a multiple of the target's is compared in the target's units.
-        unit = next((value / b for b in by_symbol if b in value.free_symbols), sympy.S.One)
+        unit = _unit(value, claim)
         found.append(Equation(f"the start of {s.name}", _put(s.init, swap, states) / unit, start / unit))
         found.append(Equation(f"the update of {s.name}", _put(s.update, swap, states) / unit, new / unit))
-    found.append(Equation("the output", _put(claim.source.output, swap, states), claim.target.output))
-    if claim.source.variance is not None and claim.target.variance is not None:
+    left, right = compared_outputs(claim.source, claim.target)
+    found.append(Equation("the output", _put(left, swap, states), right))
+    if (
+        claim.source.variance is not None
+        and claim.target.variance is not None
+        and claim.source.read == claim.target.read
+    ):
         found.append(Equation("the variance", _put(claim.source.variance, swap, states), claim.target.variance))
     return tuple(found)
+
+
+def compared_outputs(source: Recurrence, target: Recurrence) -> tuple[sympy.Expr, sympy.Expr]:
+    """Outputs of both, in the same states: where one reads before the update and the other after it, the latter's
+    output is written in the states before the token."""
+
+    def before(r: Recurrence) -> sympy.Expr:
+        return r.output if r.read == "before" else r.output.xreplace({s.symbol: s.update for s in r.states})
+
+    return (source.output, target.output) if source.read == target.read else (before(source), before(target))
 
 
 def _swaps(claim: Claim) -> tuple[dict[sympy.Symbol, sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
@@ -93,32 +119,52 @@ def unread(state: State) -> sympy.Symbol:
     return sympy.Symbol(f"{state.name}_unread", **state.symbol.assumptions0)
 
 
+def deviation(state: State) -> sympy.Symbol:
+    """Stands for what a state of the source is off by, over ``eps``: in a limit states agree only nearly."""
+    return sympy.Symbol(f"{state.name}_deviation", real=True)
+
+
+def _unit(value: sympy.Expr, claim: Claim) -> sympy.Expr:
+    """The multiple of the target's state that a state of the source is; 1 where it is a constant."""
+    found = [t.symbol for t in claim.target.states if t.symbol in value.free_symbols]
+    return sympy.diff(value, found[0]) if found else sympy.S.One
+
+
+def _deviated(state: State, value: sympy.Expr, claim: Claim) -> sympy.Expr:
+    return value if value == unread(state) else value + _unit(value, claim) * EPS * deviation(state)
+
+
 def _put(expr: sympy.Expr, swap: Mapping, states: Mapping) -> sympy.Expr:
     return expr.xreplace({**swap, **states})
 
 
 def prove(claim: Claim) -> Verdict:
-    """Prove ``claim``, or find the equation that resists and, if possible, a point at which it is false."""
+    """Prove ``claim``, or find the equation that resists and, if possible, a point at which it is false.
+
+    In a limit the source's states follow the target's only up to ``eps``: every equation must hold at ``eps = 0``
+    however far, in units of ``eps``, they are off before the token. What is analytic in ``eps`` and vanishes with it
+    is at most a multiple of ``eps``, so the states are off by as little after the token: induction over tokens.
+    """
     every = equations(claim)
-    if claim.source.read != claim.target.read:
-        reading = Equation("the time of reading", sympy.Symbol(claim.source.read), sympy.Symbol(claim.target.read))
-        return Verdict(False, every, failing=reading)
     table = _table(claim)
     wild = _unbounded(claim, table)
     if wild is not None:
         return Verdict(False, every, failing=wild)
     errors: dict[str, sympy.Expr | None] = {}
-    for e in every:
+    orders: dict[str, int | None] = {}
+    limit = claim.limit is not None
+    for e, off in zip(every, equations(claim, deviating=limit), strict=True):
         difference = canonical(e.left - e.right, table)
-        if claim.limit is not None:
-            at_zero = value_at_zero(difference, table)
+        if limit:
+            apart = canonical(off.left - off.right, table)
+            at_zero = value_at_zero(apart, table)
             if at_zero is None or not is_zero(canonical(at_zero, table)):
-                return Verdict(False, every, failing=e, counterexample=counterexample(claim, e))
+                return Verdict(False, every, failing=off, counterexample=counterexample(claim, off))
             if not is_zero(difference):
-                errors[e.what] = first_order(difference, table)
+                orders[e.what], errors[e.what] = leading(difference, table)
         elif not is_zero(difference):
             return Verdict(False, every, failing=e, counterexample=counterexample(claim, e))
-    return Verdict(True, every, errors)
+    return Verdict(True, every, errors, orders)
 
 
 def _unbounded(claim: Claim, table: Mapping[sympy.Symbol, Axes]) -> Equation | None:
@@ -126,6 +172,7 @@ def _unbounded(claim: Claim, table: Mapping[sympy.Symbol, Axes]) -> Equation | N
     if claim.limit is None:
         return None
     swap, states = _swaps(claim)
+    states |= {s.symbol: _deviated(s, states[s.symbol], claim) for s in claim.source.states}
     for s in claim.source.states:
         if states[s.symbol] == unread(s):
             for expr in (s.init, s.update):
@@ -137,7 +184,7 @@ def _unbounded(claim: Claim, table: Mapping[sympy.Symbol, Axes]) -> Equation | N
 
 def _table(claim: Claim) -> dict[sympy.Symbol, Axes]:
     # The small quantity counts as varying along every axis, so that it is never pulled out of a contraction.
-    ignored = {unread(s): s.axes for s in claim.source.states}
+    ignored = {x: s.axes for s in claim.source.states for x in (unread(s), deviation(s))}
     return {**claim.source.axes_table(), **ignored, **claim.target.axes_table(), EPS: "kv"}
 
 
@@ -175,16 +222,8 @@ def value_at_zero(expr: sympy.Expr, table: Mapping[sympy.Symbol, Axes]) -> sympy
     if isinstance(expr, (SumK, SumV)):
         inside = value_at_zero(expr.args[0], table)
         return None if inside is None else expr.func(inside)
-    small = [c for c in expr.atoms(SumK, SumV) if EPS in c.free_symbols]
-    if small and expr.is_Add:
-        parts = [value_at_zero(a, table) for a in expr.args]
-        return None if any(p is None for p in parts) else sympy.Add(*parts)
-    if small and expr.is_Mul:
-        # A factor that is singular may be cured by another outside contractions, never by one inside.
-        sums = [a for a in expr.args if any(a.has(c) for c in small)]
-        rest = value_at_zero(sympy.Mul(*(a for a in expr.args if a not in sums)), table)
-        parts = [value_at_zero(a, table) for a in sums]
-        return None if rest is None or any(p is None for p in parts) else sympy.Mul(rest, *parts)
+    # Contractions are atoms of a rational function, which is finite where its denominator does not vanish at the
+    # values that they take: a factor that is singular may be cured by another outside contractions, never within.
     rational, stands = atomise(expr)
     if any(EPS in e.free_symbols and not isinstance(e, (SumK, SumV)) for e in stands.values()):
         return None
@@ -195,13 +234,24 @@ def value_at_zero(expr: sympy.Expr, table: Mapping[sympy.Symbol, Axes]) -> sympy
     inner = {d: value_at_zero(e, table) for d, e in stands.items()}
     if any(e is None for e in inner.values()):
         return None
+    if is_zero(canonical(denominator.xreplace(inner), table)):
+        return None
     return (numerator / denominator).xreplace(inner)
 
 
-def first_order(expr: sympy.Expr, table: Mapping[sympy.Symbol, Axes]) -> sympy.Expr | None:
-    """Coefficient of ``eps`` in ``expr``; None where it cannot be had by cancellation."""
-    slope = _differentiate(expr)
-    return None if slope is None else value_at_zero(canonical(slope, table), table)
+def leading(expr: sympy.Expr, table: Mapping[sympy.Symbol, Axes]) -> tuple[int | None, sympy.Expr | None]:
+    """Lowest power of ``eps`` in ``expr``, which vanishes at 0, and its coefficient; None where cancellation does not
+    give it."""
+    slope: sympy.Expr | None = expr
+    for order in range(1, MAX_ORDER + 1):
+        slope = _differentiate(slope)
+        at_zero = None if slope is None else value_at_zero(canonical(slope, table), table)
+        if slope is None or at_zero is None:
+            return None, None
+        at_zero = canonical(at_zero, table)
+        if not is_zero(at_zero):
+            return order, at_zero / math.factorial(order)
+    return None, None
 
 
 def _differentiate(expr: sympy.Expr) -> sympy.Expr | None:
@@ -224,7 +274,7 @@ def counterexample(claim: Claim, equation: Equation, tries: int = 4) -> dict[str
     """Values at which ``equation`` fails numerically, and both sides of it; empty if none was found."""
     rng = np.random.default_rng(0)
     known: dict[sympy.Symbol, Variable | State] = {v.symbol: v for v in claim.source.variables}
-    known |= {unread(s): s for s in claim.source.states}
+    known |= {x: s for s in claim.source.states for x in (unread(s), deviation(s))}
     known |= {v.symbol: v for v in claim.target.variables} | {s.symbol: s for s in claim.target.states}
     symbols = sorted(equation.left.free_symbols | equation.right.free_symbols, key=str)
     for _ in range(tries):

@@ -8,12 +8,15 @@ to the readout is ``-state / prior``, relatively.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 
-from dspace.math.ir import AffineState, Analysis, Recurrence, axes_of, contractions_in
+from dspace.math.affinity import coefficients
+from dspace.math.ir import Analysis, Recurrence, State, axes_of, contractions_in
 from dspace.math.printing import text_of
+from dspace.math.simplify import simplify
 
 HORIZON = sympy.Symbol("N", positive=True)
 """Memory horizon in tokens, ``1 / (1 - decay)``."""
@@ -25,8 +28,9 @@ PHI = sympy.Symbol("phi", nonnegative=True)
 class Stationary:
     """A state ``x`` that divides as ``x + prior``: where it settles, and what that does.
 
-    ``stationary`` is the fixed point of ``x`` for the mean write ``phi``; ``ratio`` is it over the prior: forgetting
-    dominates where it is far below 1. ``write`` is what one token adds, whose mean is ``phi``.
+    ``stationary`` is the fixed point of ``x`` for the mean write ``phi`` (None where it never forgets and grows for
+    ever); ``ratio`` is it over the prior: forgetting dominates where it is far below 1 (None where there is no such
+    limit: nothing settles, or the prior is forgotten too). ``write`` is what one token adds, whose mean is ``phi``.
     """
 
     state: str
@@ -34,63 +38,104 @@ class Stationary:
     prior: sympy.Expr
     decay: sympy.Expr
     write: sympy.Expr
-    stationary: sympy.Expr
-    ratio: sympy.Expr
-    first_correction: sympy.Expr
+    stationary: sympy.Expr | None
+    ratio: sympy.Expr | None
+    first_correction: sympy.Expr | None
     """First relative change of ``1 / divisor`` from its value at ``x = 0``."""
+    place: str = "readout"
+    """What it divides: the readout, or the write of a state by its name."""
 
 
 def stationary(analysis: Analysis) -> tuple[Stationary, ...]:
-    """Every state that divides in the readout beside a prior; empty where there is none or it never forgets."""
-    affine = analysis.classification.affine
-    if affine is None:
-        return ()
+    """Every state that divides in the readout, or in what another state writes; empty where there is none."""
+    r = analysis.recurrence
+    symbols = [s.symbol for s in r.states]
     found = []
-    for a in affine:
-        divisor = _divisor(analysis.recurrence, a)
-        if divisor is not None and a.decay != 1:
-            found.append(_settle(analysis.recurrence, a, divisor))
+    for s in r.states:
+        form = coefficients(s.update, symbols)
+        if form is None or set(form[0]) - {s.symbol}:
+            continue
+        decay = form[0].get(s.symbol, sympy.S.Zero)
+        for divisor, place in _divisors(r, s):
+            found.append(_settle(s, decay, form[1], divisor, place))
+            break
     return tuple(found)
 
 
-def _settle(r: Recurrence, a: AffineState, divisor: sympy.Expr) -> Stationary:
-    x = next(s.symbol for s in r.states if s.name == a.name)
+def _settle(s: State, decay: sympy.Expr, write: sympy.Expr, divisor: sympy.Expr, place: str) -> Stationary:
+    x = s.symbol
     prior = divisor.xreplace({x: sympy.S.Zero})
     slope = sympy.diff(divisor, x)
-    at = HORIZON * PHI
-    write = sympy.Add(*(w.key * w.value for w in a.writes))
-    return Stationary(
-        a.name, divisor, prior, a.decay, write, at, sympy.simplify(slope * at / prior), -slope * x / prior
-    )
+    at = None if decay == 1 else HORIZON * PHI
+    ratio = None if at is None or prior == 0 else sympy.simplify(slope * at / prior)
+    correction = None if prior == 0 else -slope * x / prior
+    return Stationary(s.name, divisor, prior, decay, write, at, ratio, correction, place)
 
 
-def _divisor(r: Recurrence, a: AffineState) -> sympy.Expr | None:
-    """The divisor of the readout that is affine in state ``a`` alone and not zero where the state is."""
-    x = next(s.symbol for s in r.states if s.name == a.name)
-    others = {s.symbol for s in r.states} - {x}
-    for p in sorted(r.output.atoms(sympy.Pow), key=str):
+def _divisors(r: Recurrence, s: State) -> Iterator[tuple[sympy.Expr, str]]:
+    """Divisors that are affine in ``s`` alone, with what they divide; those of updates in terms of its new value."""
+    x = s.symbol
+    for base in _bases(r.output, r, s):
+        rest = base.xreplace({x: sympy.S.Zero})
+        if rest.is_positive or (rest == 0 and s.domain == "positive"):
+            yield base, "readout"
+    for other in r.states:
+        if other is s:
+            continue
+        for base in _bases(other.update, r, s):
+            rest = simplify(base - s.update, r.axes_table())
+            if x not in rest.free_symbols and (rest.is_positive or (rest == 0 and s.domain == "positive")):
+                yield x + rest, other.name
+
+
+def _bases(expr: sympy.Expr, r: Recurrence, s: State) -> Iterator[sympy.Expr]:
+    x = s.symbol
+    others = {t.symbol for t in r.states} - {x}
+    for p in sorted(expr.atoms(sympy.Pow), key=str):
         base = p.base
-        if not p.exp.is_negative or x not in base.free_symbols or base.free_symbols & others:
-            continue
-        if contractions_in(base) or sympy.diff(base, x, 2) != 0:
-            continue
-        if base.xreplace({x: sympy.S.Zero}).is_positive:
-            return base
-    return None
+        if p.exp.is_negative and x in base.free_symbols and not base.free_symbols & others:
+            if not contractions_in(base) and sympy.diff(base, x, 2) == 0:
+                yield base
 
 
 def sentences(analysis: Analysis) -> tuple[str, ...]:
     """:func:`stationary` in words, for :mod:`dspace.math.show`."""
-    lines = []
+    lines: list[str] = []
     for s in stationary(analysis):
-        table = analysis.recurrence.axes_table()
-        axes = axes_of(s.decay, table)
+        axes = axes_of(s.decay, analysis.recurrence.axes_table())
         where = {"": "", "k": ", for each key channel", "v": ", for each value channel"}.get(axes, ", elementwise")
+        reads = "readout" if s.place == "readout" else f"write to {s.place}"
+        phi = f"φ = mean of {text_of(s.write)}"
+        if s.stationary is None:
+            lines.append(f"{s.state} never forgets: it grows by φ a token, without end; {phi}")
+            if s.ratio is None and s.prior != 0:
+                lines.append(
+                    f"after t tokens with t·φ ≪ {text_of(s.prior)} the {reads} is still that of the twin without "
+                    f"{s.state}; first correction, relative: {text_of(s.first_correction)}"
+                )
+            continue
+        lines.append(f"memory horizon N = 1/(1 - {text_of(s.decay)}) tokens{where}; {phi}")
+        if s.prior == 0:
+            lines += [
+                f"{s.state}, the divisor of the {reads}, settles at N·φ: the prior is forgotten with the past",
+                "so there is no limit in which forgetting dominates: the scale of φ only rescales what is read",
+            ]
+            continue
+        condition = f"N·φ ≪ {text_of(s.prior)}"
         lines += [
-            f"memory horizon N = 1/(1 - {text_of(s.decay)}) tokens{where}; φ = mean of {text_of(s.write)}",
             f"{s.state} settles at N·φ, so the divisor settles at {text_of(s.prior)} + N·φ",
-            f"forgetting dominates where N·φ ≪ {text_of(s.prior)}: then the readout is that of the twin without "
-            f"{s.state}, with {text_of(s.prior)} as its divisor",
+            f"forgetting dominates where {condition}{_for_unit_keys(s, analysis.recurrence)}: then the {reads} is "
+            f"that of the twin without {s.state}, with {text_of(s.prior)} as its divisor",
             f"first correction, relative: {text_of(s.first_correction)}",
         ]
     return tuple(lines)
+
+
+def _for_unit_keys(s: Stationary, r: Recurrence) -> str:
+    """The condition in the gain, where a token writes a gain times the square of a key: of norm 1 it has mean 1/K."""
+    for v in r.inputs:
+        gain = sympy.cancel(s.write / v.symbol**2)
+        if v.axes == "k" and not gain.free_symbols & {w.symbol for w in r.inputs if "k" in w.axes}:
+            gain_text = text_of(gain) if gain.is_Symbol else f"({text_of(gain)})"
+            return f" (for keys of norm 1: N·{gain_text} ≪ K·{text_of(s.prior)})"
+    return ""

@@ -5,6 +5,7 @@ Layout of the cache folder::
     entries/KEY.json         name, spec hash and module file of one key (a key hashes raw spec bytes or a spec hash,
                              together with the compiler's version)
     modules/NAME_SHA.py      a generated module, named by the hash of its own text: damage shows, equal text is shared
+    mathematics/KEY.json     the first module of a mathematics, whatever its names (KEY hashes the canonical form)
     certificates/KEY.json    what verification said of one module on one machine
     tuning/KEY.json          configurations that were measured to be the fastest on one GPU
     locks/KEY.lock           held by the process that builds KEY while the others wait
@@ -39,11 +40,16 @@ _fallback: Path | None = None
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index knows of one key: the variant's ``name``, its ``spec_hash`` and its module (``sha256``)."""
+    """What the index knows of one key: the variant's ``name``, its ``spec_hash`` and its module (``sha256``).
+
+    ``kernels`` is there where another module has the same mathematics in other words: see
+    :mod:`dspace.runtime.sharing`.
+    """
 
     name: str
     spec_hash: str
     sha256: str
+    kernels: dict[str, Any] | None = None
 
 
 def digest(*parts: str | bytes) -> str:
@@ -99,10 +105,12 @@ class Cache:
                     return path
         return None
 
-    def store_module(self, name: str, spec_hash: str, text: str, keys: list[str]) -> tuple[Entry, Path]:
+    def store_module(
+        self, name: str, spec_hash: str, text: str, keys: list[str], kernels: dict[str, Any] | None = None
+    ) -> tuple[Entry, Path]:
         """Write a module and its entry under every key; returns the entry and the module's path."""
         data = text.encode()
-        entry = Entry(name, spec_hash, hashlib.sha256(data).hexdigest())
+        entry = Entry(name, spec_hash, hashlib.sha256(data).hexdigest(), kernels)
 
         def write(root: Path) -> Path:
             path = _replace(root / "modules" / module_file(entry), data)
@@ -112,6 +120,20 @@ class Cache:
             return path
 
         return entry, self._write(write)
+
+    def mathematics(self, key: str) -> dict[str, Any] | None:
+        """The first module of a mathematics, or None if there is none yet or its record is damaged."""
+        for root in self._roots():
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads((root / "mathematics" / f"{key}.json").read_text(encoding="utf-8"))
+                if isinstance(found, dict) and {"name", "spec_hash", "sha256", "variables", "states"} <= set(found):
+                    return found
+        return None
+
+    def store_mathematics(self, key: str, record: dict[str, Any]) -> Path:
+        """Write the record of the first module of a mathematics."""
+        data = json.dumps(record, indent=1).encode()
+        return self._write(lambda root: _replace(root / "mathematics" / f"{key}.json", data))
 
     def certificate(self, key: str) -> dict[str, Any] | None:
         """The certificate of ``key``, or None if there is none or it is damaged."""

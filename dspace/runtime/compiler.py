@@ -8,9 +8,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import sources, versions
+from dspace.runtime import sharing, sources, versions
 from dspace.runtime.cache import Cache, Entry, digest
-from dspace.runtime.load import load_file
 
 if TYPE_CHECKING:
     from dspace.math.ir import Analysis
@@ -54,7 +53,7 @@ def _module(source: Any, cache: Cache) -> tuple[Entry, ModuleType]:
         return _memory[memory]
     found = _lookup(cache, key) or _build(source, cache, key)
     entry, path = found
-    result = (entry, load_file(path, entry.name))
+    result = (entry, sharing.loaded(entry, path, cache))
     if default_device() == "cuda":
         from dspace.runtime.tuning import apply
 
@@ -72,15 +71,19 @@ def _lookup(cache: Cache, key: str | None) -> tuple[Entry, Path] | None:
 
 def _build(source: Any, cache: Cache, key: str | None) -> tuple[Entry, Path]:
     """Compile ``source`` into the cache, unless another process did so while this one waited."""
+    from dspace.math.canonical import canonical_form
+
     spec = sources.as_spec(source)
     own = sources.spec_key(spec.hash)
     with cache.lock(own):
         keys = [own] if key is None else list({own, key})
         found = _lookup(cache, own)
         if found is not None:
-            text = found[1].read_text(encoding="utf-8")
-            return cache.store_module(spec.name, spec.hash, text, keys) if key != own else found
-        return cache.store_module(spec.name, spec.hash, module_text(spec), keys)
+            entry, text = found[0], found[1].read_text(encoding="utf-8")
+            return cache.store_module(spec.name, spec.hash, text, keys, entry.kernels) if key != own else found
+        text = module_text(spec)
+        form = canonical_form(analysis_of(spec).recurrence)
+        return cache.store_module(spec.name, spec.hash, text, keys, sharing.kernels_for(spec, form, text, cache))
 
 
 def module_text(source: Any) -> str:

@@ -80,16 +80,20 @@ def build(points: Iterable[Point] | None = None, progress: Callable[[str], None]
     return Catalogue(tuple(first.values()), same, dict(refused))
 
 
-def load_or_build(folder: Path, progress: Callable[[str], None] | None = None) -> Catalogue:
-    """The catalogue kept in ``folder`` for this very version of the compiler, else built and kept there."""
-    store = folder / f"space-{_version()[:16]}.json"
+def load_or_build(
+    folder: Path, progress: Callable[[str], None] | None = None, points: Iterable[Point] | None = None
+) -> Catalogue:
+    """The catalogue of ``points`` (all candidates by default) kept in ``folder`` for this very version of the
+    compiler, else built and kept there."""
+    chosen = None if points is None else tuple(points)
+    store = folder / f"space-{_version(chosen)[:16]}.json"
     try:
         told = json.loads(store.read_text())
         entries = tuple(Entry(**{**e, "point": parse_point(e["point"])}) for e in told["entries"])
         return Catalogue(entries, told["same"], told["refused"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or unreadable: build it anew
-    built = build(progress=progress)
+    built = build(progress=progress) if chosen is None else build(chosen, progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = store.with_suffix(f".{os.getpid()}.partial")
@@ -100,9 +104,9 @@ def load_or_build(folder: Path, progress: Callable[[str], None] | None = None) -
     return built
 
 
-def _version() -> str:
+def _version(points: Sequence[Point] | None) -> str:
     package = Path(__file__).parent.parent
-    total = hashlib.sha256(repr([astuple(p) for p in candidates()]).encode())
+    total = hashlib.sha256(repr([astuple(p) for p in (candidates() if points is None else points)]).encode())
     for name in PACKAGES:
         for path in sorted((package / name).rglob("*.py")):
             total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())

@@ -106,7 +106,7 @@ class Engine:
         self.placement = placement or Here(jobs)
         self.watch = remote.Watch(study.workers.grace)
         self.healed_at = 0.0
-        self.warm = enqueue.warm_points(study, path.resolve().parent)
+        self.first: list[enqueue.FirstPoint] = []
         self.objective, self.quiet = objective, quiet
         self.root = path.resolve().parent
         self.started = time.time()
@@ -118,8 +118,10 @@ class Engine:
     def run(self) -> Summary:
         search = Phase(self.study)
         comparisons = [Phase(self.study, name) for name in self.study.compare]
+        composer = Composer(self.study, self.root)
         if self.objective == DEFAULT_OBJECTIVE:
-            Composer(self.study, self.root).check()
+            composer.check()
+        self.first = enqueue.first_points(self.study, enqueue.warm_points(self.study, self.root), composer.walk)
         ledger.remove_stale_lock(self.home)
         self.storage = connect(self.home, self.study.workers.patience)
         try:
@@ -129,7 +131,7 @@ class Engine:
                 self.write_definition(optuna_study)
                 self.heal([search, *comparisons])
                 if not self.home.on_server:  # there the queue holds them
-                    enqueue.enqueue_cover(self.home, search, optuna_study, self.warm)
+                    enqueue.enqueue_cover(self.home, search, optuna_study, self.first)
                 self.run_phase(search, optuna_study)
                 for phase in comparisons:
                     missing = enqueue.enqueue_comparison(self.home, phase, self.storage, optuna_study)
@@ -197,7 +199,7 @@ class Engine:
         """On a server the engine makes the trials, and looks after those whose workers it cannot see."""
         if not self.home.on_server:
             return
-        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16), self.warm)
+        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16), self.first)
         if time.time() - self.healed_at > min(self.study.workers.heartbeat, self.study.workers.grace / 2):
             self.heal([phase])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspace.study.ledger import Phase, best_of, claim, open_study
+from dspace.study.ledger import Phase, best_of, claim, open_study, params_of
 from dspace.study.schema import METRICS, StudyFile
 from dspace.study.space import grid, holds
 from dspace.study.storage import Home
@@ -14,14 +14,21 @@ from dspace.study.storage import Home
 if TYPE_CHECKING:
     import optuna
 
+    from dspace.study.walk import Walk
+
+
+FirstPoint = tuple[dict[str, Any], dict[str, Any]]
+"""Parameters that are fixed, and attributes of the trial."""
+
 
 def first_points(
-    study: StudyFile, warm: Sequence[Mapping[str, Any]] = ()
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    study: StudyFile, warm: Sequence[Mapping[str, Any]] = (), walk: Walk | None = None
+) -> list[FirstPoint]:
     """What is tried before the sampler chooses: parameters that are fixed, and attributes.
 
     All of a grid; else each choice of each structural axis and each arm of a comparison as often as it asks for, then
-    the points of earlier studies.
+    the points of earlier studies. ``walk`` turns choices on the axes of the space into a point that has them; choices
+    without one are left out.
     """
     if study.sampler.kind == "grid":
         return [(dict(point), {"grid": i}) for i, point in enumerate(grid(study)[: study.budget.trials])]
@@ -29,8 +36,9 @@ def first_points(
     wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
     for name, axis in study.structural_axes.items():
         wanted += [{name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)]
-    points = [(choices, {"cover": True}) for choices in wanted] + [(dict(p), {"warm": True}) for p in warm]
-    return points[: study.budget.trials]
+    told = [(choices, {"cover": True}) for choices in wanted] + [(dict(p), {"warm": True}) for p in warm]
+    points = [(c if walk is None else walk.parameters(c), attributes) for c, attributes in told]
+    return [(c, attributes) for c, attributes in points if c is not None][: study.budget.trials]
 
 
 def warm_points(study: StudyFile, root: Path) -> list[dict[str, Any]]:
@@ -48,20 +56,24 @@ def warm_points(study: StudyFile, root: Path) -> list[dict[str, Any]]:
         path = Path(folder) if Path(folder).is_absolute() or Path(folder).exists() else root / folder
         trials = [t for t in collect(open_home(path)).trials if study.best.by in t.metrics]
         for t in sorted(trials, key=lambda t: -sign * t.metrics[study.best.by])[: study.warm.best]:
-            point = {n: t.params[n] for n, axis in study.axes.items() if n in t.params and holds(axis, t.params[n])}
+            point = {
+                n: t.params[n] for n, axis in study.every_axis.items() if n in t.params and holds(axis, t.params[n])
+            }
             if point and point not in found:
                 found.append(point)
     return found
 
 
-def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study, warm: Sequence[Mapping[str, Any]] = ()) -> None:
+def enqueue_cover(
+    home: Home, phase: Phase, optuna_study: optuna.Study, first: Sequence[FirstPoint] | None = None
+) -> None:
     """Enqueue the first points of a study that has no trial yet, and what a grid that has grown is short of."""
     with claim(home):
         trials = optuna_study.get_trials(deepcopy=False)
         there = {t.user_attrs.get("grid") for t in trials}
         if trials and phase.study.sampler.kind != "grid":
             return
-        for choices, attributes in first_points(phase.study, warm):
+        for choices, attributes in first_points(phase.study) if first is None else first:
             if attributes.get("grid") is None or attributes["grid"] not in there:
                 optuna_study.enqueue_trial(choices, user_attrs=attributes)
 
@@ -92,17 +104,17 @@ def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.St
             for repeat in range(comparison.seeds):
                 if any(t.user_attrs.get("arm") == arm and t.user_attrs.get("repeat") == repeat for t in existing):
                     continue
-                attributes = {"arm": arm, "repeat": repeat, "params": dict(trial.params), "from_trial": trial.number}
+                attributes = {"arm": arm, "repeat": repeat, "params": params_of(trial), "from_trial": trial.number}
                 optuna_study.enqueue_trial({"arm": arm, "repeat": repeat}, user_attrs=attributes)
     return missing
 
 
 def top_structures(study: StudyFile, trials: list[Any], metric: str, count: int) -> list[Any]:
     """The best trial of each of the ``count`` best structures."""
-    names = set(study.named_axes)
+    names = set(study.structural_axes)
     found: dict[Any, Any] = {}
     left = list(trials)
     while len(found) < count and (trial := best_of(left, metric)) is not None:
-        found.setdefault(tuple(sorted((k, v) for k, v in trial.params.items() if k in names)), trial)
+        found.setdefault(tuple(sorted((k, v) for k, v in params_of(trial).items() if k in names)), trial)
         left = [t for t in left if t.number != trial.number]
     return list(found.values())

@@ -24,7 +24,10 @@ class Group:
 
 def structure_of(record: Record, study: StudyFile) -> str:
     """The structural choices of a trial, in words."""
-    words = [str(record.params[name]).replace("_", " ") for name in study.named_axes if name in record.params]
+    open_axes = [
+        name for name, axis in study.structural_axes.items() if name in study.axes or len(axis.choices or {}) > 1
+    ]
+    words = [str(record.params[name]).replace("_", " ") for name in open_axes if name in record.params]
     return " · ".join(words) or "the base spec"
 
 

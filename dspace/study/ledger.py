@@ -132,6 +132,17 @@ def used(trials: list[Any]) -> int:
     return sum(t.state.name != "WAITING" and t.number not in repeated for t in trials)
 
 
+def spent(study: StudyFile, trials: list[Any]) -> int:
+    """Trials that count towards the budget: those of a point that was trained before cost nothing, and up to as many
+    of them as the budget has trials are not counted (beyond, the space is exhausted)."""
+    return used(trials) - free(study, trials)
+
+
+def free(study: StudyFile, trials: list[Any]) -> int:
+    """Trials that repeated a point and cost nothing."""
+    return min(sum("duplicate_of" in t.user_attrs for t in trials), study.budget.trials)
+
+
 def waiting(trials: list[Any]) -> list[Any]:
     return [t for t in trials if t.state.name == "WAITING"]
 
@@ -147,7 +158,7 @@ def owed(phase: Phase, trials: list[Any]) -> int:
         return len(waiting(trials))
     if is_stale(phase.study, trials):
         return 0
-    left = max(budget_of(phase.study) - used(trials), 0)
+    left = max(budget_of(phase.study) - spent(phase.study, trials), 0)
     return min(left, len(waiting(trials))) if phase.study.sampler.kind == "grid" else left
 
 
@@ -331,6 +342,11 @@ def remove_stale_lock(home: Home) -> None:
                 lock.unlink(missing_ok=True)
 
 
+def params_of(trial: Any) -> dict[str, Any]:
+    """The value on every axis of a trial: as the worker told them, where the sampler was not asked for all."""
+    return dict(trial.user_attrs.get("params") or trial.params)
+
+
 def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = None) -> Any | None:
     """The completed trial with the best ``metric`` among those with these choices; ties go to less state."""
     sign = 1 if METRICS[metric][0] == "maximize" else -1
@@ -340,7 +356,7 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
         if t.state.name == "COMPLETE"
         and metric in t.user_attrs.get("metrics", {})
         and not t.user_attrs.get("infeasible")
-        and all(t.params.get(k) == v for k, v in (fixed or {}).items())
+        and all(params_of(t).get(k) == v for k, v in (fixed or {}).items())
     ]
 
     def rank(t: Any) -> tuple[float, float, int]:

@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dspace.errors import UserError
 from dspace.study.trial import Job, Outcome, Pruned, derive_seed
 
 
@@ -36,7 +35,12 @@ def train_points(jobs: list[Job]) -> list[Outcome | Exception]:
     ended: list[Outcome | Exception] = []
     for first in range(0, len(cells), together):
         ended += _train(cells[first : first + together])
-    return [_means(ended[i * len(repeats) : (i + 1) * len(repeats)]) for i in range(len(jobs))]
+    outcomes = [_means(ended[i * len(repeats) : (i + 1) * len(repeats)]) for i in range(len(jobs))]
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        cost = job.composer.cost(job.point)
+        if cost is not None and isinstance(outcome, Outcome):
+            outcome.metrics["gpu_ms"] = cost.gpu_ms
+    return outcomes
 
 
 train_point.composes = True  # type: ignore[attr-defined]
@@ -159,28 +163,17 @@ def _train(cells: list[tuple[Job, int]]) -> list[Outcome | Exception]:
 
 def model_arguments(point: Any, source: Any = None) -> dict[str, Any]:
     """Keyword arguments of ``dspace.nn.Model`` for a point; ``source`` is its module, or ``"softmax"``."""
-    settings = {k: v for k, v in point.model.model_dump().items() if v is not None}
-    budget = settings.pop("state_per_head", None)
-    if settings.pop("mixer") == "softmax":
-        taken = ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "head_dim", "expand_v", "conv_size")
-        return {k: v for k, v in settings.items() if k in taken}
-    if source is not None and (budget is not None or settings["init"]):
-        from dspace.nn.operator import as_operator
-        from dspace.nn.recipe import make_plan
+    from dspace.study.space import fitted
 
-        operator = as_operator(source)
-        plan = make_plan(operator.inputs, {p.name: p.axes for p in operator.parameters}, operator.layer)
-        if "point" in point.task:  # of the names that the space starts somewhere, a point has some
-            known = {*(p.name for p in operator.parameters), *plan.per_head}
-            settings["init"] = {k: v for k, v in settings["init"].items() if k in known}
-        if budget is not None:
-            key = settings.get("head_dim") or settings["hidden_size"] // settings["num_heads"]
-            fitting = [v for v in range(1, 257) if operator.state_numbers(1, key, v) <= budget]
-            if not fitting:
-                raise UserError(
-                    f"state_per_head = {budget} holds no value channel beside {key} key channels\n  cure: more, or a smaller head_dim"
-                )
-            settings["expand_v"] = (fitting[-1] + 0.5) / key  # rounded down by the layer
+    model = point.model
+    if model.state_per_head is not None and model.mixer == "spec":
+        from dspace.nn.operator import as_operator
+
+        model = fitted(model, as_operator(source).state_axes)
+    settings = {k: v for k, v in model.model_dump().items() if v is not None and k not in ("mixer", "state_per_head")}
+    if model.mixer == "softmax":
+        taken = ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "head_dim", "expand_v", "conv_size")
+        settings = {k: v for k, v in settings.items() if k in taken}
     return settings
 
 

@@ -169,7 +169,7 @@ def importance_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "axis": axis,
-            "doc": results.study.axes[axis].doc,
+            "doc": results.study.every_axis[axis].doc,
             "shares": [100 * shares[axis] if axis in shares else None for shares in results.importances.values()],
         }
         for axis in names
@@ -210,6 +210,7 @@ def winner(results: Results) -> dict[str, Any]:
         from dspace.math import analyse
         from dspace.spec import loads
         from dspace.study import formulas
+        from dspace.study.atlas import atlas
 
         text = spec_text(results, results.best, name)
         spec = loads(text)
@@ -219,6 +220,7 @@ def winner(results: Results) -> dict[str, Any]:
     arguments = [*spec.inputs, *spec.parameters]
     kind = analysis.classification
     return {
+        "atlas": atlas(analysis),
         "name": name,
         "toml": text,
         "hash": spec.hash,
@@ -241,6 +243,8 @@ def metric_text(value: float | None, name: str) -> str:
         return ""
     if name == "state_bytes":
         return bytes_text(value)
+    if name == "gpu_ms":
+        return f"{value:.3g} ms"
     if name == "tokens_per_second":
         return f"{value / 1000:.0f}k" if value >= 1000 else f"{value:.0f}"
     return f"{value:.3f}"

@@ -76,14 +76,14 @@ def lines_of(results: Results) -> list[Line]:
     found: dict[tuple[str, str], list[Record]] = {}
     for t in results.trials:
         if t.state == "complete":
-            numbers = {n: v for n, v in t.params.items() if n not in seeds and n not in study.named_axes}
+            numbers = {n: v for n, v in t.params.items() if n not in seeds and n not in study.structural_axes}
             found.setdefault((structure(t, study), json.dumps(numbers, sort_keys=True)), []).append(t)
     return [Line(name, json.loads(numbers), tuple(trials)) for (name, numbers), trials in found.items()]
 
 
 def structure(record: Record, study: StudyFile) -> str:
     """The structural choices of a trial in one word."""
-    return "-".join(str(record.params[n]) for n in study.named_axes if n in record.params) or study.base
+    return "-".join(str(record.params[n]) for n in study.structural_axes if n in record.params) or study.base
 
 
 def best_lines(results: Results, lines: Sequence[Line]) -> list[Line]:

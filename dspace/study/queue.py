@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspace.study import remote
-from dspace.study.enqueue import first_points
-from dspace.study.ledger import Phase, budget_of, is_stale, retries, waiting
+from dspace.study.enqueue import FirstPoint
+from dspace.study.ledger import Phase, budget_of, free, is_stale, retries, waiting
 
 if TYPE_CHECKING:
     import optuna
@@ -41,7 +41,8 @@ def missing_slots(phase: Phase, trials: list[Any]) -> list[int]:
     if is_stale(phase.study, trials):
         return []
     there = {t.user_attrs.get("slot") for t in trials}
-    return [slot for slot in range(budget_of(phase.study)) if slot not in there]
+    slots = budget_of(phase.study) + free(phase.study, trials)
+    return [slot for slot in range(slots) if slot not in there]
 
 
 def pending(phase: Phase, trials: list[Any]) -> int:
@@ -51,13 +52,15 @@ def pending(phase: Phase, trials: list[Any]) -> int:
     )
 
 
-def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int, warm: Sequence[Mapping[str, Any]] = ()) -> None:
-    """See that ``ahead`` trials wait. A server that does not answer is asked again at the next call."""
+def top_up(phase: Phase, optuna_study: optuna.Study, ahead: int, first: Sequence[FirstPoint] = ()) -> None:
+    """See that ``ahead`` trials wait, those of ``first`` before others.
+
+    A server that does not answer is asked again at the next call.
+    """
     trials = optuna_study.get_trials(deepcopy=False)
     there = len(waiting(trials))
     if there > ahead // 2:
         return
-    first = first_points(phase.study, warm)
     for slot in missing_slots(phase, trials)[: ahead - there]:
         attributes: dict[str, Any] = {"slot": slot}
         if slot < len(first):

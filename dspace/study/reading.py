@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dspace.errors import Problem, StudyError, UserError
 from dspace.spec.positions import Positions
-from dspace.study.schema import METRICS, POINT, SEED, Axis, ModelTable, StudyFile, TrainTable
+from dspace.study.schema import METRICS, SEED, Axis, ModelTable, StudyFile, TrainTable
 
 MAX_BYTES = 1_000_000
 
@@ -142,7 +142,10 @@ def _pydantic_problem(item: Any, report: _Report) -> None:
 
 def _check(study: StudyFile, report: _Report) -> None:
     """What types alone cannot say: names that refer to each other, intervals, targets, the task's own rules."""
+    _check_space(study, report)
     for name in study.objectives:
+        if name == "gpu_ms" and study.cost is None:
+            report.add("gpu_ms needs to know the GPU", "objectives", name, cure='[cost]\n  gpu = "H100"')
         if name not in METRICS:
             _unknown(report, "objective", name, METRICS, "objectives", name)
     if not study.objectives:
@@ -159,7 +162,7 @@ def _check(study: StudyFile, report: _Report) -> None:
             report.add("a constraint needs a bound", "constraints", metric, cure="{ most = 4096 }")
     for name, axis in study.axes.items():
         _check_axis(study, name, axis, report)
-        if study.sampler.kind == "grid" and not (axis.choices or axis.values):
+        if study.sampler.kind == "grid" and study.space is None and not (axis.choices or axis.values):
             report.add(f"a grid cannot run all of {name!r}: it is continuous", "axes", name, cure="values = [...]")
     for name, comparison in study.compare.items():
         if comparison.metric not in METRICS:
@@ -171,6 +174,33 @@ def _check(study: StudyFile, report: _Report) -> None:
     _check_task(study, report)
 
 
+def _check_space(study: StudyFile, report: _Report) -> None:
+    """A base or the space, not both; choices and axes that exist; a GPU that is known."""
+    if study.space is not None and study.sampler.kind == "grid":
+        report.add("the space is no grid: not all its combinations are points", "sampler", "kind", cure='kind = "tpe"')
+    from dspace.math.roofline import GPUS, find_gpu
+    from dspace.space.points import AXES
+
+    if study.space is None and not study.base:
+        report.add("'base' is missing", "base", cure="add base = ... here, or a [space] to walk through")
+    if study.space is not None and study.base:
+        report.add("a study has a base or a [space], not both", "base", cure="remove one of them")
+    if study.space is not None:
+        for axis, known in AXES.items():
+            for choice in getattr(study.space, axis) or []:
+                if choice not in known:
+                    _unknown(report, f"choice of the axis {axis!r}:", choice, known, "space", axis)
+            if getattr(study.space, axis) == []:
+                report.add("no choice is allowed", "space", axis, cure=f"some of {', '.join(known)}, or leave it out")
+        for axis in study.axes.keys() & AXES.keys():
+            report.add(f"{axis!r} is an axis of the space already", "axes", axis, cure="give it another name")
+    if study.cost is not None:
+        try:
+            find_gpu(study.cost.gpu)
+        except UserError:
+            _unknown(report, "GPU", study.cost.gpu, GPUS, "cost", "gpu")
+
+
 def _unknown(report: _Report, what: str, name: str, known: Iterable[str], *path: str) -> None:
     known = list(known)
     cure = f"use one of {', '.join(known)}" if known else "there is none to use"
@@ -179,10 +209,10 @@ def _unknown(report: _Report, what: str, name: str, known: Iterable[str], *path:
 
 def _check_choices(study: StudyFile, wanted: dict[str, list[str]], report: _Report, *path: str) -> None:
     for axis, choices in wanted.items():
-        if axis not in study.named_axes:
-            _unknown(report, "structural axis", axis, study.named_axes, *path, axis)
+        if axis not in study.structural_axes:
+            _unknown(report, "structural axis", axis, study.structural_axes, *path, axis)
             continue
-        known = [str(v) for v in study.axes[axis].choices or study.axes[axis].values or ()]
+        known = study.structural_axes[axis].choices or {}
         for choice in choices:
             if choice not in known:
                 _unknown(report, f"choice of the axis {axis!r}:", choice, known, *path, axis)
@@ -223,16 +253,6 @@ def _check_axis(study: StudyFile, name: str, axis: Axis, report: _Report) -> Non
             report.add("an axis of seeds needs whole numbers", *path, cure="values = [0, 1, 2]")
         return
     target = (axis.target or "").split(".")
-    if target[0] == POINT.rstrip("."):
-        from dspace.space import AXES
-
-        if len(target) != 2 or target[1] not in AXES:
-            _unknown(report, "axis of the space", ".".join(target[1:]), AXES, *path, "target")
-            return
-        for value in axis.values or [""]:
-            if value not in AXES[target[1]]:
-                _unknown(report, f"choice of {target[1]!r}:", str(value), AXES[target[1]], *path, "values")
-        return
     tables: dict[str, Iterable[str]] = {"model": ModelTable.model_fields, "train": TrainTable.model_fields}
     if target[0] in tables:
         starts = target[:2] == ["model", "init"] and len(target) == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import UserError
-from dspace.study.ledger import Phase, best_of, retries
+from dspace.study.ledger import Phase, best_of, params_of, retries
 from dspace.study.reading import load, nearest
 from dspace.study.schema import Axis, StudyFile
 from dspace.study.storage import Home, connect, home_of
@@ -117,7 +117,7 @@ def _records(trials: list[Any]) -> list[Record]:
             continue
         ended, began = t.datetime_complete, t.datetime_start
         seconds = (ended - began).total_seconds() if ended and began else 0.0
-        params = t.user_attrs.get("params") or t.params
+        params = params_of(t)
         if "fixed" in t.user_attrs:
             params = {**t.user_attrs["fixed"], **params}
         metrics = t.user_attrs.get("metrics", {}) if t.state.name == "COMPLETE" else {}
@@ -147,7 +147,7 @@ def importances(trials: list[Record], study: StudyFile) -> dict[str, dict[str, f
         seen = [(t.params, t.metrics.get(metric, (t.curve or [{}])[-1].get(metric))) for t in trials]
         shares = {
             name: share
-            for name, axis in study.axes.items()
+            for name, axis in study.every_axis.items()
             if (share := _explained([(p[name], y) for p, y in seen if name in p and y is not None], _numeric(axis)))
             is not None
         }

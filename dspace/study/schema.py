@@ -19,6 +19,7 @@ METRICS: dict[str, tuple[Direction, str]] = {
     "accuracy": ("maximize", "recall over all queries"),
     "loss": ("minimize", "cross-entropy at the queries, in nats"),
     "state_bytes": ("minimize", "bytes of recurrent state per sequence, all layers and heads, at four bytes a number"),
+    "gpu_ms": ("minimize", "expected milliseconds of a forward pass of the recurrences on the GPU of [cost]"),
     "tokens_per_second": ("maximize", "training tokens per second on this machine"),
 }
 """Every objective by name, with its natural direction and its meaning."""
@@ -29,10 +30,6 @@ Scalar = bool | int | float | str
 SEED = "trial.seed"
 FREE_TARGETS = ("train.learning_rate", "train.weight_decay", SEED)
 """Targets of axes along which trials may be stacked: they change no shape."""
-
-
-POINT = "point."
-"""Targets that choose on the axes of :mod:`dspace.space`: then the spec is the composed point, not ``base``."""
 
 
 class Table(BaseModel):
@@ -132,17 +129,39 @@ class Axis(Table):
     target: str | None = None
     """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ...
 
-    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone; ``point.AXIS`` chooses on an
-    axis of :mod:`dspace.space`.
+    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone.
     """
     template: str | None = None
     """Text with ``{value}`` in it, for a place that holds a formula."""
     when: dict[str, list[str]] = Field(default_factory=dict)
-    """Axes and the choices or values of theirs under which this axis exists."""
+    """Structural axes and the choices of theirs under which this axis exists."""
 
     @property
     def structural(self) -> bool:
         return self.choices is not None
+
+
+class SpaceTable(Table):
+    """Search over the structural space of :mod:`dspace.space`: the choices allowed on each axis, all by default."""
+
+    structure: list[str] | None = None
+    evidence: list[str] | None = None
+    forgetting: list[str] | None = None
+    target: list[str] | None = None
+    prior_precision: list[str] | None = None
+    prior_mean: list[str] | None = None
+    correction: list[str] | None = None
+    readout: list[str] | None = None
+
+
+class CostTable(Table):
+    """What a point may cost on a GPU by its roofline: dearer ones are not trained."""
+
+    gpu: str = "H100"
+    tokens: int = Field(default=65_536, ge=1)
+    """Tokens of the batch whose forward pass is meant."""
+    max_ms: float | None = Field(default=None, gt=0)
+    max_state_bytes: float | None = Field(default=None, gt=0)
 
 
 class BudgetTable(Table):
@@ -205,7 +224,7 @@ class Comparison(Table):
 
     doc: str = ""
     arms: dict[str, dict[str, str]]
-    """Name of the arm -> the choice of each structural axis (or value of another) that it fixes."""
+    """Name of the arm -> the choice of each structural axis that it fixes."""
     top: int = Field(default=0, ge=0, le=32)
     """Further arms ``top1``, ``top2``, ...: the best structures that the search found."""
     fresh_data: bool = False
@@ -251,7 +270,10 @@ class StudyFile(Table):
     title: str = ""
     doc: str = ""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    base: str
+    base: str = ""
+    """The spec that the axes patch; not with ``space``, whose points are whole specs."""
+    space: SpaceTable | None = None
+    cost: CostTable | None = None
     task: TaskTable
     model: ModelTable = ModelTable()
     train: TrainTable = TrainTable()
@@ -272,13 +294,26 @@ class StudyFile(Table):
     compare: dict[str, Comparison] = Field(default_factory=dict)
 
     @property
-    def structural_axes(self) -> dict[str, Axis]:
-        return {name: axis for name, axis in self.axes.items() if axis.structural}
+    def space_axes(self) -> dict[str, Axis]:
+        """The axes of the space that the study walks, with the choices that it allows; none without ``[space]``."""
+        if self.space is None:
+            return {}
+        from dspace.space.points import AXES
+
+        found = {}
+        for name, choices in AXES.items():
+            allowed = getattr(self.space, name) or choices
+            found[name] = Axis(choices={c: Patch(doc=doc) for c, doc in choices.items() if c in allowed})
+        return found
 
     @property
-    def named_axes(self) -> dict[str, Axis]:
-        """Axes whose values are names: structural ones, and those of the space."""
-        return {n: a for n, a in self.axes.items() if a.structural or (a.target or "").startswith(POINT)}
+    def every_axis(self) -> dict[str, Axis]:
+        """The axes of the space, then those that the file declares."""
+        return {**self.space_axes, **self.axes}
+
+    @property
+    def structural_axes(self) -> dict[str, Axis]:
+        return {name: axis for name, axis in self.every_axis.items() if axis.structural}
 
     @property
     def free_axes(self) -> set[str]:

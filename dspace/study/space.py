@@ -6,41 +6,29 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
 from dspace.errors import DspaceError, UserError
-from dspace.study.schema import POINT, SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
+from dspace.study.schema import SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
 
 if TYPE_CHECKING:
     import optuna
 
     from dspace.spec import Spec
-
-USUAL = {
-    "structure": "key_value",
-    "evidence": "energy",
-    "forgetting": "token",
-    "target": "prior",
-    "prior_precision": "head",
-    "prior_mean": "zero",
-    "correction": "none",
-    "readout": "mean",
-}
-"""The choice on each axis of the space that a study does not search."""
+    from dspace.study.cost import Cost
+    from dspace.study.walk import Walk
 
 Params = Mapping[str, Scalar]
 """Axis name -> choice (structural) or value (numerical): what Optuna stores as a trial's parameters."""
-
-
-class NotAVariant(UserError):
-    """These choices on the axes of the space do not go together."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +41,14 @@ class Point:
     train: TrainTable
     task: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Equal for two points that would train the same thing (names and words do not count)."""
-        spec = {k: v for k, v in self.spec.items() if k not in ("name", "title", "references", "doc")}
-        content = [spec, self.model.model_dump(), self.train.model_dump(), self.task]
+        """Equal for two points that would train the same thing: spelling and names of the spec do not count."""
+        from dspace.study.identity import spec_identity
+
+        model = self.model.model_dump()
+        starts = model.pop("init")
+        content = [spec_identity(self.build(), starts), model, self.train.model_dump(), self.task]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def build(self) -> Spec:
@@ -74,7 +65,7 @@ def exists(axis: Axis, params: Params) -> bool:
 
 def ordered(study: StudyFile) -> Iterator[tuple[str, Axis]]:
     """Axes such that each comes after those that its ``when`` names."""
-    left = dict(study.axes)
+    left = dict(study.every_axis)
     while left:
         ready = [name for name, axis in left.items() if not any(other in left for other in axis.when)]
         if not ready:
@@ -83,11 +74,11 @@ def ordered(study: StudyFile) -> Iterator[tuple[str, Axis]]:
             yield name, left.pop(name)
 
 
-def suggest(study: StudyFile, trial: optuna.Trial) -> dict[str, Scalar]:
-    """Ask Optuna for a value on every axis that exists."""
-    params: dict[str, Scalar] = {}
+def suggest(study: StudyFile, trial: optuna.Trial, walk: Walk | None = None) -> dict[str, Scalar]:
+    """Ask Optuna for a value on every axis that exists; ``walk`` says which points a study of the space may visit."""
+    params: dict[str, Scalar] = walk.suggest(trial) if walk is not None else {}
     for name, axis in ordered(study):
-        if not exists(axis, params):
+        if name in params or not exists(axis, params):
             continue
         if axis.choices is not None:
             params[name] = trial.suggest_categorical(name, list(axis.choices))
@@ -148,11 +139,15 @@ def grid(study: StudyFile) -> list[dict[str, Scalar]]:
     return found
 
 
-def structures(study: StudyFile, limit: int = 256) -> list[dict[str, str]]:
+def structures(study: StudyFile, limit: int = 256, walk: Walk | None = None) -> list[dict[str, str]]:
     """Every combination of structural choices that can occur (at most ``limit``)."""
     found: list[dict[str, str]] = [{}]
+    if walk is not None:
+        # Every point of the space composes: a few of them, spread over it, try the patches.
+        step = max(len(walk.points) // 8, 1)
+        found = [{k: str(v) for k, v in asdict(p).items()} for p in walk.points[::step]]
     for name, axis in ordered(study):
-        if axis.choices is None:
+        if axis.choices is None or any(name in choices for choices in found):
             continue
         grown = (
             {**so_far, name: choice} if exists(axis, so_far) else so_far
@@ -184,52 +179,29 @@ class Composer:
             self._bases[name, transform] = tomllib.loads(spec.to_toml())
         return copy.deepcopy(self._bases[name, transform])
 
-    def point(self, params: Params) -> dict[str, Any] | None:
-        """Tables of the composed point of :mod:`dspace.space`, where the study searches it. Raises NotAVariant."""
-        targets = {n: a.target or "" for n, a in self.study.axes.items()}
-        chosen = {
-            t.removeprefix(POINT): str(params[n]) for n, t in targets.items() if t.startswith(POINT) and n in params
-        }
-        if not chosen:
-            return None
-        from dspace.space import Point as SpacePoint
-        from dspace.space import coincides, compose, why_not
-
-        point = SpacePoint(**(USUAL | chosen))
-        point = coincides(point) or point  # one spelling of the same mathematics
-        reason = why_not(point)
-        if reason:
-            raise NotAVariant(f"{point} is not a variant: {reason}\n  cure: another choice on one of these axes")
-        key = (str(point), None)
-        if key not in self._bases:
-            self._bases[key] = tomllib.loads(compose(point).to_toml())
-        return copy.deepcopy(self._bases[key])
-
     def compose(self, params: Params) -> Point:
         """The point of these parameters. Raises UserError when its pieces do not fit."""
         study, base, transform = self.study, self.study.base, None
         patches = []
+        point = self.space_spec(params)
         for name, axis in ordered(study):
             if axis.choices is not None and name in params:
                 patch = axis.choices[str(params[name])]
                 base, transform = patch.base or base, patch.transform or transform
                 patches.append(patch)
-        spec = self.point(params) or self.base(base, transform)
+        spec = self.base(base, transform) if point is None else point
         model, train = study.model.model_dump(), study.train.model_dump()
         for patch in patches:
             merge(spec, patch.spec)
             merge(model, patch.model)
             train.update(patch.train)
-        for name, axis in study.axes.items():
-            placed = axis.structural or axis.target == SEED or (axis.target or "").startswith(POINT)
-            if not placed and name in params:
+        for name, axis in study.every_axis.items():
+            if not axis.structural and name in params and axis.target != SEED:
                 _place(axis, params[name], {"spec": spec, "model": model, "train": train}, name)
-        choices = [str(params[name]) for name in study.named_axes if name in params]
-        spec["name"] = identifier("_".join([study.name, *choices]))
+        choices = [str(params[name]) for name in study.structural_axes if name in params]
+        spec["name"] = identifier("_".join([study.name, *choices]))[:64].rstrip("_")
         spec["title"] = f"{study.title or study.name}: {', '.join(choices) or spec.get('title', '')}"
         task = {"name": study.task.name, **study.task.sizes}
-        if any((a.target or "").startswith(POINT) for a in study.axes.values()):
-            task["point"] = True
         seed = seed_of(study, params)
         if seed is not None:
             task["trial_seed"] = seed  # two points that differ in it only are not the same training
@@ -239,18 +211,100 @@ class Composer:
             text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"{', '.join(choices)}: the composed model or training is wrong: {text}") from None
 
+    @cached_property
+    def walk(self) -> Walk | None:
+        """The points that a study of the space may visit; None for a study of a base."""
+        from dspace.study.walk import walk_of
+
+        return walk_of(self.study) if self.study.space is not None else None
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Scalar]:
+        """Ask Optuna for a point."""
+        return suggest(self.study, trial, self.walk)
+
+    def space_spec(self, params: Params) -> dict[str, Any] | None:
+        """Tables of the point of the space that ``params`` name; None where the study has a base."""
+        from dspace.space.composing import compose
+        from dspace.study.walk import point_of
+
+        point = point_of(params) if self.study.space is not None else None
+        return None if point is None else tomllib.loads(compose(point).to_toml())
+
+    def cost(self, point: Point) -> Cost | None:
+        """What the point costs on the GPU of ``[cost]``; None without one."""
+        if self.study.cost is None:
+            return None
+        from dspace.math import analyse
+        from dspace.math.roofline import costs_of
+        from dspace.study.cost import expected
+
+        if point.model.mixer != "spec":
+            return None
+        analysis = analyse(point.build())
+        return expected(
+            costs_of(analysis), self.study.cost, fitted(point.model, [s.axes for s in analysis.recurrence.states])
+        )
+
     def check(self) -> int:
         """Build every structural combination once, before any work is spent; returns how many there are."""
-        combinations = structures(self.study)
+        combinations = structures(self.study, walk=self.walk)
         for choices in combinations:
             try:
                 self.compose(middle(self.study, choices)).build()
-            except NotAVariant:
-                continue  # of the space not all combinations are; the search finds its way
             except DspaceError as error:
                 named = ", ".join(f"{k} = {v}" for k, v in choices.items()) or "the base spec"
                 raise UserError(f"study {self.study.name!r}, {named}: the composed spec is wrong\n{error}") from None
+        self._check_arms()
+        self._check_cost(combinations)
         return len(combinations)
+
+    def _check_arms(self) -> None:
+        for name, comparison in self.study.compare.items():
+            for arm, fixed in comparison.arms.items():
+                if self.walk is not None and self.walk.parameters(fixed) is None:
+                    raise UserError(
+                        f"study {self.study.name!r}: no point of its space is the arm {arm!r} of the comparison {name!r}\n"
+                        "  cure: other choices for the arm, or more in [space]"
+                    )
+
+    def _check_cost(self, combinations: list[dict[str, str]]) -> None:
+        from dspace.study.cost import refusal
+
+        table = self.study.cost
+        if table is None or self.walk is not None or (table.max_ms is None and table.max_state_bytes is None):
+            return
+        reasons = []
+        for choices in combinations:
+            cost = self.cost(self.compose(middle(self.study, choices)))
+            reason = refusal(table, cost) if cost is not None else ""
+            if not reason:
+                return
+            reasons.append(reason)
+        raise UserError(
+            f"study {self.study.name!r}: every structure costs more than [cost] allows, such as {reasons[0]}\n"
+            "  cure: raise the limits, or make the model smaller"
+        )
+
+
+def fitted(model: ModelTable, state_axes: Sequence[str]) -> ModelTable:
+    """The model with as many value channels as ``state_per_head`` holds, for states on these axes.
+
+    Raises UserError where it holds none.
+    """
+    if model.state_per_head is None:
+        return model
+    keys = model.head_dim or model.hidden_size // model.num_heads
+
+    def numbers(values: int) -> int:
+        return sum(math.prod({"k": keys, "v": values}[axis] for axis in axes) for axes in state_axes)
+
+    fitting = [values for values in range(1, 257) if numbers(values) <= model.state_per_head]
+    if not fitting:
+        raise UserError(
+            f"state_per_head = {model.state_per_head} holds no value channel beside {keys} key channels\n"
+            "  cure: more of it, or a smaller head_dim"
+        )
+    return model.model_copy(update={"expand_v": (fitting[-1] + 0.5) / keys})  # rounded down by the layer
 
 
 def merge(into: dict[str, Any], patch: Mapping[str, Any]) -> None:

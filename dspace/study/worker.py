@@ -25,9 +25,10 @@ from typing import Any
 from dspace.errors import DspaceError, UserError
 from dspace.study import ledger, queue, remote
 from dspace.study.artifacts import store_of
+from dspace.study.cost import refusal
 from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study, root_number
 from dspace.study.reading import load
-from dspace.study.space import Composer, NotAVariant, seed_of, suggest
+from dspace.study.space import Composer, seed_of
 from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
 from dspace.study.trial import (
     Job,
@@ -49,6 +50,9 @@ OWN = {"worker", "host", "seed", "test", "metrics", "beat", "progress", "slot", 
     "retry_of",
     "failure",
     "lost",
+    "params",
+    "cost",
+    "grid",
 }
 """Attributes that say how a trial came about, not what was found: a trial of the same point does not take them over."""
 TELL_SECONDS = 0.5
@@ -202,7 +206,7 @@ class Worker:
             self.keep(trial, outcome)
             self.tell(trial, outcome)
             self.failures = 0
-        except (Pruned, NotAVariant) as reason:
+        except Pruned as reason:
             self.keep_curve(trial)
             trial.set_user_attr("pruned", str(reason))
             self.finish(trial, optuna.trial.TrialState.PRUNED)
@@ -236,7 +240,9 @@ class Worker:
         scratch.mkdir(exist_ok=True)
         attributes = known(trial).user_attrs
         if self.phase.comparison is None:
-            params = suggest(self.study, trial)
+            params = self.composer.suggest(trial)
+            if self.study.space is not None:  # the sampler is not asked where one choice is left
+                trial.set_user_attr("params", params)
             chosen = seed_of(self.study, params)
             seed = (
                 derive_seed(self.study.seed, root_number(attributes, trial.number))
@@ -272,13 +278,32 @@ class Worker:
 
         job.on_report, job.should_stop = on_report, self.should_stop
         if getattr(self.objective, "composes", False):
+            self.refuse_cost(trial, job)
             trial.set_user_attr("point_hash", job.point.hash)
             twin = self.same_point(trial.number, job.point.hash) if self.phase.comparison is None else None
             if twin is not None:
-                kept = {k: v for k, v in twin.user_attrs.items() if k not in OWN}
-                metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
-                return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
+                return self.outcome_of(trial, twin)
         return job
+
+    def refuse_cost(self, trial: Any, job: Job) -> None:
+        """Record what the point would cost. Raises Pruned where that is more than the study allows."""
+        cost = job.composer.cost(job.point)
+        if cost is None or self.study.cost is None:
+            return
+        trial.set_user_attr("cost", {"gpu": cost.gpu, "gpu_ms": cost.gpu_ms, "limit": cost.limit})
+        reason = refusal(self.study.cost, cost)
+        if reason and self.phase.comparison is None:
+            raise Pruned(reason)
+
+    def outcome_of(self, trial: Any, twin: Any) -> Outcome:
+        """What the trial of the same point gave, or gives or gave up: it is not run again. Raises Pruned for the latter."""
+        trial.set_user_attr("duplicate_of", twin.number)
+        if twin.state.name != "COMPLETE":
+            what = "is running" if twin.state.name == "RUNNING" else "was stopped"
+            raise Pruned(f"the same point {what} as trial {twin.number}")
+        kept = {k: v for k, v in twin.user_attrs.items() if k not in OWN}
+        metrics, test = twin.user_attrs["metrics"], twin.user_attrs.get("test", {})
+        return Outcome(metrics, test, {**kept, "duplicate_of": twin.number})
 
     def finished_curves(self, number: int) -> list[list[dict[str, float]]]:
         trials = self.optuna.get_trials(deepcopy=False)
@@ -289,11 +314,16 @@ class Worker:
         ]
 
     def same_point(self, number: int, point_hash: str) -> Any | None:
-        """A completed trial that trained exactly this."""
-        for t in self.optuna.get_trials(deepcopy=False):
-            if t.state.name == "COMPLETE" and t.number != number and t.user_attrs.get("point_hash") == point_hash:
-                return t
-        return None
+        """A trial that trained exactly this, or began to before: the complete one if there is one."""
+        found = [
+            t
+            for t in self.optuna.get_trials(deepcopy=False)
+            if t.number != number
+            and t.user_attrs.get("point_hash") == point_hash
+            and "duplicate_of" not in t.user_attrs
+            and (t.state.name in ("COMPLETE", "PRUNED") or (t.state.name == "RUNNING" and t.number < number))
+        ]
+        return min(found, key=lambda t: (t.state.name != "COMPLETE", t.number), default=None)
 
     def keep(self, trial: Any, outcome: Outcome) -> None:
         """Store attributes and artifacts before the trial counts as complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import numpy as np
@@ -24,7 +25,7 @@ SCALE_VALUE = 0.37
 @pytest.fixture(scope="module")
 def module_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    return lambda name: dspace.compile(name, certify=False, cache_dir=folder)
+    return functools.cache(lambda name: dspace.compile(name, certify=False, cache_dir=folder))
 
 
 def draw(variable: Variable, rng: np.random.Generator) -> np.ndarray:
@@ -68,32 +69,17 @@ def both(reduction: Reduction, module_of) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(module_of(source.name), (*source.inputs, *source.parameters), mapped, scale), wanted
 
 
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("palimpsa", "simple_gla"),
-        ("palimpsa", "palimpsa_folded"),
-        ("metaplastic_gla", "palimpsa"),
-        ("meta_mamba2", "mamba2"),
-        ("gla", "hgrn2"),
-        ("simple_gla", "lightning_attention"),
-        ("kda", "delta_net"),
-    ],
-)
-def test_an_exact_edge_holds_on_the_emitted_modules(source, target, module_of):
-    answer = reduce(analyse(load(source)).recurrence, analyse(load(target)).recurrence, limits=False)
-    assert answer.exact is not None
-    found, wanted = both(answer.exact, module_of)
-    assert wanted.abs().max() > 1e-3
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize(("source", "target"), [("palimpsa", "simple_gla"), ("gated_delta_net", "simple_gla")])
-def test_a_limit_holds_nearly(source, target, module_of):
-    answer = reduce(analyse(load(source)).recurrence, analyse(load(target)).recurrence)
-    assert answer.limit is not None
-    found, wanted = both(answer.limit, module_of)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+def test_every_edge_holds_on_the_emitted_modules(answers, module_of):
+    """Exactly, or in a limit nearly, at random inputs, for all that is proven between built-in variants."""
+    seen = 0
+    for pair, answer in answers.items():
+        for reduction, tolerance in ((answer.exact, 1e-9), (answer.limit, 1e-4)):
+            if reduction is not None:
+                seen += 1
+                found, wanted = both(reduction, module_of)
+                assert wanted.abs().max() > 1e-3, pair
+                torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, msg=str(pair))
+    assert seen > 80
 
 
 def test_a_wrong_substitution_is_seen(module_of):

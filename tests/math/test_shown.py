@@ -13,7 +13,8 @@ from dspace.math import analyse, show
 from dspace.math.cost import K, V
 from dspace.math.ir import SumK
 from dspace.math.printing import latex_name, text_of
-from dspace.math.stability import HORIZON, PHI, stationary
+from dspace.math.stability import HORIZON, PHI, sentences, stationary
+from dspace.spec import TRANSFORMS, load, loads, metaplastic
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -94,3 +95,57 @@ def test_forgetting_dominates_on_data():
         terms = 0.5 * M * values["q"] / prior  # of the twin's readout
         assert ((output - terms.sum(0)).abs() <= (terms * correction).abs().sum(0)).all()
         assert torch.allclose(1 / divisor * prior - 1, correction, rtol=0.1, atol=0)
+
+
+def test_what_never_forgets_and_what_forgets_its_prior_is_said():
+    endless = "\n".join(sentences(analyse(metaplastic(load("linear_attention")))))
+    assert "never forgets" in endless and "t·φ ≪ I_p" in endless and "settles" not in endless
+    without = "\n".join(sentences(analyse(TRANSFORMS["forget_to_zero"](load("palimpsa")))))
+    assert "settles at N·φ: the prior is forgotten" in without and "forgetting dominates where" not in without
+    assert "N·b ≪ K·I_p" in "\n".join(sentences(analyse(load("palimpsa"))))
+    assert "b·(1 - exp(g))²" in "\n".join(sentences(analyse(metaplastic(load("hgrn2")))))
+
+
+BAYES_DELTA = """
+name = "bayes_delta"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+beta = { axes = "", domain = "unit" }
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+I_p = { axes = "k", domain = "positive" }
+[define]
+Pn = "exp(g) * P + (1 - exp(g)) * I_p + beta * k**2"
+D = "exp(g) * S"
+[state.P]
+axes = "k"
+init = "I_p"
+update = "Pn"
+[state.S]
+axes = "kv"
+update = "D + beta * (v - sum_k(D * k)) * k / Pn"
+[readout]
+output = "scale * sum_k(S * q)"
+"""
+
+
+def test_a_precision_that_divides_what_is_written_settles_too():
+    """In an error-correcting rule the precision preconditions the key: the same limit, on data."""
+    analysis = analyse(loads(BAYES_DELTA))
+    (found,) = stationary(analysis)
+    assert found.place == "S" and str(found.prior) == "I_p" and found.stationary == HORIZON * PHI
+    assert "the write to S is that of the twin" in "\n".join(sentences(analysis))
+    r = analysis.recurrence
+    decay, beta, x = 0.9, 0.2, 0.0
+    P = next(s for s in r.states if s.name == found.state)
+    update = sympy.lambdify([P.symbol, *(v.symbol for v in r.inputs if v.name in ("k", "beta", "g"))], P.update)
+    generator = torch.Generator().manual_seed(1)
+    history = []
+    for _ in range(4000):
+        key = float(torch.randn((), generator=generator, dtype=torch.float64))
+        x = float(update(x, key, beta, float(sympy.log(decay))))
+        history.append(x)
+    expected = float(found.stationary.xreplace({HORIZON: 1 / (1 - decay), PHI: beta * 1.0}))
+    assert abs(sum(history[200:]) / len(history[200:]) / expected - 1) < 0.1

@@ -111,3 +111,38 @@ output = "sum_k(S * q)"
     back = TRANSFORMS["forget_to_prior"](spec)
     assert mathematics(TRANSFORMS["forget_to_zero"](back)) == mathematics(spec)
     assert mathematics(back) == mathematics(TRANSFORMS["prior_mean"](load("mamba2")))
+
+
+MOMENTS = """
+name = "moments"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "v", domain = "nonnegative" }
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+I_p = { axes = "", domain = "positive" }
+[define]
+new = "exp(g) * P + (1 - exp(g)) * I_p + b * k**2"
+[state.P]
+axes = "kv"
+init = "I_p"
+update = "new"
+[state.mu]
+axes = "kv"
+update = "(exp(g) * P * mu + v * k) / new"
+[readout]
+output = "scale * sum_k(mu * q)"
+variance = "scale**2 * sum_k(q**2 / P)"
+"""
+
+
+def test_a_mean_follows_the_precision_that_it_is_divided_by():
+    """Stated by its moments, a posterior is forgotten to zero as a whole, not in its precision alone."""
+    zero = TRANSFORMS["forget_to_zero"](loads(MOMENTS))
+    assert mathematics(zero) == end_of("palimpsa forget_to_zero")
+    assert mathematics(TRANSFORMS["forget_to_prior"](zero)) == end_of("palimpsa")
+    scattered = MOMENTS.replace("/ new", "/ (exp(g) * P + b * k**2 + I_p * (1 - exp(g)) + 0 * I_p**2 + 1)")
+    with pytest.raises(TransformError, match="the start of P in it"):
+        TRANSFORMS["forget_to_zero"](loads(scattered))

@@ -88,7 +88,7 @@ def test_the_variance_is_derived():
         ("gated_delta_net", "not diagonal"),
         ("kda", "not diagonal"),
         ("palimpsa", "learns one already"),
-        ("meta_mamba2", "2 states"),
+        ("meta_mamba2", "over an importance, S_importance, already"),
         ("normalized_linear_attention", "2 states"),
     ],
 )

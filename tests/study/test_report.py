@@ -40,6 +40,8 @@ def test_the_page_has_all_its_parts(page: Path) -> None:
         "Learning curves",
         "What mattered",
         "The winning spec",
+        "Where the winner stands",
+        'class="node marked"',
         "All trials",
         "Run it again",
         "2 arms, 2 fresh seeds each",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,17 +11,26 @@ import pytest
 from dspace.errors import StudyError, UserError
 from dspace.study import ledger
 from dspace.study.engine import run
-from dspace.study.objective import model_arguments
 from dspace.study.reading import load, loads
 from dspace.study.results import collect, open_home
-from dspace.study.schema import PruneTable
-from dspace.study.space import Composer, NotAVariant
+from dspace.study.schema import ModelTable, PruneTable
+from dspace.study.space import Composer, fitted
 from dspace.study.trial import should_prune, violations
 from tests.study.conftest import TOY
 
 SPACE = """
 name = "wide"
-base = "palimpsa"
+[space]
+structure = ["constant", "key_value"]
+evidence = ["none", "energy"]
+forgetting = ["token"]
+target = ["prior"]
+prior_precision = ["head"]
+prior_mean = ["zero"]
+correction = ["none"]
+readout = ["mean"]
+[cost]
+gpu = "H100"
 [task]
 name = "mqar"
 input_seq_len = 16
@@ -40,17 +50,11 @@ steps = 2
 batch_size = 8
 reports = 1
 [budget]
-trials = 5
+trials = 4
 [sampler]
 kind = "random"
 [objectives]
 accuracy = "maximize"
-[axes.structure]
-values = ["constant", "key_value"]
-target = "point.structure"
-[axes.evidence]
-values = ["none", "energy"]
-target = "point.evidence"
 [axes.prior_start]
 low = 0.5
 high = 2.0
@@ -65,29 +69,20 @@ fresh_data = true
 """
 
 
-def test_a_point_of_the_space_is_composed_at_equal_state() -> None:
+def test_a_head_gets_as_many_value_channels_as_its_state_holds() -> None:
+    model = ModelTable(head_dim=4, state_per_head=64)
+    widths = [int(4 * fitted(model, axes).expand_v) for axes in (("kv",), ("kv", "kv"), ("kv", "k"), ("kv", "v"))]
+    assert widths == [16, 8, 15, 12]
+    with pytest.raises(UserError, match="holds no value channel"):
+        fitted(ModelTable(head_dim=32, state_per_head=31), ("kv",))
+    assert fitted(ModelTable(expand_v=3.0), ("kv",)).expand_v == 3.0
     composer = Composer(loads(SPACE))
-    point = composer.compose({"structure": "key_value", "evidence": "energy", "prior_start": 2.0})
-    assert point.build().structure == "key_value" and point.model.init == {"I_p": 2.0}
-    with pytest.raises(NotAVariant, match="needs evidence"):
-        composer.compose({"structure": "key_value", "evidence": "none", "prior_start": 1.0})
-    operator = SimpleNamespace(state_numbers=lambda heads, k, v: 2 * k * v)
-    widths = {}
-    for structure, numbers in (("key_value", 2), ("constant", 1)):
-        operator = _operator(numbers)
-        arguments = model_arguments(point, operator)
-        widths[structure] = int(4 * arguments["expand_v"])
-        assert "state_per_head" not in arguments and "mixer" not in arguments
-    assert widths == {"key_value": 8, "constant": 16}
-
-
-def _operator(numbers: int):
-    from dspace.nn.operator import Operator, ParameterInfo
-    from dspace.nn.recipe import Declared
-
-    inputs = tuple(Declared(n, a) for n, a in (("q", "k"), ("k", "k"), ("v", "v")))
-    parameters = (ParameterInfo("I_p", "", "positive", 1.0),)
-    return Operator("toy", lambda: None, lambda: None, inputs, parameters, ("kv",) * numbers)
+    both = [p for p in composer.walk.points if p.structure in ("constant", "key_value")]
+    costs = {}
+    for p in both:
+        point = composer.compose({**asdict(p), "prior_start": 1.0} if p.structure != "constant" else asdict(p))
+        costs[p.structure] = composer.cost(point).state_bytes
+    assert costs == {"constant": 256.0, "key_value": 256.0}, "equal state, whatever it is spent on"
 
 
 @pytest.mark.timeout(300)
@@ -96,13 +91,8 @@ def test_the_space_is_searched_and_the_best_are_trained_again_on_fresh_data(tmp_
     path.write_text(SPACE)
     run(path, 1, folder=tmp_path / "run", quiet=True)
     results = collect(open_home(tmp_path / "run"))
-    states = {t.state for t in results.trials}
-    assert states <= {"complete", "pruned"} and "complete" in states
-    for t in results.trials:
-        if t.state == "pruned":
-            assert "not a variant" in t.attributes["pruned"]
-        else:
-            assert t.metrics["state_bytes"] <= 4 * 64
+    assert {t.state for t in results.trials} == {"complete"}
+    assert all(t.metrics["state_bytes"] == 4 * 64 and t.metrics["gpu_ms"] > 0 for t in results.trials)
     compared = results.comparisons["best"]
     assert {t.arm for t in compared} >= {"palimpsa", "top1"} and all(t.state == "complete" for t in compared)
     searched = {t.attributes["data_hash"] for t in results.trials if t.state == "complete"}

@@ -111,7 +111,11 @@ def local_kernel(words: Words) -> str:
     states, keys = words.states, range(len(plan.keys))
     keyed = words.tensors("k", plan.keys)
     parts = kept_sums(words)
-    pointers = [*(f"{n}_in" for n in (*both, *channels)), *words.sums, *(f"{p}_in" for p in words.parameters)]
+    pointers = [
+        *(f"{n}_in" for n in (*both, *channels)),
+        *(f"{d}_in" for d in words.decays),
+        *(f"{p}_in" for p in words.parameters),
+    ]
     pointers += ["chunks", *(f"d_{r}_in" for r in reads), *(k_gradient(words, n) for n in both)]
     pointers += [f"{n}_part" for n in parts]
     pointers += [f"direct_{d}_part" for d in range(len(plan.decays))] + [f"d_{p}_part" for p in words.parameters]
@@ -129,26 +133,11 @@ def local_kernel(words: Words) -> str:
         "    Tiles: rows are key channels, columns tokens t (states, their adjoints) or s (of what wrote).",
         '    """',
     ]
-    lines += chunk_start(words)
+    lines += chunk_start(words, True)
     lines += [
         "    first_k = tl.program_id(2) * 16 * I * N",
         "    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]",
     ]
-    for d in range(len(plan.decays)):
-        before = plan.exclusive
-        lines += [
-            f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.where(live_row, _get(sums_{d} + start + row * H, live_row), whole)  # of s",
-        ]
-        if before:
-            lines.append(f"    seen = _get(sums_{d} + start + (column - 1) * H, live_column & (column > 0))  # of t")
-        else:
-            lines.append(f"    seen = _get(sums_{d} + start + column * H, live_column)  # of t")
-        lines += [
-            "    seen = tl.where(live_column, seen, whole)",
-            f"    back_{d} = tl.where(column {'>' if before else '>='} row, tl.exp(tl.minimum(seen - part, 0.0)), 0.0).to(OT)",
-            f"    first_{d} = tl.exp(tl.load(sums_{d} + start, mask=begin < end, other=0.0))",
-        ]
     kept = [*(f"d_{n}" for n in queried), *(f"d_key_{j}" for j in keys)]
     lines += tuples([*queried, *kept_keys(words), *(f"key_{j}" for j in keys), *kept], 4)
     lines += ["    for i_s in tl.static_range(N):", "        channel = first_k + i_s * 16 * I + o_k + row"]
@@ -192,7 +181,7 @@ def local_kernel(words: Words) -> str:
         exprs |= {f"d_{n}_tile": e for n, e in {**case.queries, **case.beside}.items()}
         extra = [j for j, e in enumerate(case.sums) if e not in case.states]
         exprs |= {f"sum_{j}_tile": case.sums[j] for j in extra}
-        lines += statements(exprs, wide, pad)
+        lines += statements({n: words.shifted(e) for n, e in exprs.items()}, wide, pad)
         for n, e in exprs.items():
             if not words.whole(e):
                 lines.append(" " * pad + f"{n} = {n} + zero")

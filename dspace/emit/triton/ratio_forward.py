@@ -23,7 +23,12 @@ def states_kernel(words: Words) -> str:
     """States at the start of every chunk, from each sequence's first state; one tile [BV, BK] a program."""
     plan = words.plan
     keys, values = words.tensors("k", plan.keys), words.tensors("v", plan.values)
-    pointers = [*(f"{n}_in" for n in (*keys, *values)), *words.sums, *(f"{s}_start" for s in words.states), "chunks"]
+    pointers = [
+        *(f"{n}_in" for n in (*keys, *values)),
+        *(f"{d}_in" for d in words.decays),
+        *(f"{s}_start" for s in words.states),
+        "chunks",
+    ]
     pointers += [*(f"{s}_end" for s in words.states), "offsets", "bases"]
     lines = signature(
         "_states_kernel",
@@ -57,13 +62,12 @@ def states_kernel(words: Words) -> str:
         token = begin + i_c * 16 + o_c
         live = token < end
         at = token * H + i_h
-        last = (tl.minimum(begin + i_c * 16 + 16, end) - 1) * H + i_h
 """.strip("\n").splitlines()
     for d in range(len(plan.decays)):
         lines += [
-            f"        whole_{d} = tl.load(sums_{d} + last)",
-            f"        part = tl.load(sums_{d} + at, mask=live, other=0.0)",
-            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - part, 0.0)), 0.0)",
+            f"        step = _step(decay_{d}_in + at, live)",
+            f"        whole_{d} = tl.sum(step, 0)",
+            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - tl.cumsum(step, 0), 0.0)), 0.0)",
         ]
     for n, axis in [*((n, "k") for n in keys), *((n, "v") for n in values)]:
         at = f"{n}_in + at[:, None] * {axis.upper()} + o_{axis}[None, :]"
@@ -89,7 +93,11 @@ def reads_kernel(words: Words) -> str:
     used = words.tensors("k", [*plan.keys, *plan.bodies])
     channels = words.tensors("v", [*plan.values, *plan.bodies])
     valued, beside = words.tensors("v", plan.values), words.tensors("v", plan.bodies)
-    pointers = [*(f"{n}_in" for n in (*used, *channels)), *words.sums, *(f"{p}_in" for p in words.parameters)]
+    pointers = [
+        *(f"{n}_in" for n in (*used, *channels)),
+        *(f"{d}_in" for d in words.decays),
+        *(f"{p}_in" for p in words.parameters),
+    ]
     pointers += ["chunks", *(f"{r}_out" for r in reads), "spans"]
     lines = signature(
         "_reads_kernel",
@@ -101,7 +109,7 @@ def reads_kernel(words: Words) -> str:
     lines += ['    """' + "; ".join(f"{r} = sum_k {b}" for r, b in zip(reads, plan.bodies, strict=True)) + "."]
     lines += ["", "    Tiles: rows are tokens t, columns key channels, N times I of them (a slab) at once.", '    """']
     lines += ["    NK: tl.constexpr = (K + 16 * I * N - 1) // (16 * I * N)"]
-    lines += chunk_start(words)
+    lines += chunk_start(words, False)
     lines.append("    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]")
 
     def slab(indent: int, first: str) -> list[str]:
@@ -145,7 +153,7 @@ def reads_kernel(words: Words) -> str:
         pad = 28 + 4 * guard
         if guard:
             lines.append(" " * 28 + "if VARIANCE:")
-        lines += statements({f"y_{reads[j]}": words.body(j) for j in part}, local, pad)
+        lines += statements({f"y_{reads[j]}": words.shifted(words.body(j)) for j in part}, local, pad)
         for r in (reads[j] for j in part):
             if not words.whole(words.body(reads.index(r))):
                 lines.append(" " * pad + f"y_{r} = y_{r} + zero")

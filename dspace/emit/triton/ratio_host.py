@@ -27,21 +27,26 @@ def _registers(tensor, count):
     return {{"maxnreg": count}} if _fast(tensor) and count else {{}}
 
 
-def _forward_tiles(K, V, dtype):
+def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return 1, min(tiles, 2), 1, 0
-    turns = _cdiv(tiles, 6)
-    N = _cdiv(tiles, turns)
-    if N > 4 and N % 2 == 0:
-        return 2, N // 2, 1, 0
-    return 1, N, 2 if V % 2 == 0 and N != 4 else 1, 128 if N == 1 else 168 if N < 4 else 0
+        return [(1, min(tiles, 2), 1, 0)]
+    N = _cdiv(tiles, _cdiv(tiles, 6))
+    unroll = 2 if V % 2 == 0 and N < 4 else 1
+    first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 1, 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
+    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    return [first, *(x for x in others if x != first)]
 
 
-def _backward_tiles(K, V, dtype):
+def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
-    return 2 if dtype == torch.bfloat16 and _cdiv(K, 16) % 2 == 0 else 1, 1, 0
+    tiles = _cdiv(K, 16)
+    if dtype != torch.bfloat16 or tiles == 1:
+        return [(1, 1, 0)]
+    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
 
 
 def _settle_tiles(K, V):
@@ -57,7 +62,7 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 3: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
@@ -76,13 +81,6 @@ def _window(T, low, high, offsets, N):
     inside = offsets - low
     spans, bases, NT, chunks = _plan(high - low, inside, N, 16)
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
-
-
-def _sums(decay, sums, spans, T, low, high, NT, chunks):
-    """Sums of log decays inside the chunks of a window."""
-    H = decay.shape[2]
-    BH = _tile(H, 64)
-    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
 '''
 
 
@@ -105,14 +103,13 @@ def lists(words: Words) -> dict[str, list[str]]:
 
 
 _SLABS = [
-    "    I_local, N_local, registers = _backward_tiles(K, V, dtype)",
+    "    I_local, N_local, registers = _chosen(_local_proposals, 'ratio_local', K, V, dtype)",
     "    slabs_here = _cdiv(K, 16 * I_local * N_local)",
 ]
 
 
 def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> list[str]:
     k, v, count = names["k_in"][0], names["v_in"][0], len(words.plan.states)
-    groups = range(len(words.plan.decays))
     return [
         f"    B, T, H, K = {k}.shape",
         f"    V = {v}.shape[-1]",
@@ -122,9 +119,8 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         *(_SLABS if adjoints > 1 else []),
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
-        *(f"    sums_{d} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for d in groups),
         f"    bytes_a_token = {adjoints * count} * B * H * K * V * kept.itemsize // 16",
-        f"    bounds = _windows(T, bytes_a_token, {5 - 2 * adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
+        f"    bounds = _windows(T, bytes_a_token, {3 - adjoints}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
         *(["    if given:", "        bounds = [0, T]"] if adjoints > 1 else []),
         "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
@@ -139,10 +135,9 @@ TABLES = """
 
 def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent: int) -> list[str]:
     """Decay sums and states of one window."""
-    border = [*names["key_in"], *names["value_in"], *words.sums]
+    border = [*names["key_in"], *names["value_in"], *words.decays]
     border += [*(f"{s}_start" for s in names["states"]), "border", *(f"{s}_end" for s in names["states"])]
     lines = [
-        *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
         "BK, BV = _tile(K, 32), _tile(V, 64)",
         "_states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](",
         f"    {', '.join(border)}, inside, bases, *place,",
@@ -171,14 +166,14 @@ def forward(words: Words) -> str:
         *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
         *TABLES,
         *_states_lines(words, n, True, 8),
-        "        I, slabs, unroll, registers = _forward_tiles(K, V, dtype)",
+        "        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
         "        _reads_kernel[(chunks, H)](",
-        f"            {', '.join([*n['k_in'], *n['v_in'], *words.sums, *n['parameters'], 'border', *reads])}, spans,",
+        f"            {', '.join([*n['k_in'], *n['v_in'], *words.decays, *n['parameters'], 'border', *reads])}, spans,",
         "            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
-        f"        keep += [border, {', '.join(words.sums)}]",
+        "        keep.append(border)",
         f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}",
     ]
     return "\n".join(lines) + "\n"
@@ -207,7 +202,7 @@ def backward(words: Words) -> str:
         *(f"    d_decay_{d} = {fresh.format('(B, T, H)')}" for d in groups),
         *(f"    d_{p} = 0" for p in n["parameters"]),
         "    if given:",
-        f"        border, {', '.join(words.sums)} = given",
+        "        (border,) = given",
         "    else:",
         f"        border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
         "    adjoints = torch.empty_like(border)",
@@ -232,10 +227,10 @@ def backward(words: Words) -> str:
         *(f"        d_{p}_part = {fresh.format('(H, slabs_here * chunks)')}" for p in n["parameters"]),
         "        _local_kernel[(chunks, H, slabs_here)](",
     ]
-    arguments = [*n["k_in"], *n["v_in"], *words.sums, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
+    arguments = [*n["k_in"], *n["v_in"], *words.decays, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
     arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
     arguments += [f"direct_{d}_part" for d in groups] + [f"d_{p}_part" for p in n["parameters"]] + ["adjoints", "spans"]
-    settled = [*keyed, *n["value_in"], *words.sums, "adjoints", "products", *(f"{x}_part" for x in parts)]
+    settled = [*keyed, *n["value_in"], *words.decays, "adjoints", "products", *(f"{x}_part" for x in parts)]
     settled += [*(f"direct_{d}_part" for d in groups), *(f"d_{x}_part" for x in keyed)]
     settled += [f"d_{x}_out" for x in (*keyed, *n["v_in"])] + [f"d_decay_{d}" for d in groups]
     lines += [
@@ -246,7 +241,7 @@ def backward(words: Words) -> str:
         *(f"        d_{p} = d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
         *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
         "        _carry_kernel[(parts, N * H)](",
-        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
+        f"            border, adjoints, {', '.join([*words.decays, *(f'd_{s}_end' for s in states)])},",
         f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
         "            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,",
         "        )",

@@ -19,7 +19,13 @@ def carry_kernel(words: Words) -> str:
     """Scan over the chunks of a sequence, last to first."""
     plan, states = words.plan, words.states
     count, groups = len(states), range(len(plan.decays))
-    pointers = ["chunks", "adjoints", *words.sums, *(f"d_{s}_end" for s in states), *(f"d_{s}_start" for s in states)]
+    pointers = [
+        "chunks",
+        "adjoints",
+        *(f"{d}_in" for d in words.decays),
+        *(f"d_{s}_end" for s in states),
+        *(f"d_{s}_start" for s in states),
+    ]
     lines = signature(
         "_carry_kernel",
         [*pointers, "products", "offsets", "bases"],
@@ -44,14 +50,15 @@ def carry_kernel(words: Words) -> str:
         inner = [
             f"slot = ((base + {which}) * H + i_h) * {count} * V * K",
             f"here = m_e & (o_e * 0 + {which} >= 0)",
-            f"last = (tl.minimum(begin + {which} * 16 + 16, end) - 1) * H + i_h",
+            f"token = begin + {which} * 16 + tl.arange(0, 16)",
         ]
         for i in range(count):
             inner += [
                 f"handed_{i}{suffix} = tl.load(adjoints + slot + {i} * V * K + o_e, mask=here, other=0.0)",
                 f"start_{i}{suffix} = tl.load(chunks + slot + {i} * V * K + o_e, mask=here, other=0.0)",
             ]
-        inner += [f"whole_{d}{suffix} = tl.load(sums_{d} + last, mask={which} >= 0, other=0.0)" for d in groups]
+        live = "(token < end) & (token >= begin)"
+        inner += [f"whole_{d}{suffix} = tl.sum(_step(decay_{d}_in + token * H + i_h, {live}), 0)" for d in groups]
         return [pad + line for line in inner]
 
     fetched = [f"{x}_{i}" for i in range(count) for x in ("handed", "start")] + [f"whole_{d}" for d in groups]
@@ -83,7 +90,7 @@ def settle_kernel(words: Words) -> str:
     count, groups, pairs = len(states), range(len(plan.decays)), words.rows()
     keyed, valued = words.tensors("k", plan.keys), words.tensors("v", plan.values)
     channels, parts = words.tensors("v", [*plan.values, *plan.bodies]), kept_sums(words)
-    pointers = [*(f"{n}_in" for n in (*keyed, *valued)), *words.sums, "adjoints", "products"]
+    pointers = [*(f"{n}_in" for n in (*keyed, *valued)), *(f"{d}_in" for d in words.decays), "adjoints", "products"]
     pointers += [*(f"{n}_part" for n in parts), *(f"direct_{d}_part" for d in groups), *(f"d_{n}_part" for n in keyed)]
     pointers += [f"d_{n}_out" for n in (*keyed, *channels)] + [f"d_decay_{d}" for d in groups] + ["spans"]
     lines = signature(
@@ -113,9 +120,8 @@ def settle_kernel(words: Words) -> str:
 '''.strip("\n").splitlines()
     for d in groups:
         lines += [
-            f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
-            f"    until_{d} = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)",
+            f"    step = _step(decay_{d}_in + start + at, live)",
+            f"    until_{d} = tl.where(live, tl.exp(tl.minimum(tl.sum(step, 0) - tl.cumsum(step, 0), 0.0)), 0.0)",
             f"    wrote_{d} = tl.zeros([16], tl.float32)",
             f"    direct_{d} = tl.zeros([16], tl.float32)",
         ]

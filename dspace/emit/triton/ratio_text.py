@@ -8,6 +8,7 @@ state and have no cotangent; channels that pad a size are taken out where a body
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,18 +58,15 @@ def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
-def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
-    """Sums of log decays from the start of each token's chunk, float32."""
-    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    row = begin + tl.arange(0, 16)
-    here = (row < end)[:, None] & (o_h < H)[None, :]
-    at = row[:, None] * H + o_h[None, :]
-    step = tl.load(decay + at, mask=here, other=0.0).to(tl.float32)
-    # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits.
-    step = tl.minimum(tl.maximum(step, -40.0), 0.0)
-    tl.store(sums + at, tl.cumsum(step, axis=0), mask=here)
+@_kernel
+def _step(at, mask):
+    """Log decays; exp(-40) is nothing beside 1, and a longer step would only cost the sums their digits."""
+    return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
+
+
+@_kernel
+def _tile_step(at, mask):
+    return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
 '''
 
 OPTIONS = "OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr"
@@ -182,8 +180,8 @@ class Words:
         return [self.names[p.name] for p in self.plan.parameters]
 
     @property
-    def sums(self) -> list[str]:
-        return [f"sums_{d}" for d in range(len(self.plan.decays))]
+    def decays(self) -> list[str]:
+        return [f"decay_{d}" for d in range(len(self.plan.decays))]
 
     @property
     def states(self) -> list[str]:
@@ -203,6 +201,24 @@ class Words:
 
     def body(self, read: int) -> sympy.Expr:
         return self.plan.bodies[read] / self.coefficient(read)
+
+    @functools.cached_property
+    def shifts(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        """States that bodies know only after one and the same number per head is added: products can start from it."""
+        found = {}
+        for s in (state.symbol for state in self.plan.states):
+            bodies = [self.body(j) for j in range(len(self.plan.bodies)) if self.body(j).has(s)]
+            for p in (parameter.symbol for parameter in self.plan.parameters):
+                if bodies and all(b.has(p) and not sympy.cancel(b.xreplace({s: s - p})).has(p) for b in bodies):
+                    found[s] = p
+        return found
+
+    def shifted(self, expr: sympy.Expr) -> sympy.Expr:
+        """``expr``, a body or a derivative of one, in terms of the states as the products give them."""
+        for s, p in self.shifts.items():
+            sum_ = sympy.Dummy(real=True)  # what is left of the state itself is the sum less the number
+            expr = expr.xreplace({s + p: sum_}).xreplace({s: sum_ - p}).xreplace({sum_: s})
+        return expr
 
     def rows(self) -> list[tuple[int, int]]:
         """Distinct (value, decay group) pairs of the writes."""
@@ -225,8 +241,11 @@ def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) 
     ]
 
 
-def chunk_start(words: Words) -> list[str]:
-    """Place, decays and parameters of one chunk of 16 tokens of one head of this launch."""
+def chunk_start(words: Words, backward: bool) -> list[str]:
+    """Place, decays and parameters of one chunk of 16 tokens of one head of this launch.
+
+    Sums of log decays are from the start of the chunk; those of rows and of columns are the same numbers.
+    """
     before = words.plan.exclusive
     lines = """
     i_c = tl.program_id(0)
@@ -243,18 +262,20 @@ def chunk_start(words: Words) -> list[str]:
 """.strip("\n").splitlines()
     for d in range(len(words.plan.decays)):
         lines += [
-            f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.where(live_column, _get(sums_{d} + start + column * H, live_column), whole)  # of s",
+            f"    step_row = _tile_step(decay_{d}_in + start + row * H, live_row)",
+            f"    step_column = _tile_step(decay_{d}_in + start + column * H, live_column)",
+            "    sum_row = _sum_columns(tl.where(column <= row, step_column, 0.0), FAST)",
+            "    sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)",
+            f"    seen_row = {'sum_row - step_row' if before else 'sum_row'}  # by the read of the row's token",
+            f"    within_{d} = tl.where(row {'>' if before else '>='} column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)",
+            f"    since_{d} = tl.exp(seen_row)",
         ]
-        if before:
-            lines.append(f"    seen = _get(sums_{d} + start + (row - 1) * H, live_row & (row > 0))  # of t")
-        else:
-            lines.append(f"    seen = _get(sums_{d} + start + row * H, live_row)  # of t")
-        lines += [
-            "    seen = tl.where(live_row, seen, whole)",
-            f"    within_{d} = tl.where(row {'>' if before else '>='} column, tl.exp(tl.minimum(seen - part, 0.0)), 0.0)",
-            f"    since_{d} = tl.exp(seen)",
-        ]
+        if backward:
+            lines += [
+                f"    seen_column = {'sum_column - step_column' if before else 'sum_column'}",
+                f"    back_{d} = tl.where(column {'>' if before else '>='} row, tl.exp(tl.minimum(seen_column - sum_row, 0.0)), 0.0).to(OT)",
+                f"    first_{d} = tl.exp(_step(decay_{d}_in + start, begin < end))",
+            ]
     lines += [f"    {p} = tl.load({p}_in + i_h).to(tl.float32)" for p in words.parameters]
     lines.append("    zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)")
     return lines
@@ -342,7 +363,9 @@ def state_lines(words: Words, transposed: bool, indent: int) -> list[str]:
             x, y = (right, left) if transposed else (left, right)
             return f"_mma({x}, {y}, {more}, PRECISION, FAST)"
 
-        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', 'zero')}")
+        shift = words.shifts.get(s.symbol)
+        start = "zero" if shift is None else f"zero + {words.names[shift.name]}"
+        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', start)}")
         for w in s.writes:
             lines.append(f"{name} = {product(f'rows_{w.value}_{s.group}', f'key_{w.key}[i_s]', name)}")
     return [" " * indent + line for line in lines]

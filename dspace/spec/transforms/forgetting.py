@@ -120,12 +120,13 @@ def forget_to_zero(spec: Spec) -> Spec:
             )
         tables["forgetting"] = {**tables.get("forgetting", {}), "target": "zero"}
         return rebuild(spec, tables)
-    changed = False
+    moved: dict[str, sympy.Expr] = {}
     for name in spec.state:
         start, update = spec.expr(f"state.{name}.init"), spec.expr(f"state.{name}.update")
         if start.is_Symbol and start in update.free_symbols:
-            tables["state"][name] = {**tables["state"][name], "update": formula(update.xreplace({start: sympy.S.Zero}))}
-            changed = True
+            moved[name] = update.xreplace({start: sympy.S.Zero})
+    _rewrite(spec, tables, moved)
+    changed = bool(moved)
     found = find_importance(spec)
     if found is not None:
         x = spec.state_symbols[found.importance]
@@ -140,7 +141,8 @@ def forget_to_zero(spec: Spec) -> Spec:
         changed = True
     if not changed:
         raise TransformError(
-            "every state decays to zero already", "remove the transform, or apply prior_mean or metaplastic before"
+            "no state returns to a start other than zero: what is forgotten is forgotten to zero already",
+            "remove the transform, or apply prior_mean or metaplastic before",
         )
     return rebuild(spec, tables)
 
@@ -157,21 +159,42 @@ def forget_to_prior(spec: Spec) -> Spec:
             raise TransformError("the past is tempered towards the prior already", "remove the transform")
         tables["forgetting"] = {k: v for k, v in tables["forgetting"].items() if k != "target"}
         return rebuild(spec, tables)
-    changed = False
+    moved: dict[str, sympy.Expr] = {}
     for name, state in spec.state_symbols.items():
         start, update = spec.expr(f"state.{name}.init"), spec.expr(f"state.{name}.update")
         kept = retention(update, state)
         if start == 0 or kept is None or kept == 1 or start.free_symbols & update.free_symbols:
             continue
-        moved = towards(update, state, kept, start)
-        tables["state"][name] = {**tables["state"][name], "update": formula(moved)}
-        changed = True
-    if not changed:
+        moved[name] = towards(update, state, kept, start)
+    _rewrite(spec, tables, moved)
+    if not moved:
         raise TransformError(
             "no state has a start other than zero that it does not return to",
             "remove the transform, or give a state an init, or apply prior_mean before",
         )
     return rebuild(spec, tables)
+
+
+def _rewrite(spec: Spec, tables: dict[str, Any], moved: dict[str, sympy.Expr]) -> None:
+    """Give states new updates, also where another state's update has theirs in it (a mean divided by its precision).
+
+    Raises TransformError where the start that they are forgotten to enters another state in some other way.
+    """
+    swap = {spec.expr(f"state.{name}.update"): update for name, update in moved.items()}
+    for name in spec.state:
+        old = spec.expr(f"state.{name}.update")
+        new = moved[name] if name in moved else old.xreplace(swap)
+        if name not in moved:
+            for other in moved:
+                state, start = spec.state_symbols[other], spec.expr(f"state.{other}.init")
+                shared = start.free_symbols & old.free_symbols
+                if state in old.free_symbols and shared and new == old:
+                    raise TransformError(
+                        f"the update of {name} has the start of {other} in it beside {other} itself",
+                        f"write the new value of {other} as a definition, and name it in the update of {name}",
+                    )
+        if new != old:
+            tables["state"][name] = {**tables["state"][name], "update": formula(new)}
 
 
 def _must_forget(spec: Spec) -> None:

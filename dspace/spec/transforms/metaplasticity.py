@@ -65,6 +65,12 @@ def _importance_of_posterior(
 
 def _importance_of_recurrence(spec: Spec, tables: dict[str, Any], gain: str, prior: str, gain_axes: str) -> Write:
     matrices = [name for name, state in spec.state.items() if state.axes == "kv"]
+    learned = find_importance(spec)
+    if learned is not None:
+        raise TransformError(
+            f"{learned.state} is read over an importance, {learned.importance}, already",
+            "remove the transform",
+        )
     if len(spec.state) != 1 or not matrices:
         raise TransformError(
             f"the metaplastic transform needs one state on 'kv', this spec has {len(spec.state)} states"
