@@ -15,7 +15,11 @@ Name = Annotated[str, typer.Argument(help="A study by name, by its folder, or by
 Dir = Annotated[Path | None, typer.Option("--dir", help="The study's folder; runs/NAME by default.")]
 Storage = Annotated[
     str | None,
-    typer.Option("--storage", help="SQLAlchemy URL in place of the folder's journal.", envvar="OPTUNA_STORAGE"),
+    typer.Option(
+        "--storage",
+        help="SQLAlchemy URL, or grpc://HOST:PORT of a proxy, in place of the folder's journal.",
+        envvar="OPTUNA_STORAGE",
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
@@ -27,13 +31,26 @@ def run(
     trials: Annotated[int | None, typer.Option(help="Another budget than the file's.")] = None,
     folder: Dir = None,
     storage: Storage = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Place workers on the Ray cluster at this address; 'auto' finds it.")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Place workers as Slurm jobs, through submitit.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with it where it stopped (after Ctrl-C, kill -9, a full disk)."""
     from dspace.study.engine import run
 
-    summary = run(file, jobs, folder=folder, storage=storage, trials=trials, quiet=quiet or as_json)
+    summary = run(
+        file,
+        jobs,
+        folder=folder,
+        storage=storage,
+        trials=trials,
+        quiet=quiet or as_json,
+        ray=ray,
+        slurm="slurm" if slurm else None,
+    )
     if as_json:
         show_json({**asdict(summary), "folder": str(summary.folder)})
     else:
@@ -52,12 +69,62 @@ def run(
 
 
 @command
+def work(
+    name: Annotated[str, typer.Argument(help="The study's name.", metavar="NAME")],
+    storage: Storage = None,
+    folder: Dir = None,
+) -> None:
+    """Join a running study from this machine with one worker; its storage must be on a server."""
+    import os
+
+    from dspace.study.storage import home_of
+    from dspace.study.worker import main
+
+    home = home_of(name, folder, storage)
+    if storage is None or not home.on_server:
+        raise UserError("joining needs the study's server\n  cure: --storage grpc://HOST:PORT or postgresql://...")
+    worker = f"{os.uname().nodename}-{os.getpid()}-0"
+    code = main(["--dir", str(home.folder), "--url", storage, "--id", worker, "--alone"])
+    if code:
+        raise typer.Exit(code)
+
+
+@command
+def proxy(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 13000,
+) -> None:
+    """Serve a database to many machines through Optuna's gRPC proxy, until interrupted."""
+    from dspace.study.remote import hidden, run_proxy
+
+    show(f"serving {hidden(storage or 'a journal')} at {host}:{port}; workers use --storage grpc://HOST:{port}")
+    run_proxy(storage, host, port)
+
+
+@command
 def report(name: Name, out: Output = None, folder: Dir = None, storage: Storage = None, as_json: Json = False) -> None:
     """Write one self-contained HTML page about a study; prints its path."""
     from dspace.study.page import report
 
     path = report(name, out, folder=folder, storage=storage)
     show_json({"report": str(path)}) if as_json else show(str(path))
+
+
+@command
+def publish(
+    name: Name,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; studies/results by default.")] = None,
+    folder: Dir = None,
+    storage: Storage = None,
+    ran: Annotated[str, typer.Option("--command", help="The command that was run, as it should be told.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Write raw numbers (JSON), a table (Markdown) and a figure (PNG) about a study; prints their paths."""
+    from dspace.study.publish import publish
+
+    paths = [str(p) for p in publish(name, out, folder=folder, storage=storage, command=ran)]
+    show_json({"files": paths}) if as_json else show("\n".join(paths))
 
 
 @command

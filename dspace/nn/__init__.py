@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspace.nn.attention import SoftmaxAttention
     from dspace.nn.layer import Mixer, MixerState
+    from dspace.nn.many import train_many
     from dspace.nn.model import Model
     from dspace.nn.operator import Operator
+    from dspace.nn.stacked import stack, unstack
     from dspace.nn.surgery import convert
     from dspace.nn.training import Evaluation, Result, TrainConfig, iterate, predict, train
 
@@ -26,6 +28,9 @@ _HOMES = {
     "iterate": "training",
     "predict": "training",
     "train": "training",
+    "train_many": "many",
+    "stack": "stacked",
+    "unstack": "stacked",
 }
 
 __all__ = [
@@ -40,7 +45,10 @@ __all__ = [
     "convert",
     "iterate",
     "predict",
+    "stack",
     "train",
+    "train_many",
+    "unstack",
 ]
 
 

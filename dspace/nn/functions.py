@@ -41,9 +41,22 @@ class _Unit(torch.autograd.Function):
         return torch.addcmul(w, u, (u * w).sum(-1, keepdim=True), value=-1) * r, dweight, None
 
 
+def _unit(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``x * r * weight`` with ``r = rsqrt(sum(x**2) + eps)`` over the last axis, in float32 within.
+
+    One function where PyTorch runs it as it stands; formulas where it is compiled (they fuse) or where each row of
+    the batch has a ``weight`` of its own, ``[rows, 1, 1, size]``.
+    """
+    if torch.compiler.is_compiling() or (weight is not None and weight.ndim > 1):
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        y = wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)
+        return (y if weight is None else y * weight).to(x.dtype)
+    return _Unit.apply(x, x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype), eps)
+
+
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / |x|`` over the last axis, finite at zero."""
-    return _Unit.apply(x, x.new_ones(x.shape[-1]), eps)
+    return _unit(x, None, eps)
 
 
 class HeadNorm(torch.nn.Module):
@@ -56,7 +69,8 @@ class HeadNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x / sqrt(mean + eps) = sqrt(size) * x / sqrt(sum + size * eps)
-        return _Unit.apply(x, (self.weight * self.size**0.5).to(x.dtype), self.size * self.eps)
+        weight = per_row(self.weight, len(x))[..., None, :] if self.weight.ndim == 2 else self.weight
+        return _unit(x, weight * self.size**0.5, self.size * self.eps)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -82,6 +96,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "/": lambda x, y: x / y,
     "**": lambda x, y: x**y,
 }
+
+
+def per_row(value: Tensor, rows: int) -> Tensor:
+    """``value`` ``[S, ...]`` of ``S`` stacked trials, for a batch of ``rows`` sequences: ``[rows, 1, ...]``.
+
+    Rows come trial by trial. The 1 stands for time.
+    """
+    trials = len(value)
+    return value[:, None].expand(trials, rows // trials, *value.shape[1:]).flatten(0, 1).unsqueeze(1)
 
 
 def spread(value: Tensor, axes: str, onto: str) -> Tensor:
@@ -129,12 +152,19 @@ def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[T
     """Convolve ``x`` ``[B, T, C]`` over time with ``taps`` ``[size, C]`` (the last tap is the present token).
 
     ``cache`` ``[B, size - 1, C]`` holds the inputs before ``x`` (zeros when None). Returns the result and the
-    cache for what follows.
+    cache for what follows. ``taps`` ``[S, size, C]`` are those of ``S`` stacked trials.
     """
-    past = len(taps) - 1
+    past = taps.shape[-2] - 1
     history = x.new_zeros(x.shape[0], past, x.shape[2]) if cache is None else cache.to(x.dtype)
     length = x.shape[1]
     tail = x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
+    if taps.ndim == 3 or torch.compiler.is_compiling():
+        whole = torch.cat([history, x], 1)
+        each = [per_row(taps[:, j], len(x)) if taps.ndim == 3 else taps[j] for j in range(past + 1)]
+        y = x * each[past].to(x.dtype)
+        for j in range(past):
+            y = y + whole[:, j : j + length] * each[j].to(x.dtype)
+        return y, tail
     return _CausalConv.apply(x, history, taps.to(x.dtype)), tail
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspace.errors import UserError
-from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, packed_conv, spread
+from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, packed_conv, per_row, spread
 from dspace.nn.operator import as_operator
 from dspace.nn.parameters import Constrained, Decay, never_negative, per_head_start
 from dspace.nn.recipe import Apply, Const, Convolve, PerHead, Plan, Ref, Slot, Take, Tree, make_plan
@@ -62,6 +62,8 @@ class Mixer(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.trials = 1
+        """Trials stacked in one batch, see :mod:`dspace.nn.stacked`."""
         self.operator = as_operator(source)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
@@ -177,16 +179,14 @@ class Mixer(nn.Module):
         inputs, value, gate = run.inputs()
         by_token = recurrent or (self.operator.native and x.device.type == "cpu")
         function = self.operator.recurrent if by_token else self.operator.chunk
-        o, final = function(
-            *inputs,
-            *(self.constants[p.name]() for p in self.operator.parameters),
-            scale=self.scale,
-            initial_state=None if state is None else state.op,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        options = {"scale": self.scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        constants = [self.constants[p.name]() for p in self.operator.parameters]
+        if self.trials > 1:
+            o, final = self._stacked(function, inputs, constants, state, options), None
+        else:
+            o, final = function(*inputs, *constants, initial_state=None if state is None else state.op, **options)
         if self.skip is not None:
-            o = o + self.skip[:, None] * value
+            o = o + self.of_row(self.skip, len(x))[..., None] * value
         if self.norm is not None:
             o = self.norm(o)
         o = o.flatten(2)
@@ -194,6 +194,23 @@ class Mixer(nn.Module):
             o = o * F.silu(gate)
         y = self.output(o.to(x.dtype) if not torch.is_autocast_enabled(x.device.type) else o)
         return (y, MixerState(tuple(run.tails), final)) if output_final_state else y
+
+    def _stacked(
+        self, function: Any, inputs: list[Tensor], constants: list[Tensor], state: Any, options: dict[str, Any]
+    ) -> Tensor:
+        """The op over all trials at once: a batch of them all, or heads of them all where heads have parameters."""
+        if state is not None or options["output_final_state"] or options["cu_seqlens"] is not None:
+            raise UserError("stacked trials are for training\n  cure: take the trial out first: dspace.nn.unstack")
+        if not constants:
+            return function(*inputs, **options)[0]
+        trials = self.trials
+        folded = [x.unflatten(0, (trials, -1)).movedim(0, 2).flatten(2, 3) for x in inputs]
+        o, _ = function(*folded, *(c.flatten(0, 1) for c in constants), **options)
+        return o.unflatten(2, (trials, -1)).movedim(2, 0).flatten(0, 1)
+
+    def of_row(self, value: Tensor, rows: int) -> Tensor:
+        """A number per head ``[heads, ...]``; of stacked trials ``[S, heads, ...]`` the one of each row of the batch."""
+        return per_row(value, rows) if self.trials > 1 else value
 
     def step(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """Decode: ``x`` ``[B, hidden_size]`` or ``[B, T, hidden_size]`` after ``state`` (None: from the start)."""
@@ -232,7 +249,7 @@ class _Run:
         self.gate = parts.pop() if mixer._gated else None
         self.parts = [p.unflatten(-1, s) for p, s in zip(parts, mixer._shapes, strict=True)]
         self.values: dict[str, tuple[Tensor, str]] = {
-            p.name: (mixer.constants[p.name](), p.axes) for p in mixer.operator.parameters
+            p.name: (mixer.of_row(mixer.constants[p.name](), len(x)), p.axes) for p in mixer.operator.parameters
         }
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -271,7 +288,15 @@ class _Run:
     def full(self, name: str, group: str, axes: str) -> Tensor:
         value = self.values[name][0]
         heads = self.mixer.num_heads if group == "key" else self.mixer.num_v_heads
+        kind = value.device.type
+        if axes and not self.gates(name) and torch.is_autocast_enabled(kind):
+            # A learned number per head is float32 and would drag all operands of the matmuls with it.
+            value = value.to(torch.get_autocast_dtype(kind))
         return value.expand(*self.head_shape, heads, *self.mixer._sizes(axes))
+
+    def gates(self, name: str) -> bool:
+        """Whether the input is a rate of forgetting: it adds up over the sequence, in float32."""
+        return any(d.name == name and d.domain in ("nonpositive", "negative") for d in self.mixer.operator.inputs)
 
     def evaluate(self, tree: Tree) -> tuple[Any, str]:
         """A value ``[B, T, heads, *axes]`` or ``[heads, *axes]``, and its axes; numbers stay numbers."""
@@ -285,7 +310,7 @@ class _Run:
                     part = self.mixer.expand[expand](part).unflatten(-1, self.mixer._shape(Slot("plain", group, axes)))
                 return part, axes
             case PerHead(name):
-                atom = self.mixer.atoms[name]
+                atom = self.mixer.of_row(self.mixer.atoms[name], self.head_shape[0])
                 return (never_negative(atom) if name == "head_gain" else atom), ""
             case Ref(name, axes):
                 return self.values[name][0], axes

@@ -75,6 +75,8 @@ class Model(nn.Module):
         if min(vocab_size, hidden_size, num_layers, num_heads) < 1:
             raise UserError("Model: vocab_size, hidden_size, num_layers and num_heads must be at least 1")
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.trials = 1
+        """Trials stacked in one batch, see :mod:`dspace.nn.stacked`."""
         make = _factory(mixer, hidden_size, num_heads, mixer_options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,7 +129,10 @@ class Model(nn.Module):
         x, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
         if positions is not None:
             x = x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
-        return F.linear(x, self.embedding.weight)
+        weight = self.embedding.weight
+        if self.trials > 1:  # each trial's rows by its own embedding
+            return torch.bmm(x.reshape(self.trials, -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], self.vocab_size)
+        return F.linear(x, weight)
 
     def step(self, tokens: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:
         """Decode ``tokens`` ``[B]`` or ``[B, T]`` after ``state``: logits of each, and the state for the next."""

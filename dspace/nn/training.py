@@ -69,6 +69,10 @@ class Result:
     """Per held-out set, see :func:`dspace.tasks.recall_by_age`."""
     num_parameters: int = 0
     state_bytes: int = 0
+    engine: str = "eager"
+    """How a step ran: eager, compile, graph, compile+graph."""
+    trials: int = 1
+    """Trials that shared each step, and so its time."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -85,7 +89,8 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.curve[-1].tokens / max(self.seconds, 1e-9) if self.curve else 0.0
+        """Of all trials that shared the steps."""
+        return self.trials * self.curve[-1].tokens / max(self.seconds, 1e-9) if self.curve else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data for JSON."""
@@ -232,7 +237,7 @@ def _measure(model: nn.Module, sets: Mapping[str, Batch], config: TrainConfig) -
 
 def _batches(data: Data, config: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless batches of full size: shuffled anew every epoch; what does not fill a batch waits for the next order."""
-    rng = np.random.default_rng([config.seed, 0x5EED])
+    next_order = row_orders(config)
     epoch = 0
     batch = data(0) if callable(data) else data
     while True:
@@ -241,13 +246,18 @@ def _batches(data: Data, config: TrainConfig, device: torch.device) -> Iterator[
             raise UserError("train: there are no examples\n  cure: num_examples >= 1")
         columns = [_tensor(a, device) for a in (batch.inputs, batch.positions, batch.targets)]
         columns[2] = columns[2].long()
-        order = rng.permutation(len(batch)) if config.shuffle else np.arange(len(batch))
-        rows = torch.from_numpy(order).to(device)
+        rows = torch.from_numpy(next_order(len(batch))).to(device)
         for start in range(0, len(batch) - size + 1, size):
             chosen = rows[start : start + size]
             yield columns[0][chosen], columns[1][chosen], columns[2][chosen]
         epoch += 1
         batch = data(epoch) if callable(data) else data
+
+
+def row_orders(config: TrainConfig) -> Callable[[int], np.ndarray]:
+    """A function that gives the order of the examples in each epoch, one after the other."""
+    rng = np.random.default_rng([config.seed, 0x5EED])
+    return lambda count: rng.permutation(count) if config.shuffle else np.arange(count)
 
 
 def _tensor(array: Any, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ _HOMES = {
     "open_home": "results",
     "report": "page",
     "export": "winner",
+    "publish": "publish",
     "Job": "trial",
     "Outcome": "trial",
 }

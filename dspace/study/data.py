@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -29,9 +30,23 @@ class Data:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def batches(study: StudyFile) -> Data:
-    """The study's data: equal for all trials and workers."""
-    return _make(study.task.model_dump_json(), study.seed)
+def batches(study: StudyFile, draw: str = "") -> Data:
+    """The study's data: equal for all trials and workers; ``draw`` names another one of the same kind."""
+    return _make(study.task.model_dump_json(), derive_seed(study.seed, draw) if draw else study.seed)
+
+
+def training_data(study: StudyFile, device: str) -> Callable[[int], Batch]:
+    """A function of the epoch that draws fresh training examples, on the GPU where the task can."""
+    from dspace.tasks import get_task
+
+    table = study.task
+    task = get_task(table.name)
+
+    def draw(epoch: int) -> Batch:
+        seed = derive_seed(study.seed, "data", "train", epoch)
+        return task.batch(num_examples=table.train_examples, seed=seed, device=device, **table.sizes)
+
+    return draw
 
 
 @lru_cache(maxsize=2)

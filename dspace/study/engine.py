@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import DspaceError, UserError
-from dspace.study import ledger
+from dspace.study import enqueue, ledger, queue, remote
 from dspace.study.ledger import Healed, Phase
+from dspace.study.placement import Handle, Here, Placement, Ray, Slurm, worker_command
 from dspace.study.progress import Progress
 from dspace.study.reading import find, load
 from dspace.study.schema import StudyFile
 from dspace.study.space import Composer
-from dspace.study.storage import Home, StorageError, check_url, connect, home_of, prepare, storage_errors
+from dspace.study.storage import Home, StorageError, connect, home_of, prepare, storage_errors
 from dspace.study.worker import DEFAULT_OBJECTIVE, STOPPED
 
 POLL_SECONDS = 0.25
@@ -51,35 +50,67 @@ def run(
     objective: str = DEFAULT_OBJECTIVE,
     trials: int | None = None,
     quiet: bool = False,
+    ray: str | None = None,
+    slurm: str | None = None,
 ) -> Summary:
     """Run a study file to the end of its budget, or go on with it where it stopped.
 
-    ``folder`` is ``runs/NAME`` unless given, ``storage`` an SQLAlchemy URL in place of the folder's journal,
-    ``objective`` a ``module:function`` (see :mod:`dspace.study.trial`), ``trials`` another budget.
+    ``folder`` is ``runs/NAME`` unless given, ``storage`` an SQLAlchemy URL or ``grpc://HOST:PORT`` in place of the
+    folder's journal (or of what the study file says), ``objective`` a ``module:function`` (see
+    :mod:`dspace.study.trial`), ``trials`` another budget. ``ray`` is the address of a Ray cluster that places the
+    workers, ``slurm`` submitit's name of a cluster (``"slurm"`` or ``"local"``).
     Raises StudyError, UserError and StorageError; after Ctrl-C the summary says ``interrupted``.
     """
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one worker is needed\n  cure: --jobs 1")
-    check_url(storage, jobs)
     path = find(source)
     study = load(path)
+    storage = storage or study.storage
+    remote.check_url(storage, jobs)
+    if (ray or slurm) and not Home(Path(), storage).on_server:
+        raise UserError(
+            "workers on other machines need a storage on a server: no lock of this machine binds them\n"
+            "  cure: --storage grpc://HOST:PORT (or postgresql://...), see docs/workers.md; or leave --ray and --slurm out"
+        )
+    if ray and slurm:
+        raise UserError("workers are placed by Ray or by Slurm, not by both\n  cure: give one of --ray and --slurm")
     if trials is not None:
         study = study.model_copy(update={"budget": study.budget.model_copy(update={"trials": trials})})
     home = home_of(study.name, folder, storage)
     prepare(home)
-    engine = Engine(home, study, path, jobs, objective, quiet)
-    return engine.run()
+    placement: Placement = Here(jobs)
+    if ray:
+        placement = Ray(ray, study.workers)
+    elif slurm:
+        placement = Slurm(slurm, study.workers, home.workers)
+    try:
+        return Engine(home, study, path, jobs, objective, quiet, placement).run()
+    finally:
+        placement.close()
 
 
 class Engine:
     """One run of one study."""
 
-    def __init__(self, home: Home, study: StudyFile, path: Path, jobs: int, objective: str, quiet: bool) -> None:
+    def __init__(
+        self,
+        home: Home,
+        study: StudyFile,
+        path: Path,
+        jobs: int,
+        objective: str,
+        quiet: bool,
+        placement: Placement | None = None,
+    ) -> None:
         self.home, self.study, self.path, self.jobs = home, study, path, jobs
+        self.placement = placement or Here(jobs)
+        self.watch = remote.Watch(study.workers.grace)
+        self.healed_at = 0.0
+        self.first: list[enqueue.FirstPoint] = []
         self.objective, self.quiet = objective, quiet
         self.root = path.resolve().parent
         self.started = time.time()
-        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self.workers: dict[str, Handle] = {}
         self.launched = 0
         self.respawns = 0
         self.summary = Summary(study.name, home.folder)
@@ -90,18 +121,20 @@ class Engine:
         composer = Composer(self.study, self.root)
         if self.objective == DEFAULT_OBJECTIVE:
             composer.check()
+        self.first = enqueue.first_points(self.study, enqueue.warm_points(self.study, self.root), composer.walk)
         ledger.remove_stale_lock(self.home)
-        self.storage = connect(self.home)
+        self.storage = connect(self.home, self.study.workers.patience)
         try:
             with storage_errors(self.home):
                 optuna_study = ledger.open_study(search, self.storage, self.jobs)
                 ledger.refuse_changes(self.home, search, self.storage, optuna_study)
                 self.write_definition(optuna_study)
                 self.heal([search, *comparisons])
-                ledger.enqueue_cover(self.home, search, optuna_study, composer.walk)
+                if not self.home.on_server:  # there the queue holds them
+                    enqueue.enqueue_cover(self.home, search, optuna_study, self.first)
                 self.run_phase(search, optuna_study)
                 for phase in comparisons:
-                    missing = ledger.enqueue_comparison(self.home, phase, self.storage, optuna_study)
+                    missing = enqueue.enqueue_comparison(self.home, phase, self.storage, optuna_study)
                     if missing:
                         self.summary.notes.append(
                             f"comparison {phase.comparison!r}: the search completed no trial of {', '.join(missing)}"
@@ -128,11 +161,13 @@ class Engine:
         os.replace(temporary, self.home.definition)
         if load(self.home.definition).budget.trials != trials:
             raise UserError("--trials needs a `trials = ...` in [budget]\n  cure: write it into the study file")
+        queue.remember(optuna_study, text)
         optuna_study.set_user_attr("root", str(self.root))
         optuna_study.set_user_attr("jobs", self.jobs)
 
     def heal(self, phases: list[Phase]) -> None:
-        healed = ledger.heal(self.home, phases, self.storage)
+        healed = ledger.heal(self.home, phases, self.storage, self.watch)
+        self.healed_at = time.time()
         self.summary.healed += healed
         for trial in healed:
             fate = "runs again" if trial.retried else "failed twice: given up"
@@ -150,58 +185,77 @@ class Engine:
         minutes = self.study.budget.minutes if phase.comparison is None else None
         deadline = self.started + 60 * minutes if minutes else float("inf")
         with Progress(phase, self.jobs, deadline, quiet=self.quiet) as progress:
+            self.supply(phase, optuna_study)
             for _ in range(min(self.jobs, self.owed(phase, optuna_study))):
                 self.launch(phase, deadline)
-            while self.workers:
+            while self.workers or self.awaited(phase, optuna_study, deadline):
                 time.sleep(POLL_SECONDS)
+                self.supply(phase, optuna_study)
                 progress.update(optuna_study.get_trials(deepcopy=False))
                 self.reap(phase, optuna_study, deadline)
             progress.update(optuna_study.get_trials(deepcopy=False))
 
+    def supply(self, phase: Phase, optuna_study: Any) -> None:
+        """On a server the engine makes the trials, and looks after those whose workers it cannot see."""
+        if not self.home.on_server:
+            return
+        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16), self.first)
+        if time.time() - self.healed_at > min(self.study.workers.heartbeat, self.study.workers.grace / 2):
+            self.heal([phase])
+
+    def awaited(self, phase: Phase, optuna_study: Any, deadline: float) -> bool:
+        """Whether trials of workers that this engine did not start, or lost ones, are still to be waited for."""
+        if not self.home.on_server or time.time() > deadline or self.respawns > self.most_respawns:
+            return False
+        trials = optuna_study.get_trials(deepcopy=False)
+        if ledger.waiting(trials):
+            self.launch(phase, deadline)
+        return queue.pending(phase, trials) > 0
+
+    @property
+    def most_respawns(self) -> int:
+        return 2 * self.jobs + 2
+
     def owed(self, phase: Phase, optuna_study: Any) -> int:
         trials = optuna_study.get_trials(deepcopy=False)
-        if phase.comparison is not None:
-            return len(ledger.waiting(trials))
-        return max(self.study.budget.trials - ledger.spent(self.study, trials), 0)
+        if self.home.on_server:
+            return queue.pending(phase, trials)
+        return ledger.owed(phase, trials)
 
     def launch(self, phase: Phase, deadline: float) -> None:
         self.launched += 1
         worker = f"{os.uname().nodename}-{os.getpid()}-{self.launched}"
-        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
-        environment = dict(os.environ)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            environment[name] = threads
         # The package must be found from wherever the engine found it, also when it is not installed.
         package_root = str(Path(__file__).resolve().parents[2])
-        paths = [package_root, *(p for p in sys.path if p), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
-        command = [sys.executable, "-m", "dspace.study.worker", "--dir", str(self.home.folder), "--id", worker]
-        command += ["--jobs", str(self.jobs), "--objective", self.objective, "--root", str(self.root)]
-        command += ["--deadline", repr(deadline)] if deadline != float("inf") else []
-        command += ["--comparison", phase.comparison] if phase.comparison is not None else []
-        command += ["--url", self.home.url] if self.home.url is not None else []
-        with open(self.home.workers / f"{worker}.log", "wb") as log:
-            # Its own session: Ctrl-C in the terminal reaches the engine alone.
-            self.workers[worker] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        paths = [package_root, *(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")]
+        environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(p for p in paths if p))}
+        folder = self.home.folder if isinstance(self.placement, Here) else self.home.folder.resolve()
+        arguments = ["--dir", str(folder), "--id", worker]
+        arguments += ["--jobs", str(self.jobs), "--objective", self.objective, "--root", str(self.root)]
+        arguments += ["--deadline", repr(deadline)] if deadline != float("inf") else []
+        arguments += ["--comparison", phase.comparison] if phase.comparison is not None else []
+        arguments += ["--url", self.home.url] if self.home.url is not None else []
+        log = self.home.workers / f"{worker}.log"
+        self.workers[worker] = self.placement.start(worker_command(arguments), environment, log)
 
     def reap(self, phase: Phase, optuna_study: Any, deadline: float) -> None:
         """See to workers that have ended: all is done, an error of the user's, or a death to mend."""
-        for worker, process in list(self.workers.items()):
-            code = process.poll()
+        for worker, handle in list(self.workers.items()):
+            code = handle.poll()
             if code is None:
                 continue
             del self.workers[worker]
             if code in (0, STOPPED):
                 continue
+            said = _last_error(handle.last_words())
             if code > 0 and code != 1:
                 self.stop_workers()
-                raise _error_of(self.last_words(worker), code)
+                raise _error_of(said, code)
             self.heal([phase])
-            cause = f"signal {-code}" if code < 0 else f"code {code}: {self.last_words(worker)}"
+            cause = f"signal {-code}" if code < 0 else f"code {code}"
+            cause += f": {said}" if said else ""
             self.respawns += 1
-            if self.respawns > 2 * self.jobs + 2:
+            if self.respawns > self.most_respawns:
                 self.stop_workers()
                 raise DspaceError(f"workers keep dying, the last by {cause}\n  cure: see {self.home.workers}")
             self.say(f"worker {worker} died by {cause}; another takes its place")
@@ -209,29 +263,21 @@ class Engine:
                 self.launch(phase, deadline)
         if not self.workers and self.owed(phase, optuna_study) and time.time() < deadline and self.respawns:
             self.respawns += 1
-            if self.respawns <= 2 * self.jobs + 2:
+            if self.respawns <= self.most_respawns:
                 self.launch(phase, deadline)
-
-    def last_words(self, worker: str) -> str:
-        log = self.home.workers / f"{worker}.log"
-        text = log.read_text(errors="replace").strip() if log.exists() else ""
-        _, found, last = text.rpartition("error: ")
-        return (last if found else text[-800:]).strip()
 
     def stop_workers(self, patience: float = 30.0) -> None:
         """Ask the workers to stop; kill those that do not. A second Ctrl-C kills at once."""
-        for process in self.workers.values():
-            _signal(process, signal.SIGTERM)
+        for handle in self.workers.values():
+            handle.ask_to_stop()
         end = time.time() + patience
         try:
-            while time.time() < end and any(p.poll() is None for p in self.workers.values()):
+            while time.time() < end and any(h.poll() is None for h in self.workers.values()):
                 time.sleep(0.05)
         except KeyboardInterrupt:
             pass
-        for process in self.workers.values():
-            if process.poll() is None:
-                _signal(process, signal.SIGKILL)
-            process.wait()
+        for handle in self.workers.values():
+            handle.kill()
         self.workers.clear()
 
     def count(self, phases: list[Phase]) -> None:
@@ -244,11 +290,9 @@ class Engine:
         self.summary.counts = counts
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
+def _last_error(text: str) -> str:
+    _, found, last = text.rpartition("error: ")
+    return (last if found else text[-800:]).strip()
 
 
 def _error_of(text: str, code: int) -> DspaceError:
@@ -271,4 +315,4 @@ def heal(name: str | Path, *, folder: str | Path | None = None, storage: str | N
     done = cut_damage(home) if cut else None
     study = load(home.definition)
     phases = [Phase(study), *(Phase(study, c) for c in study.compare)]
-    return done, ledger.heal(home, phases, connect(home))
+    return done, ledger.heal(home, phases, connect(home), remote.ByClock(study.workers.grace))

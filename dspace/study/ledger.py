@@ -9,18 +9,22 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dspace.study.schema import METRICS, Direction, StudyFile
+from dspace.study.space import grid
 from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
 if TYPE_CHECKING:
     import optuna
 
-    from dspace.study.walk import Walk
+    from dspace.study.remote import Watch
+
+FREE = {"budget", "title", "doc", "compare", "storage", "artifacts", "workers"}
+"""Tables of the study file that may change while a study goes on."""
 
 MAX_ATTEMPTS = 2
 """A trial whose worker died is tried once more."""
@@ -78,7 +82,7 @@ def make_sampler(phase: Phase, number_of_jobs: int = 1) -> Any:
             return optuna.samplers.QMCSampler(
                 seed=seed, scramble=True, warn_asynchronous_seeding=False, warn_independent_sampling=False
             )
-        if table.kind == "random":
+        if table.kind in ("random", "grid"):  # of a grid every number is fixed
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `group` is called experimental
@@ -131,27 +135,91 @@ def used(trials: list[Any]) -> int:
 def spent(study: StudyFile, trials: list[Any]) -> int:
     """Trials that count towards the budget: those of a point that was trained before cost nothing, and up to as many
     of them as the budget has trials are not counted (beyond, the space is exhausted)."""
-    duplicates = sum("duplicate_of" in t.user_attrs for t in trials)
-    return used(trials) - min(duplicates, study.budget.trials)
+    return used(trials) - free(study, trials)
+
+
+def free(study: StudyFile, trials: list[Any]) -> int:
+    """Trials that repeated a point and cost nothing."""
+    return min(sum("duplicate_of" in t.user_attrs for t in trials), study.budget.trials)
 
 
 def waiting(trials: list[Any]) -> list[Any]:
     return [t for t in trials if t.state.name == "WAITING"]
 
 
+def budget_of(study: StudyFile) -> int:
+    """Trials of the search: the budget, and of a grid no more than it has points."""
+    return min(study.budget.trials, len(grid(study))) if study.sampler.kind == "grid" else study.budget.trials
+
+
+def owed(phase: Phase, trials: list[Any]) -> int:
+    """How many trials are still to be started."""
+    if phase.comparison is not None:
+        return len(waiting(trials))
+    if is_stale(phase.study, trials):
+        return 0
+    left = max(budget_of(phase.study) - spent(phase.study, trials), 0)
+    return min(left, len(waiting(trials))) if phase.study.sampler.kind == "grid" else left
+
+
+def is_stale(study: StudyFile, trials: list[Any]) -> bool:
+    """Whether the last ``budget.stale_trials`` completed trials have added nothing to the front."""
+    limit = study.budget.stale_trials
+    if limit is None:
+        return False
+    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: t.datetime_complete)
+    if len(done) <= limit:
+        return False
+    signs = [1 if d == "maximize" else -1 for d in study.directions]
+    front: list[list[float]] = []
+    newest = 0
+    for i, t in enumerate(done):
+        point = [s * v for s, v in zip(signs, t.values, strict=True)]
+        if any(all(a >= b for a, b in zip(other, point, strict=True)) for other in front):
+            continue
+        front = [o for o in front if not all(b >= a for a, b in zip(o, point, strict=True))] + [point]
+        newest = i
+    return len(done) - 1 - newest >= limit
+
+
 def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
     """Take the next trial, or None when the budget is spent. Marks it as this worker's."""
+    if home.on_server:
+        from dspace.study import queue
+
+        return queue.take(phase, optuna_study, worker)
     with claim(home):
-        trials = optuna_study.get_trials(deepcopy=False)
-        if phase.comparison is None:
-            if spent(phase.study, trials) >= phase.study.budget.trials:
-                return None
-        elif not waiting(trials):
+        if not owed(phase, optuna_study.get_trials(deepcopy=False)):
             return None
         trial = optuna_study.ask()
         trial.set_user_attr("worker", worker)
         trial.set_user_attr("host", os.uname().nodename)
         return trial
+
+
+def claim_alike(
+    home: Home, phase: Phase, optuna_study: optuna.Study, worker: str, alike: Callable[[Any], bool], most: int
+) -> list[optuna.Trial]:
+    """Take up to ``most`` further waiting trials for which ``alike`` holds, to be trained beside one another."""
+    import optuna
+
+    taken: list[optuna.Trial] = []
+    if home.on_server:
+        from dspace.study import queue
+
+        while len(taken) < most and (trial := queue.take(phase, optuna_study, worker, alike)) is not None:
+            taken.append(trial)
+        return taken
+    with claim(home):
+        trials = optuna_study.get_trials(deepcopy=False)
+        if phase.comparison is None:
+            most = min(most, owed(phase, trials))
+        for frozen in [t for t in waiting(trials) if alike(t)][: max(most, 0)]:
+            if optuna_study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING):
+                taken.append(optuna.Trial(optuna_study, frozen._trial_id))
+                taken[-1].set_user_attr("worker", worker)
+                taken[-1].set_user_attr("host", os.uname().nodename)
+    return taken
 
 
 def root_number(attributes: Mapping[str, Any], number: int) -> int:
@@ -162,28 +230,48 @@ def root_number(attributes: Mapping[str, Any], number: int) -> int:
 def give_back(home: Home, optuna_study: optuna.Study, trial: Any, reason: str, died: bool) -> int | None:
     """Mark a running trial as failed and enqueue its repetition; returns the number of attempts so far.
 
-    Returns None when it has been tried often enough. The repetition is enqueued first: a stop in between is
-    mended by the next call, which sees that it exists.
+    Returns None when it has been tried often enough. Under the lock the repetition is enqueued first: a stop in
+    between is mended by the next call, which sees that it exists. On a server the trial is failed first, because one
+    healer only can do that; a repetition that is missing then is made by :func:`heal`.
     """
     import optuna
 
-    attributes = dict(trial.user_attrs)
-    attempt = int(attributes.get("attempt", 1))
+    attempt = int(trial.user_attrs.get("attempt", 1))
     again = attempt < MAX_ATTEMPTS or not died
-    trials = optuna_study.get_trials(deepcopy=False)
-    if again and trial.number not in retries(trials):
-        kept = {k: attributes[k] for k in ("params", "arm", "repeat") if k in attributes}
-        kept |= {
-            "retry_of": trial.number,
-            "root": root_number(attributes, trial.number),
-            "attempt": attempt + int(died),
-        }
-        optuna_study.enqueue_trial(dict(trial.params), user_attrs=kept)
     storage, trial_id = optuna_study._storage, trial._trial_id
+    if home.on_server:
+        from dspace.study import queue
+
+        if queue.fail_lost(optuna_study, trial, reason) and again:
+            _repeat(optuna_study, trial, died)
+        return attempt if again else None
+    if again and trial.number not in retries(optuna_study.get_trials(deepcopy=False)):
+        _repeat(optuna_study, trial, died)
     storage.set_trial_user_attr(trial_id, "failure", reason)
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
         storage.set_trial_state_values(trial_id, optuna.trial.TrialState.FAIL)
     return attempt if again else None
+
+
+def _repeat(optuna_study: optuna.Study, trial: Any, died: bool) -> None:
+    """Enqueue a trial again: same parameters, same seed. Optuna's own marks of a retry are set too."""
+    import optuna
+
+    attributes = dict(trial.user_attrs)
+    root = root_number(attributes, trial.number)
+    kept = {k: attributes[k] for k in ("params", "arm", "repeat", "slot", "cover", "warm", "grid") if k in attributes}
+    kept |= {
+        "retry_of": trial.number,
+        "root": root,
+        "attempt": int(attributes.get("attempt", 1)) + int(died),
+    }
+    marks = {"failed_trial": root, "retry_history": [*trial.system_attrs.get("retry_history", []), trial.number]}
+    fixed = dict(trial.params) or trial.system_attrs.get("fixed_params", {})
+    optuna_study.add_trial(
+        optuna.create_trial(
+            state=optuna.trial.TrialState.WAITING, system_attrs={"fixed_params": fixed, **marks}, user_attrs=kept
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -196,8 +284,11 @@ class Healed:
     retried: bool
 
 
-def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
-    """Mark running trials of dead workers as failed and enqueue each once more. Completed trials are not touched."""
+def heal(home: Home, phases: list[Phase], storage: Any, watch: Watch | None = None) -> list[Healed]:
+    """Mark running trials of dead workers as failed and enqueue each once more. Completed trials are not touched.
+
+    ``watch`` judges workers of other machines by their signs of life; without it they are let be.
+    """
     found: list[Healed] = []
     with claim(home):
         alive = living_workers(home)
@@ -206,22 +297,40 @@ def heal(home: Home, phases: list[Phase], storage: Any) -> list[Healed]:
             if phase.name not in known:
                 continue
             optuna_study = open_study(phase, storage)
-            for trial in optuna_study.get_trials(deepcopy=False):
-                if trial.state.name != "RUNNING":
+            trials = optuna_study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state.name != "RUNNING" or not _is_dead(home, trial, watch):
                     continue
-                worker = trial.user_attrs.get("worker")
-                # A trial is named its worker's within the claim lock: one without a name died while holding it.
-                if worker is not None and is_alive(home, worker):
-                    continue
-                if worker is not None and trial.user_attrs.get("host") != os.uname().nodename and home.url is not None:
-                    continue  # of another machine, whose locks cannot be seen from here
                 retried = give_back(home, optuna_study, trial, "its worker died", died=True)
-                found.append(Healed(phase.name, trial.number, worker or "?", retried is not None))
+                worker = trial.user_attrs.get("worker") or "?"
+                found.append(Healed(phase.name, trial.number, worker, retried is not None))
+            if home.on_server:
+                _finish_healing(optuna_study)
         for lock in home.workers.glob("*.lock"):
             old = time.time() - lock.stat().st_mtime > 86_400  # a young one may be about to be taken
             if lock.stem != "claim" and lock.stem not in alive and old:
                 lock.unlink(missing_ok=True)
     return found
+
+
+def _is_dead(home: Home, trial: Any, watch: Watch | None) -> bool:
+    worker = trial.user_attrs.get("worker")
+    if not home.on_server:
+        # A trial is named its worker's within the claim lock: one without a name died while holding it.
+        return worker is None or not is_alive(home, worker)
+    from dspace.study.queue import host_of
+
+    if worker is not None and host_of(worker) == os.uname().nodename and (home.workers / f"{worker}.lock").exists():
+        return not is_alive(home, worker)
+    return watch is not None and watch.is_lost(trial)
+
+
+def _finish_healing(optuna_study: optuna.Study) -> None:
+    """Make the repetitions that a healer was stopped before making."""
+    from dspace.study import queue
+
+    for trial in queue.without_repetition(optuna_study.get_trials(deepcopy=False), MAX_ATTEMPTS):
+        _repeat(optuna_study, trial, died=True)
 
 
 def remove_stale_lock(home: Home) -> None:
@@ -231,50 +340,6 @@ def remove_stale_lock(home: Home) -> None:
         with claim(home):
             if not living_workers(home):
                 lock.unlink(missing_ok=True)
-
-
-def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study, walk: Walk | None = None) -> None:
-    """See that each choice of each structural axis, and each arm of a comparison, is tried at least once.
-
-    ``walk`` turns choices on the axes of the space into a point that has them; choices without one are left out.
-    """
-    study = phase.study
-    with claim(home):
-        if optuna_study.get_trials(deepcopy=False):
-            return
-        arms = [(dict(arm), c.tries) for c in study.compare.values() for arm in c.arms.values()]
-        wanted = [arm for i in range(max((tries for _, tries in arms), default=0)) for arm, tries in arms if i < tries]
-        for name, axis in study.structural_axes.items():
-            wanted += [
-                {name: choice} for choice in axis.choices or {} if not any(w.get(name) == choice for w in wanted)
-            ]
-        told = [c if walk is None else walk.parameters(c) for c in wanted]
-        for choices in [c for c in told if c is not None][: study.budget.trials]:
-            optuna_study.enqueue_trial(choices, user_attrs={"cover": True})
-
-
-def enqueue_comparison(home: Home, phase: Phase, storage: Any, search: optuna.Study) -> list[str]:
-    """Enqueue every (arm, repeat) of a comparison with the best numbers that the search found for the arm.
-
-    Returns the arms for which the search has no completed trial: they cannot be compared.
-    """
-    assert phase.comparison is not None
-    comparison = phase.study.compare[phase.comparison]
-    optuna_study = open_study(phase, storage)
-    missing: list[str] = []
-    with claim(home):
-        existing = optuna_study.get_trials(deepcopy=False)
-        for arm, fixed in comparison.arms.items():
-            trial = best_of(search.get_trials(deepcopy=False), comparison.metric, fixed)
-            if trial is None:
-                missing.append(arm)
-                continue
-            for repeat in range(comparison.seeds):
-                if any(t.user_attrs.get("arm") == arm and t.user_attrs.get("repeat") == repeat for t in existing):
-                    continue
-                attributes = {"arm": arm, "repeat": repeat, "params": params_of(trial), "from_trial": trial.number}
-                optuna_study.enqueue_trial({"arm": arm, "repeat": repeat}, user_attrs=attributes)
-    return missing
 
 
 def params_of(trial: Any) -> dict[str, Any]:
@@ -290,6 +355,7 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
         for t in trials
         if t.state.name == "COMPLETE"
         and metric in t.user_attrs.get("metrics", {})
+        and not t.user_attrs.get("infeasible")
         and all(params_of(t).get(k) == v for k, v in (fixed or {}).items())
     ]
 
@@ -301,13 +367,13 @@ def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = No
 
 
 def refuse_changes(home: Home, phase: Phase, storage: Any, optuna_study: optuna.Study) -> None:
-    """A study that goes on must be the study that began: only its budget may change."""
-    definition = phase.study.model_dump(mode="json", exclude={"budget", "title", "doc", "compare"})
+    """A study that goes on must be the study that began: only what changes no result may change."""
+    definition = phase.study.model_dump(mode="json", exclude=FREE)
     before = optuna_study.user_attrs.get("definition")
     if before is None:
         optuna_study.set_user_attr("definition", definition)
         return
-    changed = sorted(k for k in definition if definition[k] != before.get(k))
+    changed = sorted(k for k in definition if k in before and definition[k] != before[k])
     if changed:
         raise StorageError(
             f"{home.folder}: a study named {phase.study.name!r} began with another {' and '.join(changed)}\n"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dspace.errors import Problem, StudyError, UserError
 from dspace.spec.positions import Positions
-from dspace.study.schema import METRICS, Axis, ModelTable, StudyFile, TrainTable
+from dspace.study.schema import METRICS, SEED, Axis, ModelTable, StudyFile, TrainTable
 
 MAX_BYTES = 1_000_000
 
@@ -159,12 +159,19 @@ def _check(study: StudyFile, report: _Report) -> None:
     ):
         if metric not in METRICS:
             _unknown(report, "metric", metric, METRICS, *path)
+    for metric, limit in study.constraints.items():
+        if metric not in METRICS:
+            _unknown(report, "metric", metric, METRICS, "constraints", metric)
+        if limit.most is None and limit.least is None:
+            report.add("a constraint needs a bound", "constraints", metric, cure="{ most = 4096 }")
     for name, axis in study.axes.items():
         _check_axis(study, name, axis, report)
+        if study.sampler.kind == "grid" and study.space is None and not (axis.choices or axis.values):
+            report.add(f"a grid cannot run all of {name!r}: it is continuous", "axes", name, cure="values = [...]")
     for name, comparison in study.compare.items():
         if comparison.metric not in METRICS:
             _unknown(report, "metric", comparison.metric, METRICS, "compare", name, "metric")
-        if len(comparison.arms) < 2:
+        if len(comparison.names) < 2:
             report.add("a comparison needs at least two arms", "compare", name, "arms")
         for arm, fixed in comparison.arms.items():
             _check_choices(study, {k: [v] for k, v in fixed.items()}, report, "compare", name, "arms", arm)
@@ -173,6 +180,8 @@ def _check(study: StudyFile, report: _Report) -> None:
 
 def _check_space(study: StudyFile, report: _Report) -> None:
     """A base or the space, not both; choices and axes that exist; a GPU that is known."""
+    if study.space is not None and study.sampler.kind == "grid":
+        report.add("the space is no grid: not all its combinations are points", "sampler", "kind", cure='kind = "tpe"')
     from dspace.math.roofline import GPUS, find_gpu
     from dspace.space.points import AXES
 
@@ -243,6 +252,10 @@ def _check_axis(study: StudyFile, name: str, axis: Axis, report: _Report) -> Non
             report.add("a logarithmic axis needs low > 0", *path, "low")
     if axis.template is not None and "{value}" not in axis.template:
         report.add("the template has no {value} in it", *path, "template", on_value=True)
+    if axis.target == SEED:
+        if axis.values is None or any(isinstance(v, bool) or not isinstance(v, int) for v in axis.values):
+            report.add("an axis of seeds needs whole numbers", *path, cure="values = [0, 1, 2]")
+        return
     target = (axis.target or "").split(".")
     tables: dict[str, Iterable[str]] = {"model": ModelTable.model_fields, "train": TrainTable.model_fields}
     if target[0] in tables:

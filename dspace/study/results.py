@@ -62,7 +62,7 @@ def open_home(name: str | Path, folder: str | Path | None = None, storage: str |
     """The home of a study that was run: by name, by folder, or by its study file."""
     given = Path(name)
     if folder is None and (given / "study.toml").is_file():
-        return Home(given, storage)
+        return Home(given, storage or load(given / "study.toml").storage)
     stem = load(given).name if given.suffix == ".toml" and given.is_file() else str(name)
     home = home_of(stem, folder, storage)
     if not home.definition.is_file():
@@ -78,7 +78,7 @@ def open_home(name: str | Path, folder: str | Path | None = None, storage: str |
         raise UserError(
             f"no study {stem!r} was run in {home.folder.parent}{hint}\n  cure: dspace study run {stem}, or --dir{there}"
         )
-    return home
+    return Home(home.folder, storage or load(home.definition).storage)
 
 
 def collect(home: Home) -> Results:

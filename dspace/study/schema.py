@@ -27,6 +27,11 @@ METRICS: dict[str, tuple[Direction, str]] = {
 Scalar = bool | int | float | str
 
 
+SEED = "trial.seed"
+FREE_TARGETS = ("train.learning_rate", "train.weight_decay", SEED)
+"""Targets of axes along which trials may be stacked: they change no shape."""
+
+
 class Table(BaseModel):
     """Base of all tables: unknown keys are errors, values do not change once read."""
 
@@ -70,7 +75,11 @@ class ModelTable(Table):
     """Start of the forgetting: a number is the horizon N in tokens."""
     init: dict[str, float] = Field(default_factory=dict)
     """Start of parameters of the spec and of numbers per head, by name."""
+    mixer: Literal["spec", "softmax"] = "spec"
+    """``softmax``: attention over all tokens instead of the composed spec, as a ceiling."""
     frozen: tuple[str, ...] = ()
+    state_per_head: int | None = Field(default=None, ge=1)
+    """Numbers of state that a head may carry: it gets as many value channels as fit, in place of ``expand_v``."""
 
 
 class TrainTable(Table):
@@ -80,11 +89,16 @@ class TrainTable(Table):
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float | None = Field(default=1.0, gt=0)
+    clip: float | None = Field(default=1.0, ge=0)
+    """Largest norm of a trial's gradient; 0 leaves it alone."""
     precision: Literal["float32", "bfloat16"] = "float32"
     target: float | None = Field(default=None, gt=0, le=1)
     """Stop as soon as held-out accuracy exceeds this."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    stack: Literal["auto"] | int = "auto"
+    """Trials of equal structure trained in one batched step: a number, or as many as a GPU would otherwise idle for."""
+    fresh: bool = False
+    """Draw new training examples every epoch, on the GPU where there is one, instead of going through one set."""
     reports: int = Field(default=10, ge=1, le=200)
     """Evaluations on held-out data during training: points of the curve, and moments to prune."""
 
@@ -113,7 +127,10 @@ class Axis(Table):
     log: bool = False
     integer: bool = False
     target: str | None = None
-    """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ..."""
+    """Where the value goes: ``train.learning_rate``, ``model.expand_v``, ``spec.parameters.NAME.init``, ...
+
+    ``trial.seed`` seeds the trial (weights and order of the examples) by the value alone.
+    """
     template: str | None = None
     """Text with ``{value}`` in it, for a place that holds a formula."""
     when: dict[str, list[str]] = Field(default_factory=dict)
@@ -152,23 +169,46 @@ class BudgetTable(Table):
 
     trials: int = Field(default=32, ge=1, le=1_000_000)
     minutes: float | None = Field(default=None, gt=0)
+    stale_trials: int | None = Field(default=None, ge=1)
+    """End the search when this many trials in succession have added nothing to the front of the objectives."""
     seeds_per_point: int = Field(default=1, ge=1, le=64)
 
 
 class SamplerTable(Table):
     """How the next point is chosen. The seed is the study's."""
 
-    kind: Literal["tpe", "nsga2", "random", "qmc"] = "tpe"
+    kind: Literal["tpe", "nsga2", "random", "qmc", "grid"] = "tpe"
+    """``grid`` runs every combination of choices and values once, as far as the budget goes."""
     startup_trials: int = Field(default=8, ge=0)
     population: int = Field(default=16, ge=2)
 
 
-class PruneTable(Table):
-    """Stop a trial whose curve is below the median of the others at the same step.
+class Limit(Table):
+    """A bound on a metric that every feasible trial keeps."""
 
-    The rule reads one declared scalar, because Optuna's pruners know one objective only.
+    most: float | None = None
+    least: float | None = None
+
+
+class WarmTable(Table):
+    """Points of earlier studies that are tried first."""
+
+    studies: tuple[str, ...]
+    """Folders of studies (``runs/NAME``)."""
+    best: int = Field(default=8, ge=1)
+    """How many of the best points of each, by this study's ``best.by``."""
+
+
+class PruneTable(Table):
+    """Stop a trial whose curve is worse than most others' at the same step.
+
+    The rule reads one declared scalar, because Optuna's pruners know one objective only (optuna issue 3450).
     """
 
+    kind: Literal["quantile", "halving"] = "quantile"
+    """``quantile``: at every report; ``halving``: at steps total / factor**i only, where the best 1 / factor go on."""
+    factor: int = Field(default=3, ge=2)
+    """``halving`` only."""
     on: str = "accuracy"
     after: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the steps before which no trial is stopped."""
@@ -185,10 +225,36 @@ class Comparison(Table):
     doc: str = ""
     arms: dict[str, dict[str, str]]
     """Name of the arm -> the choice of each structural axis that it fixes."""
+    top: int = Field(default=0, ge=0, le=32)
+    """Further arms ``top1``, ``top2``, ...: the best structures that the search found."""
+    fresh_data: bool = False
+    """Train and test on examples that the search has not seen."""
     tries: int = Field(default=1, ge=1, le=1000)
     """Trials of the search that each arm is sure to get, so that its best numbers are worth comparing."""
     seeds: int = Field(default=3, ge=1, le=64)
     metric: str = "accuracy"
+
+    @property
+    def names(self) -> list[str]:
+        """All arms."""
+        return [*self.arms, *(f"top{i + 1}" for i in range(self.top))]
+
+
+class WorkersTable(Table):
+    """How workers on other machines are watched and placed. Nothing here changes a result."""
+
+    heartbeat: float = Field(default=10.0, gt=0)
+    """Seconds between two signs of life of a running trial (storages on a server only)."""
+    grace: float = Field(default=60.0, gt=0)
+    """Seconds without one after which a trial counts as lost and runs again."""
+    patience: float = Field(default=600.0, ge=0)
+    """Seconds that a worker waits for a server that does not answer before it gives up."""
+    cpus: float = Field(default=1.0, ge=0)
+    """Cores of one worker, for Ray and Slurm."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one worker; with Ray a fraction lets several share one."""
+    slurm: dict[str, Scalar] = Field(default_factory=dict)
+    """Parameters of submitit: ``timeout_min``, ``slurm_partition``, ``mem_gb``, ..."""
 
 
 class BestTable(Table):
@@ -215,7 +281,15 @@ class StudyFile(Table):
     objectives: dict[str, Direction] = {"stability": "maximize", "plasticity": "maximize", "state_bytes": "minimize"}
     sampler: SamplerTable = SamplerTable()
     prune: PruneTable | None = None
+    constraints: dict[str, Limit] = Field(default_factory=dict)
+    """Metric -> bound: a trial outside is infeasible; samplers avoid such points, and it is never the best."""
+    warm: WarmTable | None = None
     best: BestTable = BestTable()
+    storage: str | None = None
+    """Where trials are kept, instead of a journal file: ``postgresql+psycopg://...`` or ``grpc://HOST:PORT``."""
+    artifacts: str | None = None
+    """Where trials leave their files, instead of the study's folder: a folder that all machines see, or ``s3://...``."""
+    workers: WorkersTable = WorkersTable()
     axes: dict[str, Axis] = Field(default_factory=dict)
     compare: dict[str, Comparison] = Field(default_factory=dict)
 
@@ -240,6 +314,11 @@ class StudyFile(Table):
     @property
     def structural_axes(self) -> dict[str, Axis]:
         return {name: axis for name, axis in self.every_axis.items() if axis.structural}
+
+    @property
+    def free_axes(self) -> set[str]:
+        """Axes in which trials that share one batched step may differ."""
+        return {name for name, axis in self.axes.items() if axis.target in FREE_TARGETS}
 
     @property
     def directions(self) -> list[Direction]:

@@ -6,9 +6,10 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from dspace.errors import DspaceError, UserError
-from dspace.study.schema import Axis, ModelTable, Scalar, StudyFile, TrainTable
+from dspace.study.schema import SEED, Axis, ModelTable, Scalar, StudyFile, TrainTable
 
 if TYPE_CHECKING:
     import optuna
@@ -107,6 +108,37 @@ def middle(study: StudyFile, choices: Params) -> dict[str, Scalar]:
     return params
 
 
+def holds(axis: Axis, value: Scalar) -> bool:
+    """Whether the axis has this value."""
+    if axis.choices is not None:
+        return str(value) in axis.choices
+    if axis.values is not None:
+        return value in axis.values
+    return isinstance(value, int | float) and float(axis.low or 0) <= value <= float(axis.high or 0)
+
+
+def seed_of(study: StudyFile, params: Params) -> int | None:
+    """The value on the axis that seeds the trial, if there is one."""
+    return next((int(params[n]) for n, a in study.axes.items() if a.target == SEED and n in params), None)
+
+
+def grid(study: StudyFile) -> list[dict[str, Scalar]]:
+    """Every combination of choices and values that can occur: seed by seed, then structure by structure."""
+    found: list[dict[str, Scalar]] = [{}]
+
+    def place(item: tuple[str, Axis]) -> int:
+        if item[1].target == SEED and not item[1].when:
+            return 0
+        return 2 if item[0] in study.free_axes else 1
+
+    for name, axis in sorted(ordered(study), key=place):
+        values: list[Scalar] = list(axis.choices) if axis.choices is not None else list(axis.values or [])
+        found = [{**p, name: v} for p in found for v in values if exists(axis, p)] + [
+            p for p in found if not exists(axis, p)
+        ]
+    return found
+
+
 def structures(study: StudyFile, limit: int = 256, walk: Walk | None = None) -> list[dict[str, str]]:
     """Every combination of structural choices that can occur (at most ``limit``)."""
     found: list[dict[str, str]] = [{}]
@@ -164,12 +196,15 @@ class Composer:
             merge(model, patch.model)
             train.update(patch.train)
         for name, axis in study.every_axis.items():
-            if not axis.structural and name in params:
+            if not axis.structural and name in params and axis.target != SEED:
                 _place(axis, params[name], {"spec": spec, "model": model, "train": train}, name)
         choices = [str(params[name]) for name in study.structural_axes if name in params]
         spec["name"] = identifier("_".join([study.name, *choices]))[:64].rstrip("_")
         spec["title"] = f"{study.title or study.name}: {', '.join(choices) or spec.get('title', '')}"
         task = {"name": study.task.name, **study.task.sizes}
+        seed = seed_of(study, params)
+        if seed is not None:
+            task["trial_seed"] = seed  # two points that differ in it only are not the same training
         try:
             return Point(dict(params), spec, ModelTable(**model), TrainTable(**train), task)
         except ValidationError as error:
@@ -203,7 +238,12 @@ class Composer:
         from dspace.math.roofline import costs_of
         from dspace.study.cost import expected
 
-        return expected(costs_of(analyse(point.build())), self.study.cost, point.model)
+        if point.model.mixer != "spec":
+            return None
+        analysis = analyse(point.build())
+        return expected(
+            costs_of(analysis), self.study.cost, fitted(point.model, [s.axes for s in analysis.recurrence.states])
+        )
 
     def check(self) -> int:
         """Build every structural combination once, before any work is spent; returns how many there are."""
@@ -244,6 +284,27 @@ class Composer:
             f"study {self.study.name!r}: every structure costs more than [cost] allows, such as {reasons[0]}\n"
             "  cure: raise the limits, or make the model smaller"
         )
+
+
+def fitted(model: ModelTable, state_axes: Sequence[str]) -> ModelTable:
+    """The model with as many value channels as ``state_per_head`` holds, for states on these axes.
+
+    Raises UserError where it holds none.
+    """
+    if model.state_per_head is None:
+        return model
+    keys = model.head_dim or model.hidden_size // model.num_heads
+
+    def numbers(values: int) -> int:
+        return sum(math.prod({"k": keys, "v": values}[axis] for axis in axes) for axes in state_axes)
+
+    fitting = [values for values in range(1, 257) if numbers(values) <= model.state_per_head]
+    if not fitting:
+        raise UserError(
+            f"state_per_head = {model.state_per_head} holds no value channel beside {keys} key channels\n"
+            "  cure: more of it, or a smaller head_dim"
+        )
+    return model.model_copy(update={"expand_v": (fitting[-1] + 0.5) / keys})  # rounded down by the layer
 
 
 def merge(into: dict[str, Any], patch: Mapping[str, Any]) -> None:

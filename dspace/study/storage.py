@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Home:
 
     folder: Path
     url: str | None = None
+
+    @property
+    def on_server(self) -> bool:
+        """Whether workers on other machines can reach the storage: then locks of this machine do not bind them."""
+        return self.url is not None and not self.url.startswith("sqlite")
 
     @property
     def journal(self) -> Path:
@@ -85,31 +91,19 @@ def prepare(home: Home) -> None:
                 pass
 
 
-def check_url(url: str | None, jobs: int) -> None:
-    """Refuse storages that are known to lose data or lock up with several workers."""
-    if url is None:
-        return
-    if url.startswith("sqlite") and jobs > 1:
-        raise StorageError(
-            f"SQLite with {jobs} workers is refused: writers lock each other out ('database is locked')\n"
-            "  cure: leave --storage out (a journal file takes many workers), or use --jobs 1, or PostgreSQL"
-        )
-    if not url.startswith(("sqlite", "postgresql", "mysql")):
-        raise StorageError(
-            f"unknown storage {url!r}\n  cure: leave --storage out, or give sqlite:///..., postgresql://... or mysql://..."
-        )
+def connect(home: Home, patience: float = 5.0) -> optuna.storages.BaseStorage:
+    """Open the storage of ``home``, waiting ``patience`` seconds for a server that does not answer.
 
-
-def connect(home: Home) -> optuna.storages.BaseStorage:
-    """Open the storage of ``home``. Raises StorageError for one that is damaged or out of reach."""
+    Raises StorageError for one that is damaged or out of reach.
+    """
     import optuna
 
+    from dspace.study import remote
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the gRPC proxy
     if home.url is not None:
-        try:
-            return optuna.storages.RDBStorage(home.url, heartbeat_interval=30, grace_period=120)
-        except Exception as error:  # any driver may raise anything here
-            raise StorageError(f"cannot open {home.url}: {error}\n  cure: check the address and the server") from None
+        return remote.connect_server(home.url, patience) if home.on_server else remote.open_database(home.url)
     damage = find_damage(home.journal)
     if damage is not None:
         raise StorageError(str(damage))

@@ -57,6 +57,8 @@ class Job:
     seed: int
     scratch: Path
     """An empty folder of this trial's own, removed afterwards."""
+    data: str = ""
+    """Names another draw of the study's data; empty for the one of the search."""
     on_report: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None
     should_stop: Callable[[], bool] = lambda: False
 
@@ -86,17 +88,36 @@ def should_prune(
     step = curve[-1]["step"]
     if step < rule.after * total or step > rule.before * total or step >= total:
         return ""
+    quantile = rule.quantile
+    if rule.kind == "halving":
+        before = curve[-2]["step"] if len(curve) > 1 else 0
+        rungs = [total / rule.factor**i for i in range(1, 16)]
+        if not any(before < rung <= step for rung in rungs):
+            return ""  # between two rungs
+        quantile = 1 - 1 / rule.factor
     sign = 1.0 if METRICS[rule.on][0] == "maximize" else -1.0
     seen = sorted(sign * row[rule.on] for other in others for row in other if row["step"] == step and rule.on in row)
     mine = [sign * row[rule.on] for row in curve if rule.on in row]
     if len(seen) < rule.min_trials or not mine:
         return ""
-    bar = seen[min(int(rule.quantile * len(seen)), len(seen) - 1)]
+    bar = seen[min(int(quantile * len(seen)), len(seen) - 1)]
     if max(mine) >= bar:
         return ""
     return (
         f"{rule.on} {abs(max(mine)):.3f} at step {int(step)}, worse than the bar {abs(bar):.3f} of {len(seen)} trials"
     )
+
+
+def violations(study: StudyFile, metrics: dict[str, float]) -> dict[str, float]:
+    """How far each bounded metric is outside its bound: feasible where all are at most 0."""
+    found: dict[str, float] = {}
+    for name, limit in study.constraints.items():
+        value = float(metrics[name])
+        if limit.most is not None:
+            found[f"{name} <= {limit.most:g}"] = value - limit.most
+        if limit.least is not None:
+            found[f"{name} >= {limit.least:g}"] = limit.least - value
+    return found
 
 
 def values_of(study: StudyFile, metrics: dict[str, float]) -> list[float]:

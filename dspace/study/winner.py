@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import UserError
+from dspace.study.artifacts import fetch
 from dspace.study.results import Record, Results, collect, open_home
 from dspace.study.space import Composer, identifier, merge
 from dspace.study.storage import Home, storage_errors
@@ -32,6 +33,11 @@ def export(
     if record is None:
         what = "trial of it" if trial is None else f"trial {trial}"
         raise UserError(f"study {results.study.name!r}: no {what} is complete\n  cure: dspace study list, then --trial")
+    if Composer(results.study, results.root).compose(record.params).model.mixer != "spec":
+        raise UserError(
+            f"trial {record.number} is the ceiling, softmax attention: it has no spec\n"
+            "  cure: dspace study list, then --trial with another one"
+        )
     label = "best" if trial is None else f"trial_{trial}"
     path = Path(output) if output else results.home.folder / f"{identifier(results.study.name)}_{label}.toml"
     text = spec_text(results, record, identifier(f"{results.study.name}_{label}"))
@@ -46,8 +52,7 @@ def export(
 def artifact(results: Results, record: Record, name: str) -> Path | None:
     """The file that a trial left under this name, or None."""
     found = record.attributes.get("artifacts", {}).get(name)
-    path = results.home.artifacts / found if found else None
-    return path if path is not None and path.is_file() else None
+    return fetch(results.home, results.study, found) if found else None
 
 
 def stored_spec(results: Results, record: Record) -> dict[str, Any]:

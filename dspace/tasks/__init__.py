@@ -6,6 +6,8 @@ import difflib
 
 from dspace.errors import UserError
 from dspace.tasks.base import IGNORE, Batch, Task
+from dspace.tasks.copying import COMPRESSION, SELECTIVE_COPY, compression, selective_copy
+from dspace.tasks.fuzzy import FUZZY_RECALL, fuzzy_recall
 from dspace.tasks.metrics import (
     AgeCurve,
     accuracy,
@@ -18,9 +20,12 @@ from dspace.tasks.metrics import (
     stability,
 )
 from dspace.tasks.mqar import MQAR, mqar
+from dspace.tasks.noisy import NOISY_RECALL, noisy_recall
 from dspace.tasks.rebinding import REBINDING_MQAR, rebinding_mqar
 
-TASKS: dict[str, Task] = {task.name: task for task in (MQAR, REBINDING_MQAR)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (MQAR, REBINDING_MQAR, NOISY_RECALL, FUZZY_RECALL, SELECTIVE_COPY, COMPRESSION)
+}
 """Every task, by the name that a study file uses."""
 
 
@@ -40,14 +45,18 @@ __all__ = [
     "Batch",
     "Task",
     "accuracy",
+    "compression",
     "correct",
     "evaluate",
+    "fuzzy_recall",
     "get_task",
     "intrusion",
     "mqar",
+    "noisy_recall",
     "oldest_quarter",
     "plasticity",
     "rebinding_mqar",
     "recall_by_age",
+    "selective_copy",
     "stability",
 ]

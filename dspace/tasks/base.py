@@ -115,16 +115,24 @@ class Task:
     sizes: Mapping[str, Any]
     doc: str = ""
     tags: tuple[str, ...] = field(default=())
+    on_device: Callable[..., Any] | None = None
+    """As ``make``, with a ``device`` and another stream of random numbers: see :mod:`dspace.tasks.device`."""
 
-    def batch(self, num_examples: int, seed: Seed = 0, **sizes: Any) -> Batch:
-        """Make a batch after refusing names that the task does not know."""
+    def batch(self, num_examples: int, seed: Seed = 0, *, device: str | None = None, **sizes: Any) -> Any:
+        """Make a batch after refusing names that the task does not know.
+
+        With a ``device`` other than the CPU it is drawn there, where the task can do that.
+        """
         unknown = sorted(set(sizes) - set(self.sizes))
         if unknown:
             known = ", ".join(self.sizes)
             raise UserError(
                 f"task {self.name!r} has no setting {', '.join(map(repr, unknown))}\n  cure: use some of {known}"
             )
-        return self.make(num_examples=num_examples, seed=seed, **{**self.sizes, **sizes})
+        settings = {**self.sizes, **sizes}
+        if device is not None and not device.startswith("cpu") and self.on_device is not None:
+            return self.on_device(num_examples=num_examples, seed=seed, device=device, **settings)
+        return self.make(num_examples=num_examples, seed=seed, **settings)
 
 
 def require(rules: Sequence[tuple[bool, str, str]], task: str) -> None:

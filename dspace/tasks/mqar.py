@@ -8,6 +8,8 @@ number, the fillers included, comes from ``seed``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dspace.tasks.base import Batch, Ints, Seed, Task, require, require_integers
@@ -127,9 +129,16 @@ def place_queries(
     return inputs, positions
 
 
+def _on_device(**settings: Any) -> Any:
+    from dspace.tasks.device import mqar_on_device  # PyTorch loads only where it is used
+
+    return mqar_on_device(**settings)
+
+
 MQAR = Task(
     name="mqar",
     make=mqar,
+    on_device=_on_device,
     check=check_mqar,
     sizes={
         "vocab_size": 8192,

@@ -48,6 +48,18 @@ def full_disk(job: Job) -> Outcome:
     raise OSError(28, "No space left on device", str(job.scratch / "weights.pt"))
 
 
+def logged(job: Job) -> Outcome:
+    """Writes down each attempt, by its seed, in one file that all workers append to; takes about 0.1 s."""
+    line = f"{job.seed} {os.getpid()}\n".encode()
+    handle = os.open(os.path.join(os.environ["TOY_FOLDER"], "attempts.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(handle, line)
+    os.close(handle)
+    for step in (1, 2, 3):
+        time.sleep(float(os.environ.get("TOY_SECONDS", "0.1")) / 3)
+        job.report(step, 3, {"accuracy": 0.1 * step})
+    return _outcome(job)
+
+
 def counted(job: Job) -> Outcome:
     """Composes its point like real training does, and notes which points were asked for."""
     with open(os.path.join(os.environ["TOY_FOLDER"], "evaluated"), "a") as file:

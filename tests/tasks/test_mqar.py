@@ -176,7 +176,9 @@ def test_registry_makes_batches_by_name_and_helps_with_names():
         get_task("mqar").batch(10, pairs=3)
     for task in TASKS.values():
         task.check(**task.sizes)
-        small = task.batch(4)
+        assert len(task.batch(4)) == 4
+    for name in ("mqar", "rebinding_mqar"):
+        small = get_task(name).batch(4)
         np.testing.assert_array_equal(dictionary_answers(small), small.targets)
 
 

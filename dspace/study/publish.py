@@ -1,0 +1,244 @@
+"""A study's results for the repository: the raw numbers as JSON, a table as Markdown, a figure as PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspace.errors import UserError
+from dspace.study.figures import age_curve
+from dspace.study.results import Record, Results, collect, open_home
+from dspace.study.schema import METRICS, SEED, StudyFile
+from dspace.study.storage import Home, storage_errors
+
+KEPT = ("seed", "train_seconds", "device", "engine", "stacked", "spec_name", "spec_hash", "data_hash", "parameters")
+
+
+@dataclass(frozen=True)
+class Line:
+    """The trials of one structure at one setting of its numbers: they differ in their seed only."""
+
+    name: str
+    setting: dict[str, Any]
+    trials: tuple[Record, ...]
+
+    def values(self, metric: str, test: bool = True) -> list[float]:
+        """The metric of each seed, on the data that no choice was made with (``test``) or on the other."""
+        return [t.test.get(metric, t.metrics[metric]) if test else t.metrics[metric] for t in self.trials]
+
+    @property
+    def seeds(self) -> list[Any]:
+        return [t.attributes.get("seed") for t in self.trials]
+
+
+def publish(
+    name: str | Path,
+    output: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    storage: str | None = None,
+    command: str = "",
+) -> list[Path]:
+    """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into ``output`` (``studies/results``) and return their paths.
+
+    Raises UserError for a study without a completed trial.
+    """
+    results = collect(open_home(name, folder, storage))
+    lines = lines_of(results)
+    if not lines:
+        raise UserError(f"study {results.study.name!r} has no completed trial yet\n  cure: dspace study run")
+    place = Path(output) if output else Path("studies") / "results"
+    command = command or f"dspace study run studies/{results.study.name}.toml"
+    paths = [place / f"{results.study.name}.{kind}" for kind in ("json", "md", "png")]
+    with storage_errors(Home(place)):
+        place.mkdir(parents=True, exist_ok=True)
+        _write(paths[0], json.dumps(raw(results, command), indent=1, sort_keys=True) + "\n")
+        _write(paths[1], table(results, lines, command))
+        draw(results, lines, paths[2])
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def lines_of(results: Results) -> list[Line]:
+    """All lines, structures in the order of the study file."""
+    study = results.study
+    seeds = {n for n, a in study.axes.items() if a.target == SEED}
+    found: dict[tuple[str, str], list[Record]] = {}
+    for t in results.trials:
+        if t.state == "complete":
+            numbers = {n: v for n, v in t.params.items() if n not in seeds and n not in study.structural_axes}
+            found.setdefault((structure(t, study), json.dumps(numbers, sort_keys=True)), []).append(t)
+    return [Line(name, json.loads(numbers), tuple(trials)) for (name, numbers), trials in found.items()]
+
+
+def structure(record: Record, study: StudyFile) -> str:
+    """The structural choices of a trial in one word."""
+    return "-".join(str(record.params[n]) for n in study.structural_axes if n in record.params) or study.base
+
+
+def best_lines(results: Results, lines: Sequence[Line]) -> list[Line]:
+    """The best line of each structure, chosen on the data that the search sees."""
+    metric = results.study.best.by
+    sign = 1 if METRICS[metric][0] == "maximize" else -1
+    best: dict[str, Line] = {}
+    for line in lines:
+        known = best.get(line.name)
+        if known is None or sign * _mean(line.values(metric, False)) > sign * _mean(known.values(metric, False)):
+            best[line.name] = line
+    return list(best.values())
+
+
+def versions_of(results: Results) -> dict[str, str]:
+    """What the numbers depend on besides the study file: as one of the trials noted it."""
+    noted = (t.attributes["versions"] for t in results.trials if "versions" in t.attributes)
+    return next(noted, {})
+
+
+def raw(results: Results, command: str) -> dict[str, Any]:
+    """Every finished trial with its curve, as plain data."""
+    versions = versions_of(results)
+    return {
+        "study": results.study.model_dump(mode="json", exclude_defaults=True),
+        "command": command,
+        "versions": versions,
+        "trials": [
+            {
+                "number": t.number,
+                "state": t.state,
+                "params": t.params,
+                "metrics": t.metrics,
+                "test": t.test,
+                "seconds": round(t.seconds, 1),
+                "curve": t.curve,
+                "recall_by_age": t.attributes.get("recall_by_age"),
+                **{k: t.attributes[k] for k in KEPT if k in t.attributes},
+                **({"note": t.attributes["pruned"]} if "pruned" in t.attributes else {}),
+            }
+            for t in results.trials
+            if t.state in ("complete", "pruned")
+        ],
+    }
+
+
+def table(results: Results, lines: Sequence[Line], command: str) -> str:
+    """The page of the results: what was run, each structure at its best, differences with their doubt, all settings."""
+    study, metric = results.study, results.study.best.by
+    best = best_lines(results, lines)
+    versions = versions_of(results)
+    stated = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("machine", "commit"))
+    counts = ", ".join(f"{n} {state}" for state, n in results.counts().items())
+    text = [
+        f"# {study.title or study.name}",
+        "",
+        study.doc,
+        "",
+        f"`{command}`, commit {versions.get('commit', 'unknown')}, on {versions.get('machine', 'an unknown machine')}; "
+        f"{stated}. Trials: {counts}.",
+        "",
+        f"Each structure at its best setting (chosen on validation data), {metric} on test data: mean and standard "
+        "deviation over seeds.",
+        "",
+        f"| structure | {metric} | seeds | setting | state bytes | tokens/s | minutes a trial |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in best:
+        first = line.trials[0]
+        seconds = [t.attributes.get("train_seconds", t.seconds) / t.attributes.get("stacked", 1) for t in line.trials]
+        text.append(
+            f"| {line.name} | {_spread(line.values(metric))} | {len(line.trials)} | {_setting(line.setting)} "
+            f"| {first.metrics.get('state_bytes', 0):.0f} | {_mean(line.values('tokens_per_second', False)):.3g} "
+            f"| {_mean(seconds) / 60:.2f} |"
+        )
+    if len(best) > 1:
+        text += ["", f"Differences of {best[0].name} to the others, over the seeds that both have:", ""]
+        text += [f"- {difference(best[0], other, metric)}" for other in best[1:]]
+    text += [
+        "",
+        f"All settings, {metric} on test data:",
+        "",
+        "| structure | setting | mean | seeds |",
+        "|---|---|---|---|",
+    ]
+    text += [
+        f"| {line.name} | {_setting(line.setting)} | {_spread(line.values(metric))} "
+        f"| {', '.join(f'{v:.4f}' for v in line.values(metric))} |"
+        for line in lines
+    ]
+    return "\n".join(text) + f"\n\n![accuracy and recall]({study.name}.png)\n"
+
+
+def difference(mine: Line, other: Line, metric: str) -> str:
+    """How far ``mine`` is above ``other``, paired by seed, and whether that can be told from chance."""
+    theirs = dict(zip(other.seeds, other.values(metric), strict=True))
+    pairs = [v - theirs[s] for s, v in zip(mine.seeds, mine.values(metric), strict=True) if s in theirs]
+    if not pairs:
+        pairs = [_mean(mine.values(metric)) - _mean(other.values(metric))]
+    if len(pairs) < 2:
+        return f"{other.name}: {pairs[0]:+.4f} (one seed: its spread is not known)"
+    error = _deviation(pairs) / math.sqrt(len(pairs))
+    sure = "more than" if abs(_mean(pairs)) > 2 * error else "within"
+    return f"{other.name}: {_mean(pairs):+.4f} ± {error:.4f} (standard error, {len(pairs)} seeds; {sure} twice it)"
+
+
+def draw(results: Results, lines: Sequence[Line], path: Path) -> None:
+    """Accuracy against progress, final accuracy against learning rate, recall against age."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric, best = results.study.best.by, best_lines(results, lines)
+    rates = [n for n, a in results.study.axes.items() if a.target == "train.learning_rate"]
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for i, line in enumerate(best):
+        colour = f"C{i % 10}"
+        for j, t in enumerate(line.trials):
+            points = [(row["step"], row[metric]) for row in t.curve if metric in row]
+            axes[0].plot(
+                *zip(*points, strict=True) if points else ([], []), color=colour, lw=1.2, label="" if j else line.name
+            )
+            ages = age_curve(t)
+            axes[2].plot(*zip(*ages, strict=True) if ages else ([], []), color=colour, lw=1.2)
+        if rates:
+            same = sorted((s for s in lines if s.name == line.name), key=lambda s: s.setting.get(rates[0], 0))
+            x = [s.setting.get(rates[0]) for s in same]
+            y, e = [_mean(s.values(metric)) for s in same], [_deviation(s.values(metric)) for s in same]
+            axes[1].errorbar(x, y, e, color=colour, marker="o", ms=4, capsize=3, lw=1.2)
+    axes[0].set(xlabel="steps", ylabel=f"{metric}, validation")
+    axes[1].set(xlabel="learning rate", ylabel=f"{metric}, test; mean and deviation over seeds", xscale="log")
+    axes[2].set(xlabel="tokens since the binding", ylabel="recall, test")
+    axes[0].legend(fontsize=8)
+    for each in axes:
+        each.grid(alpha=0.3)
+    figure.suptitle(results.study.title or results.study.name)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items()) or "as it is"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{_mean(values):.4f} ± {_deviation(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
