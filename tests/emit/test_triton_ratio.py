@@ -78,6 +78,29 @@ LASTING = (
     EXCLUSIVE.replace("exclusive_ratio", "lasting_ratio").replace("exp(g) * R", "R").replace('read = "before"\n', "")
 )
 
+# Names that the kernels would make of others, or use themselves.
+NAMED = """
+name = "named_ratio"
+[inputs]
+key_0 = "k"
+full_key_0 = "k"
+value_0 = "v"
+S_0 = { axes = "v", domain = "nonnegative" }
+decay_0 = { axes = "", domain = "nonpositive" }
+[parameters]
+row = { axes = "", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(decay_0) * S + value_0 * full_key_0"
+[state.zero]
+axes = "kv"
+init = "0"
+update = "exp(decay_0) * zero + S_0 * full_key_0**2"
+[readout]
+output = "scale * sum_k(S * key_0 / (row + zero))"
+"""
+
 
 def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0) -> dict:
     return {
@@ -100,6 +123,7 @@ CASES = [
     case("many in slabs, packed", MANY, 75, 33, 2, packed=True),
     case("read before", EXCLUSIVE, 40, 12, 5, window=16),
     case("lasting", LASTING, 35, 12, 5),
+    case("named", NAMED, 20, 5, 3),
 ]
 
 

@@ -7,6 +7,7 @@ their launches (:mod:`.ratio_host`).
 from __future__ import annotations
 
 import builtins
+import re
 
 import sympy
 
@@ -27,12 +28,22 @@ from dspace.plan.ratio import Tensor, ratio_plan
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _RESERVED = frozenset(
-    """raw i_c i_h i_n i_v i_k i_r i_s i_o i_g i_u i_j i_0 i_b o_c o_k o_v m_v m_k m_ck m_cv m_out m_tile row half column column_8 token
-    lane_row live live_row live_column at at_k at_v at_tile at_handed at_own at_part whole part seen begin end base first_k first_v
-    first_g channel channel_t tile slot own many step change from_here all_change operand side zero chunks adjoints user last total
-    until spans offsets bases o_e m_e here slots at_part along before left middle i_p token product products wrote wrote_row direct direct_row until_now T NT H LOW HIGH STORE K V I N BK BV NK OT PRECISION PACKED
-    BE PARTS BP parts FAST VARIANCE SLABS UNROLL dtype batch like zeros triton tl final reads results values features""".split()
-) | {f"{x}{i}" for x in "cp" for i in range(100)}
+    """along at base batch before begin bounds change channel channel_t chunks adjoints column column_8 dtype end half inside
+    lane_row last left like live live_column live_row many middle offsets operand own part parts place product products
+    reads results row side slot slots spans tile token triton tl until user values whole zero zeros
+    T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL""".split()
+)
+_MADE = re.compile(
+    r"^(?:all|at|back|beside|between|c|d|decay|direct|first|full|handed|i|key|lead|m|made|new|next|o|of|p|raw|rows|seen|"
+    r"since|slabs|start|step|sum|sums|total|until|value|weighted|whole|within|wrote|y)(?:_.*|\d+)$"
+    r"|_(?:\d+|t|n|c|in|out|part|start|starts|end|next|kernel)$"
+)
+"""Names that the kernels make of others."""
+
+
+class _Namer(Namer):
+    def __call__(self, wish: str) -> str:
+        return super().__call__(f"{wish}_x" if _MADE.search(wish) else wish)
 
 
 class _Printer(TorchPrinter):
@@ -45,7 +56,7 @@ def section(analysis: Analysis) -> Section | None:
     if plan is None:
         return None
     recurrence = analysis.recurrence
-    names = internal_names(recurrence, Namer(INTERNAL | _RESERVED | set(dir(builtins)) | {"scale"}))
+    names = internal_names(recurrence, _Namer(INTERNAL | _RESERVED | set(dir(builtins)) | {"scale"}))
     names |= {t.name: t.name for t in (*plan.tensors, *plan.decays) if t.name not in names}
     words = Words(plan, names)
     kernels = [states_kernel, reads_kernel, local_kernel, carry_kernel, settle_kernel]
