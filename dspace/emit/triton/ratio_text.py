@@ -282,18 +282,24 @@ def tuples(names: Iterable[str], indent: int) -> list[str]:
     return [f"{' ' * indent}{n} = ()" for n in names]
 
 
+def _few_products(expr: sympy.Expr) -> bool:
+    return not expr.atoms(sympy.Function) and all(p.exp.is_Integer for p in expr.atoms(sympy.Pow))
+
+
 def side(words: Words, key: int) -> str:
     """A key in float32 where it multiplies a value's gradient: made anew if that takes few products, else kept."""
     expr = words.plan.keys[key]
-    if expr.atoms(sympy.Function) or any(not p.exp.is_Integer for p in expr.atoms(sympy.Pow)):
+    if not _few_products(expr):
         return f"full_{key}[i_s]"
     return f"({RatioPrinter({s.name: f'full_{words.names[s.name]}[i_s]' for s in expr.free_symbols})(expr)})"
 
 
 def kept_keys(words: Words) -> list[str]:
     """Names of the float32 tiles that :func:`side` needs."""
-    used = {part.split("[")[0] for j in range(len(words.plan.keys)) for part in side(words, j).split("full_")[1:]}
-    return [f"full_{n}" for n in sorted(used)]
+    names: set[str] = set()
+    for j, expr in enumerate(words.plan.keys):
+        names |= {f"full_{words.of(s)}" for s in expr.free_symbols} if _few_products(expr) else {f"full_{j}"}
+    return sorted(names)
 
 
 def key_lines(words: Words, kept: list[str], indent: int) -> list[str]:
