@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 PLAN = '''
 _PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
-_SHORTEST = 256  # tokens that a program walks at least: launches cost more than shorter walks save
+_SHORTEST = 256  # tokens that a program walks at least
 
 
 def _fast(tensor):
@@ -19,15 +19,23 @@ def _fast(tensor):
 
 
 def _segments(T, offsets, N, B, H, tiles, C):
-    """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence)."""
-    length = max(_cdiv(B * T * H * tiles, _PROGRAMS), _SHORTEST)
-    if offsets is None and 2 * length > T:
+    """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence).
+
+    Sequences stay whole where there are many, whatever their length, so that no length needs other kernels.
+    """
+    if offsets is None and 2 * N * H * tiles >= _PROGRAMS:
         return None, None, 1, N, T, True
-    if offsets is not None and length > T:
-        return torch.stack((offsets[:-1], offsets[1:]), 1).contiguous(), None, 0, N, T, True
+    length = max(_cdiv(B * T * H * tiles, _PROGRAMS), _SHORTEST)
     length = _cdiv(length, C) * C
     return (*_plan(T, offsets, N, length), length, False)
 '''
+
+
+# A product of 64 rows is one for warp groups, of 32 rows for single warps. Float32 operands are three products.
+_PRODUCTS = """    if dtype == torch.float32 or W < 32:
+        return [(32, _tile(W, 32), 4, 4, 2), (32, _tile(W, 32), 2, 2, 2)]
+    found = [(64, 32, 4, 4, 3), (64, 32, 8, 8, 3), (32, 32, 2, 2, 3), (32, 32, 2, 2, 4)]
+    return found if W <= 32 else [*found, (32, 64, 8, 8, 3), (32, 64, 4, 4, 3)]"""
 
 
 def host(group: VectorGroup) -> str:
@@ -44,8 +52,7 @@ def host(group: VectorGroup) -> str:
     result = ", ".join(["Tensor"] * (n_feature + 3 * n_state))
     returned = ", ".join(["Tensor"] * tensors)
     width = f"tensors[{n_leaf}].shape[2]" if group.axes else "1"
-    tile = "32, _tile(W, 32), warps, stages" if group.products else "64, 1 if W == 1 else _tile(W, 32), warps, stages"
-    choices = "((4, 3), (4, 2), (2, 3), (8, 3), (4, 4))" if group.products else "((4, 1),)"
+    proposals = _PRODUCTS if group.products else "    return [(64, 1 if W == 1 else _tile(W, 32), 4, 4, 1)]"
     cut = n_feature + n_state
     return f'''
 _VECTOR_{tag} = {channels!r}  # which inputs and parameters have channels
@@ -53,20 +60,20 @@ _VECTOR_{tag}_through = {through!r}  # inputs that are handed on, so that their 
 
 
 def _vector_{tag}_proposals(W, dtype):
-    """Tokens a chunk, channels a program, warps, stages; the first by default."""
-    return [({tile}) for warps, stages in {choices}]
+    """Tokens a chunk, channels a program, warps forward and backward, stages; the first by default."""
+{proposals}
 
 
-def _vector_{tag}_options(inputs, like, W, T, B, offsets):
+def _vector_{tag}_options(inputs, like, W, T, B, offsets, backward):
     """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
     N, H = like.shape[:2]
     dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_{tag}) if wide), torch.float32)
-    C, BW, warps, stages = _chosen(_vector_{tag}_proposals, "vector_{tag} " + _OPS, W, dtype)
+    C, BW, *warps, stages = _chosen(_vector_{tag}_proposals, "vector_{tag} " + _OPS, W, dtype)
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
     fixed = dict(
         W=W, C=C, BW=BW, SINGLE=single, PRECISION="tf32x3" if dtype == torch.float32 else "tf32", STAGES=stages,
-        FAST=_fast(like), PACKED=offsets is not None, num_warps=warps,
+        FAST=_fast(like), PACKED=offsets is not None, num_warps=warps[backward],
     )
     carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
     return (tiles * H * segments,), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
@@ -74,7 +81,7 @@ def _vector_{tag}_options(inputs, like, W, T, B, offsets):
 
 def _vector_{tag}_slots(B, T, N):
     """Places for the states at chunk borders, however a batch is cut into segments."""
-    return B * T // {32 if group.products else 64} * 2 + N
+    return B * T // 32 * 2 + N
 
 
 def _vector_{tag}_forward(*arguments, save=True):
@@ -83,7 +90,7 @@ def _vector_{tag}_forward(*arguments, save=True):
     B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
     W = {width}
     like, N = initial[0], initial[0].shape[0]
-    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_{tag}_options(inputs, like, W, T, B, offsets)
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_{tag}_options(inputs, like, W, T, B, offsets, False)
     channels = (W,) if {bool(group.axes)} else ()
     features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range({n_feature})]
     values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
@@ -112,7 +119,7 @@ def _vector_{tag}_backward(*arguments):
     N, H = like.shape[:2]
     B, T = inputs[0].shape[:2] if inputs else (d_features + d_values)[0].shape[:2]
     W = like.shape[2] if {bool(group.axes)} else 1
-    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_{tag}_options(inputs, like, W, T, B, offsets)
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_{tag}_options(inputs, like, W, T, B, offsets, True)
     d_inputs = [
         torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_{tag})
     ]

@@ -149,6 +149,7 @@ class Kernels:
     def decays(self, state: AffineState) -> list[str]:
         """Of a decay per token: its sums inside the chunk, what is left of the start at each token, and so on."""
         rows = {**self.names, **{v.name: f"{self.names[v.name]}_row" for v in self.narrow}}
+        assert state.log_decay is not None
         step, s = TritonPrinter(rows)(state.log_decay), self.names[state.name]
         return [
             "        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits",
