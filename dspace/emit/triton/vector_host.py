@@ -71,9 +71,11 @@ def _vector_{tag}_options(inputs, like, W, T, B, offsets, backward):
     C, BW, *warps, stages = _chosen(_vector_{tag}_proposals, "vector_{tag} " + _OPS, W, dtype)
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
+    fast = _fast(like)
+    precision = "tf32" if dtype != torch.float32 else "tf32x3" if fast else "ieee"
     fixed = dict(
-        W=W, C=C, BW=BW, SINGLE=single, PRECISION="tf32x3" if dtype == torch.float32 else "tf32", STAGES=stages,
-        FAST=_fast(like), PACKED=offsets is not None, num_warps=warps[backward],
+        W=W, C=C, BW=BW, SINGLE=single, PRECISION=precision, STAGES=stages,
+        FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
     )
     carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
     return (tiles * H * segments,), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
