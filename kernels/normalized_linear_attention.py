@@ -1024,13 +1024,57 @@ def _compose(decay_a, write_a, decay_b, write_b):
     return decay_a * decay_b, write_a * decay_b + write_b
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel
+def _inverse(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@_kernel
+def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
+    """First and end token of segment ``i_c``; empty for the spare segments of a packed batch."""
+    if PACKED:
+        begin = tl.load(spans + 2 * i_c).to(tl.int64)
+        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
+    else:
+        sequence = (i_c // NT).to(tl.int64)
+        begin = sequence * T + (i_c % NT).to(tl.int64) * LENGTH
+        end = tl.minimum(begin + LENGTH, sequence * T + T)
+    return begin, end
+
+
+_PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
+_SHORTEST = 256  # tokens that a program walks at least
+
+
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _segments(T, offsets, N, B, H, tiles, C):
+    """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence).
+
+    Sequences stay whole where there are many, whatever their length, so that no length needs other kernels.
+    """
+    if offsets is None and 2 * N * H * tiles >= _PROGRAMS:
+        return None, None, 1, N, T, True
+    length = max(_cdiv(B * T * H * tiles, _PROGRAMS), _SHORTEST)
+    length = _cdiv(length, C) * C
+    return (*_plan(T, offsets, N, length), length, False)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _carry_vector_kernel(
-    total, local, start, border, final, offsets, bases, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
-    REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    total, local, start, border, final, offsets, bases, T, NT, H, LENGTH,
+    W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Values at chunk borders from what each chunk does: value' = total value + local, in either direction."""
+    """Values at segment borders from what each segment does: value' = total value + local, in either direction."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_nh = (pid // NW).to(tl.int64)
@@ -1038,64 +1082,74 @@ def _carry_vector_kernel(
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_w = (pid % NW) * BW + tl.arange(0, BW)
     m_w = o_w < W
-    chunks = tl.cdiv(end - begin, C)
+    segments = tl.cdiv(end - begin, LENGTH)
     value = tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
-    first = chunks - 1 if REVERSE else chunks * 0
+    first = segments - 1 if REVERSE else segments * 0
     tl.store(border + ((base + first) * H + i_h) * W + o_w, value, mask=o_w < tl.where(begin < end, W, 0))
-    for i in range(0, chunks, BN):
+    for i in range(0, segments, BN):
         step = i + tl.arange(0, BN)
-        chunk = chunks - 1 - step if REVERSE else step
-        at = ((base + chunk) * H + i_h)[:, None] * W + o_w[None, :]
-        mask = (step < chunks)[:, None] & m_w[None, :]
+        segment = segments - 1 - step if REVERSE else step
+        at = ((base + segment) * H + i_h)[:, None] * W + o_w[None, :]
+        mask = (step < segments)[:, None] & m_w[None, :]
         decay = tl.load(total + at, mask=mask, other=1.0)
         write = tl.load(local + at, mask=mask, other=0.0)
         decay, write = tl.associative_scan((decay, write), 0, _compose)
         after = decay * value[None, :] + write
         there = at - H * W if REVERSE else at + H * W
-        tl.store(border + there, after, mask=mask & (step + 1 < chunks)[:, None])
+        tl.store(border + there, after, mask=mask & (step + 1 < segments)[:, None])
         value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
     tl.store(final + i_nh * W + o_w, value, mask=m_w)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_sums_kernel(
     k_in, z_total, z_local,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """What a chunk does to each state: S' = total S + local."""
+    """What a segment does to each state: S' = total S + local."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    z_sum = tl.zeros([C, BW], dtype=tl.float32)
+    z_whole = tl.full([1, BW], 0.0, tl.float32)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.zeros([C], dtype=tl.float32)
+        z_sums = tl.cumsum(step, axis=0)
+        z_past = tl.sum(step, axis=0)
+        z_until = tl.exp2(tl.minimum(z_past - z_sums, 0.0))
         write = k
-        decay = tl.where(m_cw, decay, 1.0)
-        write = tl.where(m_cw, write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        ending = o_c[:, None] == C - 1
-        tl.store(z_total + at_border, tl.sum(tl.where(ending, decay, 0.0), axis=0), mask=m_w)
-        tl.store(z_local + at_border, tl.sum(tl.where(ending, write, 0.0), axis=0), mask=m_w)
+        z_sum = tl.exp2(z_past) * z_sum + z_until[:, None] * tl.where(m_cw, write, 0.0)
+        z_whole += z_past
+    tl.store(z_total + at_border, tl.sum(tl.exp2(z_whole), axis=0), mask=m_w)
+    tl.store(z_local + at_border, tl.sum(z_sum, axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_kernel(
-    k_in, z_out, z_border,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    k_in, z_out, z_border, z_saved, z_final,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
     """z = 1 z + k; features of every token."""
     NW: tl.constexpr = (W + BW - 1) // BW
@@ -1103,217 +1157,255 @@ def _vector_k_kernel(
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    z_start = tl.load(z_border + at_border, mask=m_w, other=0.0)[None, :]
+    z_start += tl.zeros([C, BW], dtype=tl.float32)
+    from_past = tl.where(o_c[:, None] >= o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        z_start = tl.load(z_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
-        write = k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        z_before = decay * z_start[None, :] + write
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        z_decay = 1.0
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        if z_saved is not None:
+            tl.store(z_saved + (((first) // C + i_c) * H + i_h) * W + o_w[None, :] + o_c[:, None] * 0, z_start, mask=(o_c == 0)[:, None] & m_w[None, :])
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.zeros([C], dtype=tl.float32)
+        z_sums = tl.cumsum(step, axis=0)
+        z_past = tl.sum(step, axis=0)
+        z_until = tl.exp2(tl.minimum(z_past - z_sums, 0.0))
         write = k
-        z_decay = tl.where(live[:, None] & m_w[None, :], z_decay, 1.0)
-        z = z_decay * z_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
-        if RAW:
-            tl.store(z_out + wide, z, mask=m_cw)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(z_sums[:, None] - z_sums[None, :], from_past)
+        z_kept = tl.dot(tl.exp2(gap), write, tl.exp2(z_sums)[:, None] * z_start, input_precision=PRECISION)
+        z = z_kept
+        ending = tl.zeros([C, C], dtype=tl.float32) + z_until[None, :]  # the same for every row
+        z_start = tl.dot(ending, write, tl.exp2(z_past) * z_start, input_precision=PRECISION)
+        if z_out is not None:
+            tl.store(z_out + corner * W + tile, z, mask=m_cw)
+    if SINGLE:
+        tl.store(z_final + at_border, tl.sum(tl.where(o_c[:, None] == 0, z_start, 0.0), axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_back_sums_kernel(
-    k_in, z_border, d_z_in, z_total, z_local,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    k_in, z_saved, d_z_in, z_total, z_local,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """What a chunk does to the cotangent of each state, last token first: dS' = total dS + local."""
+    """What a segment does to the cotangent of each state, last token first: dS' = total dS + local."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    z_carry = 0.0 + tl.zeros([C, BW], dtype=tl.float32)
+    z_whole = tl.full([1, BW], 0.0, tl.float32)
+    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    z_ahead = tl.load(z_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - j
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        z_start = tl.load(z_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
-        write = k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        z_before = decay * z_start[None, :] + write
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        z_decay = 1.0
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        z_start = z_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+        z_ahead = tl.load(z_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.zeros([C], dtype=tl.float32)
+        z_sums = tl.cumsum(step, axis=0)
+        z_past = tl.sum(step, axis=0)
+        z_until = tl.exp2(tl.minimum(z_past - z_sums, 0.0))
         write = k
-        z_decay = tl.where(live[:, None] & m_w[None, :], z_decay, 1.0)
-        z = z_decay * z_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(z_sums[:, None] - z_sums[None, :], from_past)
+        z_kept = tl.dot(tl.exp2(gap), write, tl.exp2(z_sums)[:, None] * z_start, input_precision=PRECISION)
+        z = z_kept + write
         z_in_token = 0.0
-        if RAW:
-            z_in_token = tl.load(d_z_in + wide, mask=m_cw, other=0.0)
+        if d_z_in is not None:
+            z_in_token += tl.load(d_z_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
         # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
-        follows = live & (o_c < C - 1) & (row + 1 < end)
-        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(m_cw, z_in_token, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
-        starting = o_c[:, None] == 0
-        decay = tl.sum(tl.where(starting, z_decay * decay, 0.0), axis=0)
-        write = tl.sum(tl.where(starting, z_decay * write, 0.0), axis=0)
-        tl.store(z_total + at_border, decay, mask=m_w)
-        tl.store(z_local + at_border, write, mask=m_w)
+        token = tl.where(m_cw, z_in_token, 0.0)
+        z_whole += z_past
+        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(z_sums)[None, :]  # the same for every row
+        z_carry = tl.dot(since, token, tl.exp2(z_past) * z_carry, input_precision=PRECISION)
+    tl.store(z_total + at_border, tl.sum(tl.exp2(z_whole), axis=0), mask=m_w)
+    tl.store(z_local + at_border, tl.sum(tl.where(o_c[:, None] == 0, z_carry, 0.0), axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H", "TOTAL"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH", "TOTAL"])
 def _vector_k_backward_kernel(
-    k_in, z_border, d_z_in, d_z_border, d_k_out, TOTAL,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    k_in, z_saved, d_z_in, d_k_through, d_z_border, d_k_out, d_z_initial, TOTAL,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Cotangents of the inputs, and of the parameters from each chunk."""
+    """Cotangents of the inputs, and of the parameters from each segment."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    z_carry = tl.load(d_z_border + at_border, mask=m_w, other=0.0)[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    z_ahead = tl.load(z_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - j
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        z_start = tl.load(z_border + at_border, mask=m_w, other=0.0)
-        z_carry = tl.load(d_z_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
-        write = k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        z_before = decay * z_start[None, :] + write
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        z_decay = 1.0
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        z_start = z_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+        z_ahead = tl.load(z_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.zeros([C], dtype=tl.float32)
+        z_sums = tl.cumsum(step, axis=0)
+        z_past = tl.sum(step, axis=0)
+        z_until = tl.exp2(tl.minimum(z_past - z_sums, 0.0))
         write = k
-        z_decay = tl.where(live[:, None] & m_w[None, :], z_decay, 1.0)
-        z = z_decay * z_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(z_sums[:, None] - z_sums[None, :], from_past)
+        z_kept = tl.dot(tl.exp2(gap), write, tl.exp2(z_sums)[:, None] * z_start, input_precision=PRECISION)
+        z = z_kept + write
         z_in_token = 0.0
-        if RAW:
-            z_in_token = tl.load(d_z_in + wide, mask=m_cw, other=0.0)
+        if d_z_in is not None:
+            z_in_token += tl.load(d_z_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
         # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        decay = 1.0
-        follows = live & (o_c < C - 1) & (row + 1 < end)
-        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(m_cw, z_in_token, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
-        d_z = decay * z_carry[None, :] + write
+        token = tl.where(m_cw, z_in_token, 0.0)
+        gap = tl.minimum(z_sums[None, :] - z_sums[:, None], from_future)
+        d_z = tl.dot(tl.exp2(gap), token, z_until[:, None] * z_carry, input_precision=PRECISION)
+        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(z_sums)[None, :]  # the same for every row
+        z_carry = tl.dot(since, token, tl.exp2(z_past) * z_carry, input_precision=PRECISION)
         grad_k = d_z
-        tl.store(d_k_out + wide, tl.where(m_cw, grad_k, 0.0).to(d_k_out.dtype.element_ty), mask=m_cw)
+        if d_k_through is not None:
+            grad_k += tl.load(d_k_through + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        tl.store(d_k_out + corner * W + tile, (grad_k + tl.zeros([C, BW], dtype=tl.float32)).to(d_k_out.dtype.element_ty), mask=m_cw)
+    if SINGLE:
+        tl.store(d_z_initial + at_border, tl.sum(tl.where(o_c[:, None] == 0, z_carry, 0.0), axis=0), mask=m_w)
 
 
 _VECTOR_k = (True,)  # which inputs and parameters have channels
+_VECTOR_k_through = (0,)  # inputs that are handed on, so that their other gradient is added here
 
 
-def _vector_k_tile(W):
-    """Tokens a chunk, channels a program, warps."""
-    return 64, 1 if W == 1 else _tile(W, 32), 4
+def _vector_k_proposals(W, dtype):
+    """Tokens a chunk, channels a program, warps forward and backward, stages; the first by default."""
+    if dtype == torch.float32 or W < 32:
+        return [(32, _tile(W, 32), 4, 4, 2), (32, _tile(W, 32), 2, 2, 2)]
+    found = [(64, 32, 4, 4, 3), (64, 32, 8, 8, 3), (32, 32, 2, 2, 3), (32, 32, 2, 2, 4)]
+    return found if W <= 32 else [*found, (32, 64, 8, 8, 3), (32, 64, 4, 4, 3)]
 
 
-def _vector_k_forward(*arguments):
+def _vector_k_options(inputs, like, W, T, B, offsets, backward):
+    """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
+    N, H = like.shape[:2]
+    dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_k) if wide), torch.float32)
+    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _OPS, W, dtype)
+    tiles = _cdiv(W, BW)
+    spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
+    fast = _fast(like)
+    precision = "tf32" if dtype != torch.float32 else "tf32x3" if fast else "ieee"
+    fixed = dict(
+        W=W, C=C, BW=BW, SINGLE=single, PRECISION=precision, STAGES=stages,
+        FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
+    )
+    carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
+    return (tiles * H * segments,), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
+
+
+def _vector_k_slots(B, T, N):
+    """Places for the states at chunk borders, however a batch is cut into segments."""
+    return B * T // 32 * 2 + N
+
+
+def _vector_k_forward(*arguments, save=True):
     *tensors, scale, raw, offsets, dtype = arguments
     inputs, parameters, initial = tensors[:1], tensors[1:1], tensors[1:]
     B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
     W = tensors[1].shape[2]
-    N = initial[0].shape[0]
-    C, BW, warps = _vector_k_tile(W)
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    like = initial[0]
+    like, N = initial[0], initial[0].shape[0]
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, False)
     channels = (W,) if True else ()
     features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range(0)]
     values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
-    borders = [like.new_empty((chunks, H, *channels)) for _ in initial]
+    saved = [like.new_empty((_vector_k_slots(B, T, N), H, *channels) if save else (0,)) for _ in initial]
     final = [torch.empty_like(t) for t in initial]
-    total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
-    grid = (_cdiv(W, BW) * H * chunks,)
-    _vector_k_sums_kernel[grid](
-        *inputs, *parameters, *total, *local, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
-    )
-    for state in zip(total, local, initial, borders, final):
-        _carry_vector_kernel[(_cdiv(W, BW) * N * H,)](
-            *state, offsets, bases, T, NT, H,
-            W=W, C=C, BW=BW, BN=16, REVERSE=False, PACKED=offsets is not None, num_warps=1,
-        )
+    borders = initial
+    if not single:
+        total, local, borders = ([like.new_empty((segments, H, *channels)) for _ in initial] for _ in range(3))
+        _vector_k_sums_kernel[grid](*inputs, *parameters, *total, *local, spans, scale, *sizes, **fixed)
+        for state in zip(total, local, initial, borders, final):
+            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=False, **carry)
+    none = [None] * 1
     _vector_k_kernel[grid](
-        *inputs, *parameters, *features, *values, *borders, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+        *inputs, *parameters, *features, *(values if raw else none), *borders, *(saved if save else none), *final,
+        spans, scale, *sizes, **fixed,
     )
-    return (*features, *values, *borders, *final)
+    return (*features, *values, *saved, *final)
 
 
 def _vector_k_backward(*arguments):
     *tensors, scale, raw, offsets = arguments
-    inputs, parameters = tensors[:1], tensors[1:1]
-    borders = tensors[1:2]
-    d_features = tensors[2:2]
-    d_values = tensors[2:3]
-    d_final = tensors[3:]
+    inputs, parameters, saved = tensors[:1], tensors[1:1], tensors[1:2]
+    d_features, d_values = tensors[2:2], tensors[2:3]
+    d_through, d_final = tensors[3:4], tensors[4:]
     like = d_final[0]
     N, H = like.shape[:2]
-    B, T = inputs[0].shape[:2] if inputs else d_features[0].shape[:2]
+    B, T = inputs[0].shape[:2] if inputs else (d_features + d_values)[0].shape[:2]
     W = like.shape[2] if True else 1
-    C, BW, warps = _vector_k_tile(W)
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    tiles = _cdiv(W, BW)
-    grid = (tiles * H * chunks,)
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, True)
     d_inputs = [
         torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_k)
     ]
-    d_parameters = [like.new_zeros((chunks, H, W)) for _ in parameters]
+    d_parameters = [like.new_empty((segments, H, W)) for _ in parameters]
     d_initial = [torch.empty_like(t) for t in d_final]
-    d_borders, total, local = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    _vector_k_back_sums_kernel[grid](
-        *inputs, *parameters, *borders, *d_features, *d_values, *total, *local, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
-    )
-    for state in zip(total, local, d_final, d_borders, d_initial):
-        _carry_vector_kernel[(tiles * N * H,)](
-            *state, offsets, bases, T, NT, H,
-            W=W, C=C, BW=BW, BN=16, REVERSE=True, PACKED=offsets is not None, num_warps=1,
+    d_borders = d_final
+    if not single:
+        total, local, d_borders = ([like.new_empty((segments, H, W)) for _ in d_final] for _ in range(3))
+        _vector_k_back_sums_kernel[grid](
+            *inputs, *parameters, *saved, *d_features, *d_values, *total, *local, spans, scale, *sizes, **fixed,
         )
+        for state in zip(total, local, d_final, d_borders, d_initial):
+            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=True, **carry)
     _vector_k_backward_kernel[grid](
-        *inputs, *parameters, *borders, *d_features, *d_values, *d_borders, *d_inputs, *d_parameters,
-        B * T * H, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+        *inputs, *parameters, *saved, *d_features, *d_values, *d_through, *d_borders, *d_inputs, *d_parameters, *d_initial,
+        B * T * H, spans, scale, *sizes, **fixed,
     )
     d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_k)]
     d_parameters = [
@@ -1328,7 +1420,7 @@ _vector_k_op = torch.library.custom_op(
 )
 _vector_k_backward_op = torch.library.custom_op(
     f"{_OPS}::vector_k_backward", _vector_k_backward, mutates_args=(),
-    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor)",
+    schema="(Tensor t0, Tensor t1, Tensor? v0, Tensor? h0, Tensor f0, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor)",
 )
 
 
@@ -1337,12 +1429,11 @@ def _vector_k_fake(*arguments):
     *tensors, scale, raw, offsets, dtype = arguments
     initial = tensors[1:]
     B, T, H = dtype.shape[:3]
-    chunks = -(-T // 64) * B if offsets is None else T // 64 + initial[0].shape[0]
     channels = initial[0].shape[2:]
     features = [dtype.new_empty((B, T, H, *channels)) for _ in range(0)]
     values = [t.new_empty((B, T, H, *channels) if raw else (0,)) for t in initial]
-    borders = [t.new_empty((chunks, H, *channels)) for t in initial]
-    return (*features, *values, *borders, *(torch.empty_like(t) for t in initial))
+    saved = [t.new_empty((_vector_k_slots(B, T, t.shape[0]), H, *channels)) for t in initial]
+    return (*features, *values, *saved, *(torch.empty_like(t) for t in initial))
 
 
 @_vector_k_backward_op.register_fake
@@ -1353,14 +1444,21 @@ def _vector_k_backward_fake(*arguments):
 
 def _vector_k_save(ctx, inputs, output):
     *tensors, scale, raw, offsets, dtype = inputs
-    ctx.scale, ctx.raw = scale, raw
+    ctx.scale, ctx.raw, ctx.shape = scale, raw, [(t.shape, t.dtype) for t in output]
     ctx.save_for_backward(*tensors[:1], *output[1:2], offsets)
 
 
-def _vector_k_gradient(ctx, *cotangents):
+def _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward_op):
     *saved, offsets = ctx.saved_tensors
-    used = [*cotangents[:1], *cotangents[2:]]
-    grads = _vector_k_backward_op(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
+    cotangents = [None if t is None else t.contiguous() for t in cotangents]
+    for i in (*range(0), *range(2, 3)):
+        if cotangents[i] is None:
+            shape, dtype = ctx.shape[i]
+            cotangents[i] = saved[-1].new_zeros(shape, dtype=dtype)
+    values = [t if ctx.raw else None for t in cotangents[0:1]]
+    through = [*cotangents[3:], *[None] * 1][:1]
+    final = cotangents[2:3]
+    grads = run(*saved, *cotangents[:0], *values, *through, *final, ctx.scale, ctx.raw, offsets)
     return (*grads, None, None, None, None)
 
 
@@ -1374,31 +1472,29 @@ class _vector_k_eager(torch.autograd.Function):
     def forward(ctx, *arguments):
         output = _vector_k_forward(*arguments)
         _vector_k_save(ctx, arguments, output)
-        borders = output[1:2]
-        ctx.mark_non_differentiable(*borders)
-        return output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:2])
+        return (*output, *(arguments[i] for i in _VECTOR_k_through))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        *saved, offsets = ctx.saved_tensors
-        used = [*cotangents[:1], *cotangents[2:]]
-        grads = _vector_k_backward(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
-        return (*grads, None, None, None, None)
+        return _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward)
 
 
 def _vector_k(*arguments):
-    """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
+    """Features of every token, values of the states (empty unless ``raw``), final states, inputs to use elsewhere."""
     *tensors, scale, raw, offsets, like = arguments
     tensors = [t.contiguous() for t in tensors]
+    through = [tensors[i] for i in _VECTOR_k_through]
     if torch.compiler.is_compiling():
-        run = _vector_k_op
+        out = _vector_k_op(*tensors, scale, raw, offsets, like.detach())
     elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        run = _vector_k_eager.apply
+        out = _vector_k_eager.apply(*tensors, scale, raw, offsets, like.detach())
+        through = out[3:]
     else:
-        run = _vector_k_forward
-    out = run(*tensors, scale, raw, offsets, like.detach())
-    return out[:0], out[0:1], out[2:]
+        out = _vector_k_forward(*tensors, scale, raw, offsets, like, save=False)
+    return out[:0], out[0:1], out[2:3], through
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -1787,9 +1883,10 @@ def _chunk_triton_core(q, k, v, eps, S, z, scale, offsets, want_variance):
     eps_ = eps.float()[..., None, None]
 
     # z_t = 1 * z_(t-1) + k, at every token
-    features, values, final = _vector_k(
+    features, values, final, through = _vector_k(
         k, z, scale, True, offsets, q.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)
     )
+    k = through[0]
     z_final = final[0]
     z_all = values[0][..., :, None]
 

@@ -1270,13 +1270,57 @@ def _compose(decay_a, write_a, decay_b, write_b):
     return decay_a * decay_b, write_a * decay_b + write_b
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel
+def _inverse(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@_kernel
+def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
+    """First and end token of segment ``i_c``; empty for the spare segments of a packed batch."""
+    if PACKED:
+        begin = tl.load(spans + 2 * i_c).to(tl.int64)
+        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
+    else:
+        sequence = (i_c // NT).to(tl.int64)
+        begin = sequence * T + (i_c % NT).to(tl.int64) * LENGTH
+        end = tl.minimum(begin + LENGTH, sequence * T + T)
+    return begin, end
+
+
+_PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
+_SHORTEST = 256  # tokens that a program walks at least
+
+
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _segments(T, offsets, N, B, H, tiles, C):
+    """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence).
+
+    Sequences stay whole where there are many, whatever their length, so that no length needs other kernels.
+    """
+    if offsets is None and 2 * N * H * tiles >= _PROGRAMS:
+        return None, None, 1, N, T, True
+    length = max(_cdiv(B * T * H * tiles, _PROGRAMS), _SHORTEST)
+    length = _cdiv(length, C) * C
+    return (*_plan(T, offsets, N, length), length, False)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _carry_vector_kernel(
-    total, local, start, border, final, offsets, bases, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
-    REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    total, local, start, border, final, offsets, bases, T, NT, H, LENGTH,
+    W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Values at chunk borders from what each chunk does: value' = total value + local, in either direction."""
+    """Values at segment borders from what each segment does: value' = total value + local, in either direction."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_nh = (pid // NW).to(tl.int64)
@@ -1284,68 +1328,83 @@ def _carry_vector_kernel(
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_w = (pid % NW) * BW + tl.arange(0, BW)
     m_w = o_w < W
-    chunks = tl.cdiv(end - begin, C)
+    segments = tl.cdiv(end - begin, LENGTH)
     value = tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
-    first = chunks - 1 if REVERSE else chunks * 0
+    first = segments - 1 if REVERSE else segments * 0
     tl.store(border + ((base + first) * H + i_h) * W + o_w, value, mask=o_w < tl.where(begin < end, W, 0))
-    for i in range(0, chunks, BN):
+    for i in range(0, segments, BN):
         step = i + tl.arange(0, BN)
-        chunk = chunks - 1 - step if REVERSE else step
-        at = ((base + chunk) * H + i_h)[:, None] * W + o_w[None, :]
-        mask = (step < chunks)[:, None] & m_w[None, :]
+        segment = segments - 1 - step if REVERSE else step
+        at = ((base + segment) * H + i_h)[:, None] * W + o_w[None, :]
+        mask = (step < segments)[:, None] & m_w[None, :]
         decay = tl.load(total + at, mask=mask, other=1.0)
         write = tl.load(local + at, mask=mask, other=0.0)
         decay, write = tl.associative_scan((decay, write), 0, _compose)
         after = decay * value[None, :] + write
         there = at - H * W if REVERSE else at + H * W
-        tl.store(border + there, after, mask=mask & (step + 1 < chunks)[:, None])
+        tl.store(border + there, after, mask=mask & (step + 1 < segments)[:, None])
         value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
     tl.store(final + i_nh * W + o_w, value, mask=m_w)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_sums_kernel(
     q_in, k_in, b_in, g_in, I_p_in, Ibar_total, Ibar_local,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """What a chunk does to each state: S' = total S + local."""
+    """What a segment does to each state: S' = total S + local."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    Ibar_sum = tl.zeros([C, BW], dtype=tl.float32)
+    Ibar_whole = tl.full([1, BW], 0.0, tl.float32)
+    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g)
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        b_row = b_next.to(tl.float32)
+        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        b = b_row[:, None]
+        g_row = g_next.to(tl.float32)
+        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        g = g_row[:, None]
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_past = tl.sum(step, axis=0)
+        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
         write = b * k * k
-        decay = tl.where(m_cw, decay, 1.0)
-        write = tl.where(m_cw, write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        ending = o_c[:, None] == C - 1
-        tl.store(Ibar_total + at_border, tl.sum(tl.where(ending, decay, 0.0), axis=0), mask=m_w)
-        tl.store(Ibar_local + at_border, tl.sum(tl.where(ending, write, 0.0), axis=0), mask=m_w)
+        Ibar_sum = tl.exp2(Ibar_past) * Ibar_sum + Ibar_until[:, None] * tl.where(m_cw, write, 0.0)
+        Ibar_whole += Ibar_past
+    tl.store(Ibar_total + at_border, tl.sum(tl.exp2(Ibar_whole), axis=0), mask=m_w)
+    tl.store(Ibar_local + at_border, tl.sum(Ibar_sum, axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, feature_0_out, Ibar_out, Ibar_border,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    q_in, k_in, b_in, g_in, I_p_in, feature_0_out, Ibar_out, Ibar_border, Ibar_saved, Ibar_final,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Ibar = exp(g) Ibar + b*k**2; features of every token."""
     NW: tl.constexpr = (W + BW - 1) // BW
@@ -1353,257 +1412,302 @@ def _vector_k_kernel(
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)[None, :]
+    Ibar_start += tl.zeros([C, BW], dtype=tl.float32)
+    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    from_past = tl.where(o_c[:, None] >= o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_ = tl.load(b_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        g_ = tl.load(g_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g_)
-        write = b_ * k_ * k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        Ibar_before = decay * Ibar_start[None, :] + write
-        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        Ibar_decay = tl.exp(g)
+        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        b_row = b_next.to(tl.float32)
+        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        b = b_row[:, None]
+        g_row = g_next.to(tl.float32)
+        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        g = g_row[:, None]
+        if Ibar_saved is not None:
+            tl.store(Ibar_saved + (((first) // C + i_c) * H + i_h) * W + o_w[None, :] + o_c[:, None] * 0, Ibar_start, mask=(o_c == 0)[:, None] & m_w[None, :])
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_past = tl.sum(step, axis=0)
+        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
         write = b * k * k
-        Ibar_decay = tl.where(live[:, None] & m_w[None, :], Ibar_decay, 1.0)
-        Ibar = Ibar_decay * Ibar_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
-        feature_0_now = q / (I_p + Ibar)
-        tl.store(feature_0_out + wide, (feature_0_now).to(feature_0_out.dtype.element_ty), mask=m_cw)
-        if RAW:
-            tl.store(Ibar_out + wide, Ibar, mask=m_cw)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
+        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
+        Ibar = Ibar_kept
+        ending = tl.zeros([C, C], dtype=tl.float32) + Ibar_until[None, :]  # the same for every row
+        Ibar_start = tl.dot(ending, write, tl.exp2(Ibar_past) * Ibar_start, input_precision=PRECISION)
+        inverse_0 = _inverse(I_p + Ibar, FAST)
+        feature_0_now = inverse_0 * q
+        tl.store(feature_0_out + corner * W + tile, (feature_0_now).to(feature_0_out.dtype.element_ty), mask=m_cw)
+        if Ibar_out is not None:
+            tl.store(Ibar_out + corner * W + tile, Ibar, mask=m_cw)
+    if SINGLE:
+        tl.store(Ibar_final + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_start, 0.0), axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _vector_k_back_sums_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, d_feature_0_in, d_Ibar_in, Ibar_total, Ibar_local,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_saved, d_feature_0_in, d_Ibar_in, Ibar_total, Ibar_local,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """What a chunk does to the cotangent of each state, last token first: dS' = total dS + local."""
+    """What a segment does to the cotangent of each state, last token first: dS' = total dS + local."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    Ibar_carry = 0.0 + tl.zeros([C, BW], dtype=tl.float32)
+    Ibar_whole = tl.full([1, BW], 0.0, tl.float32)
+    b_next = tl.load(b_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
+    g_next = tl.load(g_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
+    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    Ibar_ahead = tl.load(Ibar_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - j
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_ = tl.load(b_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        g_ = tl.load(g_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g_)
-        write = b_ * k_ * k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        Ibar_before = decay * Ibar_start[None, :] + write
-        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        Ibar_decay = tl.exp(g)
+        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        b_row = b_next.to(tl.float32)
+        b_next = tl.load(b_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
+        b = b_row[:, None]
+        g_row = g_next.to(tl.float32)
+        g_next = tl.load(g_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
+        g = g_row[:, None]
+        Ibar_start = Ibar_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+        Ibar_ahead = tl.load(Ibar_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_past = tl.sum(step, axis=0)
+        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
         write = b * k * k
-        Ibar_decay = tl.where(live[:, None] & m_w[None, :], Ibar_decay, 1.0)
-        Ibar = Ibar_decay * Ibar_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
-        d_feature_0 = tl.load(d_feature_0_in + wide, mask=m_cw, other=0.0).to(tl.float32)
-        Ibar_in_token = -d_feature_0 * q / ((I_p + Ibar) * (I_p + Ibar))
-        if RAW:
-            Ibar_in_token += tl.load(d_Ibar_in + wide, mask=m_cw, other=0.0)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
+        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
+        Ibar = Ibar_kept + write
+        d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        inverse_0 = _inverse(I_p + Ibar, FAST)
+        Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
+        if d_Ibar_in is not None:
+            Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
         # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        q_ = tl.load(q_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_ = tl.load(b_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
-        g_ = tl.load(g_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g_)
-        follows = live & (o_c < C - 1) & (row + 1 < end)
-        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(m_cw, Ibar_in_token, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
-        starting = o_c[:, None] == 0
-        decay = tl.sum(tl.where(starting, Ibar_decay * decay, 0.0), axis=0)
-        write = tl.sum(tl.where(starting, Ibar_decay * write, 0.0), axis=0)
-        tl.store(Ibar_total + at_border, decay, mask=m_w)
-        tl.store(Ibar_local + at_border, write, mask=m_w)
+        token = tl.where(m_cw, Ibar_in_token, 0.0)
+        Ibar_whole += Ibar_past
+        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(Ibar_sums)[None, :]  # the same for every row
+        Ibar_carry = tl.dot(since, token, tl.exp2(Ibar_past) * Ibar_carry, input_precision=PRECISION)
+    tl.store(Ibar_total + at_border, tl.sum(tl.exp2(Ibar_whole), axis=0), mask=m_w)
+    tl.store(Ibar_local + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_carry, 0.0), axis=0), mask=m_w)
 
-@_kernel(do_not_specialize=["T", "NT", "H", "TOTAL"])
+@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH", "TOTAL"])
 def _vector_k_backward_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, d_feature_0_in, d_Ibar_in, d_Ibar_border, d_q_out, d_k_out, d_b_out, d_g_out, d_I_p_out, TOTAL,
-    spans, scale, T, NT, H,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, RAW: tl.constexpr, PACKED: tl.constexpr,
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_saved, d_feature_0_in, d_Ibar_in, d_k_through, d_Ibar_border, d_q_out, d_k_out, d_b_out, d_g_out, d_I_p_out, d_Ibar_initial, TOTAL,
+    spans, scale, T, NT, H, LENGTH,
+    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Cotangents of the inputs, and of the parameters from each chunk."""
+    """Cotangents of the inputs, and of the parameters from each segment."""
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
     i_h = (pid // NW) % H
     i_c = pid // (NW * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
+    chunks = ((end - begin + C - 1) // C).to(tl.int32)
     o_w = i_w * BW + tl.arange(0, BW)
-    m_w = o_w < W
+    if W % BW == 0:
+        m_w = o_w == o_w
+    else:
+        m_w = o_w < W
     o_c = tl.arange(0, C)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
     at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    if begin < end:
-        row = begin + o_c
-        live = row < end
-        inner = (row <= end) & (o_c > 0)  # the token before is one of this chunk
-        at = row * H + i_h
-        wide = at[:, None] * W + o_w[None, :]
+    Ibar_carry = tl.load(d_Ibar_border + at_border, mask=m_w, other=0.0)[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+    sum_I_p = tl.zeros([C, BW], dtype=tl.float32)
+    b_next = tl.load(b_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
+    g_next = tl.load(g_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
+    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
+    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
+    Ibar_ahead = tl.load(Ibar_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - j
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)
-        Ibar_carry = tl.load(d_Ibar_border + at_border, mask=m_w, other=0.0)
-        # the decays and writes of the token before, so that the scan ends just before each token
-        q_ = tl.load(q_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k_ = tl.load(k_in + (at - H)[:, None] * W + o_w[None, :], mask=(inner)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_ = tl.load(b_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        g_ = tl.load(g_in + at - H, mask=inner, other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g_)
-        write = b_ * k_ * k_
-        decay = tl.where(inner[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(inner[:, None] & m_w[None, :], write, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose)
-        Ibar_before = decay * Ibar_start[None, :] + write
-        q = tl.load(q_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k = tl.load(k_in + (at)[:, None] * W + o_w[None, :], mask=(live)[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        g = tl.load(g_in + at, mask=live, other=0.0).to(tl.float32)[:, None]
-        Ibar_decay = tl.exp(g)
+        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        b_row = b_next.to(tl.float32)
+        b_next = tl.load(b_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
+        b = b_row[:, None]
+        g_row = g_next.to(tl.float32)
+        g_next = tl.load(g_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
+        g = g_row[:, None]
+        Ibar_start = Ibar_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
+        Ibar_ahead = tl.load(Ibar_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_past = tl.sum(step, axis=0)
+        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
         write = b * k * k
-        Ibar_decay = tl.where(live[:, None] & m_w[None, :], Ibar_decay, 1.0)
-        Ibar = Ibar_decay * Ibar_before + tl.where(live[:, None] & m_w[None, :], write, 0.0)
-        d_feature_0 = tl.load(d_feature_0_in + wide, mask=m_cw, other=0.0).to(tl.float32)
-        Ibar_in_token = -d_feature_0 * q / ((I_p + Ibar) * (I_p + Ibar))
-        if RAW:
-            Ibar_in_token += tl.load(d_Ibar_in + wide, mask=m_cw, other=0.0)
+        write = tl.where(m_cw, write, 0.0)
+        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
+        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
+        Ibar = Ibar_kept + write
+        d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        inverse_0 = _inverse(I_p + Ibar, FAST)
+        Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
+        if d_Ibar_in is not None:
+            Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
         # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        q_ = tl.load(q_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        k_ = tl.load(k_in + (at + H)[:, None] * W + o_w[None, :], mask=(live & (o_c < C - 1) & (row + 1 < end))[:, None] & m_w[None, :], other=0.0).to(tl.float32)
-        b_ = tl.load(b_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
-        g_ = tl.load(g_in + at + H, mask=live & (o_c < C - 1) & (row + 1 < end), other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp(g_)
-        follows = live & (o_c < C - 1) & (row + 1 < end)
-        decay = tl.where(follows[:, None] & m_w[None, :], decay, 1.0)
-        write = tl.where(m_cw, Ibar_in_token, 0.0)
-        decay, write = tl.associative_scan((decay, write), 0, _compose, reverse=True)
-        d_Ibar = decay * Ibar_carry[None, :] + write
-        c0 = I_p + Ibar
-        grad_q = d_feature_0 / c0
+        token = tl.where(m_cw, Ibar_in_token, 0.0)
+        gap = tl.minimum(Ibar_sums[None, :] - Ibar_sums[:, None], from_future)
+        d_Ibar = tl.dot(tl.exp2(gap), token, Ibar_until[:, None] * Ibar_carry, input_precision=PRECISION)
+        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(Ibar_sums)[None, :]  # the same for every row
+        Ibar_carry = tl.dot(since, token, tl.exp2(Ibar_past) * Ibar_carry, input_precision=PRECISION)
+        grad_q = d_feature_0 * inverse_0
         grad_k = 2.0 * b * d_Ibar * k
         grad_b = d_Ibar * k * k
-        grad_g = Ibar_before * d_Ibar * tl.exp(g)
-        grad_I_p = -d_feature_0 * q / (c0 * c0)
-        tl.store(d_q_out + wide, tl.where(m_cw, grad_q, 0.0).to(d_q_out.dtype.element_ty), mask=m_cw)
-        tl.store(d_k_out + wide, tl.where(m_cw, grad_k, 0.0).to(d_k_out.dtype.element_ty), mask=m_cw)
-        tl.store(d_b_out + i_w * TOTAL + at, tl.sum(tl.where(m_cw, grad_b, 0.0), axis=1), mask=live)
-        tl.store(d_g_out + i_w * TOTAL + at, tl.sum(tl.where(m_cw, grad_g, 0.0), axis=1), mask=live)
-        tl.store(d_I_p_out + at_border, tl.sum(tl.where(m_cw, grad_I_p, 0.0), axis=0), mask=m_w)
+        grad_g = Ibar_kept * d_Ibar
+        grad_I_p = -d_feature_0 * inverse_0 * inverse_0 * q
+        tl.store(d_q_out + corner * W + tile, (grad_q + tl.zeros([C, BW], dtype=tl.float32)).to(d_q_out.dtype.element_ty), mask=m_cw)
+        if d_k_through is not None:
+            grad_k += tl.load(d_k_through + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        tl.store(d_k_out + corner * W + tile, (grad_k + tl.zeros([C, BW], dtype=tl.float32)).to(d_k_out.dtype.element_ty), mask=m_cw)
+        tl.store(d_b_out + i_w * TOTAL + corner + o_c * H, tl.sum(tl.where(m_cw, grad_b, 0.0), axis=1), mask=live)
+        tl.store(d_g_out + i_w * TOTAL + corner + o_c * H, tl.sum(tl.where(m_cw, grad_g, 0.0), axis=1), mask=live)
+        sum_I_p += tl.where(m_cw, grad_I_p, 0.0)
+    tl.store(d_I_p_out + at_border, tl.sum(sum_I_p, axis=0), mask=m_w)
+    if SINGLE:
+        tl.store(d_Ibar_initial + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_carry, 0.0), axis=0), mask=m_w)
 
 
 _VECTOR_k = (True, True, False, False, False)  # which inputs and parameters have channels
+_VECTOR_k_through = (1,)  # inputs that are handed on, so that their other gradient is added here
 
 
-def _vector_k_tile(W):
-    """Tokens a chunk, channels a program, warps."""
-    return 64, 1 if W == 1 else _tile(W, 32), 4
+def _vector_k_proposals(W, dtype):
+    """Tokens a chunk, channels a program, warps forward and backward, stages; the first by default."""
+    if dtype == torch.float32 or W < 32:
+        return [(32, _tile(W, 32), 4, 4, 2), (32, _tile(W, 32), 2, 2, 2)]
+    found = [(64, 32, 4, 4, 3), (64, 32, 8, 8, 3), (32, 32, 2, 2, 3), (32, 32, 2, 2, 4)]
+    return found if W <= 32 else [*found, (32, 64, 8, 8, 3), (32, 64, 4, 4, 3)]
 
 
-def _vector_k_forward(*arguments):
+def _vector_k_options(inputs, like, W, T, B, offsets, backward):
+    """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
+    N, H = like.shape[:2]
+    dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_k) if wide), torch.float32)
+    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _OPS, W, dtype)
+    tiles = _cdiv(W, BW)
+    spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
+    fast = _fast(like)
+    precision = "tf32" if dtype != torch.float32 else "tf32x3" if fast else "ieee"
+    fixed = dict(
+        W=W, C=C, BW=BW, SINGLE=single, PRECISION=precision, STAGES=stages,
+        FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
+    )
+    carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
+    return (tiles * H * segments,), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
+
+
+def _vector_k_slots(B, T, N):
+    """Places for the states at chunk borders, however a batch is cut into segments."""
+    return B * T // 32 * 2 + N
+
+
+def _vector_k_forward(*arguments, save=True):
     *tensors, scale, raw, offsets, dtype = arguments
     inputs, parameters, initial = tensors[:4], tensors[4:5], tensors[5:]
     B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
     W = tensors[5].shape[2]
-    N = initial[0].shape[0]
-    C, BW, warps = _vector_k_tile(W)
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    like = initial[0]
+    like, N = initial[0], initial[0].shape[0]
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, False)
     channels = (W,) if True else ()
     features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range(1)]
     values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
-    borders = [like.new_empty((chunks, H, *channels)) for _ in initial]
+    saved = [like.new_empty((_vector_k_slots(B, T, N), H, *channels) if save else (0,)) for _ in initial]
     final = [torch.empty_like(t) for t in initial]
-    total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
-    grid = (_cdiv(W, BW) * H * chunks,)
-    _vector_k_sums_kernel[grid](
-        *inputs, *parameters, *total, *local, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
-    )
-    for state in zip(total, local, initial, borders, final):
-        _carry_vector_kernel[(_cdiv(W, BW) * N * H,)](
-            *state, offsets, bases, T, NT, H,
-            W=W, C=C, BW=BW, BN=16, REVERSE=False, PACKED=offsets is not None, num_warps=1,
-        )
+    borders = initial
+    if not single:
+        total, local, borders = ([like.new_empty((segments, H, *channels)) for _ in initial] for _ in range(3))
+        _vector_k_sums_kernel[grid](*inputs, *parameters, *total, *local, spans, scale, *sizes, **fixed)
+        for state in zip(total, local, initial, borders, final):
+            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=False, **carry)
+    none = [None] * 1
     _vector_k_kernel[grid](
-        *inputs, *parameters, *features, *values, *borders, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+        *inputs, *parameters, *features, *(values if raw else none), *borders, *(saved if save else none), *final,
+        spans, scale, *sizes, **fixed,
     )
-    return (*features, *values, *borders, *final)
+    return (*features, *values, *saved, *final)
 
 
 def _vector_k_backward(*arguments):
     *tensors, scale, raw, offsets = arguments
-    inputs, parameters = tensors[:4], tensors[4:5]
-    borders = tensors[5:6]
-    d_features = tensors[6:7]
-    d_values = tensors[7:8]
-    d_final = tensors[8:]
+    inputs, parameters, saved = tensors[:4], tensors[4:5], tensors[5:6]
+    d_features, d_values = tensors[6:7], tensors[7:8]
+    d_through, d_final = tensors[8:9], tensors[9:]
     like = d_final[0]
     N, H = like.shape[:2]
-    B, T = inputs[0].shape[:2] if inputs else d_features[0].shape[:2]
+    B, T = inputs[0].shape[:2] if inputs else (d_features + d_values)[0].shape[:2]
     W = like.shape[2] if True else 1
-    C, BW, warps = _vector_k_tile(W)
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    tiles = _cdiv(W, BW)
-    grid = (tiles * H * chunks,)
+    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, True)
     d_inputs = [
         torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_k)
     ]
-    d_parameters = [like.new_zeros((chunks, H, W)) for _ in parameters]
+    d_parameters = [like.new_empty((segments, H, W)) for _ in parameters]
     d_initial = [torch.empty_like(t) for t in d_final]
-    d_borders, total, local = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    _vector_k_back_sums_kernel[grid](
-        *inputs, *parameters, *borders, *d_features, *d_values, *total, *local, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
-    )
-    for state in zip(total, local, d_final, d_borders, d_initial):
-        _carry_vector_kernel[(tiles * N * H,)](
-            *state, offsets, bases, T, NT, H,
-            W=W, C=C, BW=BW, BN=16, REVERSE=True, PACKED=offsets is not None, num_warps=1,
+    d_borders = d_final
+    if not single:
+        total, local, d_borders = ([like.new_empty((segments, H, W)) for _ in d_final] for _ in range(3))
+        _vector_k_back_sums_kernel[grid](
+            *inputs, *parameters, *saved, *d_features, *d_values, *total, *local, spans, scale, *sizes, **fixed,
         )
+        for state in zip(total, local, d_final, d_borders, d_initial):
+            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=True, **carry)
     _vector_k_backward_kernel[grid](
-        *inputs, *parameters, *borders, *d_features, *d_values, *d_borders, *d_inputs, *d_parameters,
-        B * T * H, spans, scale, T, NT, H,
-        W=W, C=C, BW=BW, RAW=raw, PACKED=offsets is not None, num_warps=warps,
+        *inputs, *parameters, *saved, *d_features, *d_values, *d_through, *d_borders, *d_inputs, *d_parameters, *d_initial,
+        B * T * H, spans, scale, *sizes, **fixed,
     )
     d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_k)]
     d_parameters = [
@@ -1618,7 +1722,7 @@ _vector_k_op = torch.library.custom_op(
 )
 _vector_k_backward_op = torch.library.custom_op(
     f"{_OPS}::vector_k_backward", _vector_k_backward, mutates_args=(),
-    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor t7, Tensor t8, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor? v0, Tensor? h0, Tensor f0, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -1627,12 +1731,11 @@ def _vector_k_fake(*arguments):
     *tensors, scale, raw, offsets, dtype = arguments
     initial = tensors[5:]
     B, T, H = dtype.shape[:3]
-    chunks = -(-T // 64) * B if offsets is None else T // 64 + initial[0].shape[0]
     channels = initial[0].shape[2:]
     features = [dtype.new_empty((B, T, H, *channels)) for _ in range(1)]
     values = [t.new_empty((B, T, H, *channels) if raw else (0,)) for t in initial]
-    borders = [t.new_empty((chunks, H, *channels)) for t in initial]
-    return (*features, *values, *borders, *(torch.empty_like(t) for t in initial))
+    saved = [t.new_empty((_vector_k_slots(B, T, t.shape[0]), H, *channels)) for t in initial]
+    return (*features, *values, *saved, *(torch.empty_like(t) for t in initial))
 
 
 @_vector_k_backward_op.register_fake
@@ -1643,14 +1746,21 @@ def _vector_k_backward_fake(*arguments):
 
 def _vector_k_save(ctx, inputs, output):
     *tensors, scale, raw, offsets, dtype = inputs
-    ctx.scale, ctx.raw = scale, raw
+    ctx.scale, ctx.raw, ctx.shape = scale, raw, [(t.shape, t.dtype) for t in output]
     ctx.save_for_backward(*tensors[:5], *output[2:3], offsets)
 
 
-def _vector_k_gradient(ctx, *cotangents):
+def _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward_op):
     *saved, offsets = ctx.saved_tensors
-    used = [*cotangents[:2], *cotangents[3:]]
-    grads = _vector_k_backward_op(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
+    cotangents = [None if t is None else t.contiguous() for t in cotangents]
+    for i in (*range(1), *range(3, 4)):
+        if cotangents[i] is None:
+            shape, dtype = ctx.shape[i]
+            cotangents[i] = saved[-1].new_zeros(shape, dtype=dtype)
+    values = [t if ctx.raw else None for t in cotangents[1:2]]
+    through = [*cotangents[4:], *[None] * 1][:1]
+    final = cotangents[3:4]
+    grads = run(*saved, *cotangents[:1], *values, *through, *final, ctx.scale, ctx.raw, offsets)
     return (*grads, None, None, None, None)
 
 
@@ -1664,31 +1774,29 @@ class _vector_k_eager(torch.autograd.Function):
     def forward(ctx, *arguments):
         output = _vector_k_forward(*arguments)
         _vector_k_save(ctx, arguments, output)
-        borders = output[2:3]
-        ctx.mark_non_differentiable(*borders)
-        return output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:3])
+        return (*output, *(arguments[i] for i in _VECTOR_k_through))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        *saved, offsets = ctx.saved_tensors
-        used = [*cotangents[:2], *cotangents[3:]]
-        grads = _vector_k_backward(*saved, *(t.contiguous() for t in used), ctx.scale, ctx.raw, offsets)
-        return (*grads, None, None, None, None)
+        return _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward)
 
 
 def _vector_k(*arguments):
-    """Features of every token, values of the states (empty unless ``raw``), final states: each a list."""
+    """Features of every token, values of the states (empty unless ``raw``), final states, inputs to use elsewhere."""
     *tensors, scale, raw, offsets, like = arguments
     tensors = [t.contiguous() for t in tensors]
+    through = [tensors[i] for i in _VECTOR_k_through]
     if torch.compiler.is_compiling():
-        run = _vector_k_op
+        out = _vector_k_op(*tensors, scale, raw, offsets, like.detach())
     elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        run = _vector_k_eager.apply
+        out = _vector_k_eager.apply(*tensors, scale, raw, offsets, like.detach())
+        through = out[4:]
     else:
-        run = _vector_k_forward
-    out = run(*tensors, scale, raw, offsets, like.detach())
-    return out[:1], out[1:2], out[3:]
+        out = _vector_k_forward(*tensors, scale, raw, offsets, like, save=False)
+    return out[:1], out[1:2], out[3:4], through
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2156,16 +2264,14 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     size_k, size_v = _sizes(q, k, v, b, g, I_p, M, Ibar)
     batch, steps, heads = q.shape[:3]
     dtype = torch.promote_types(k.dtype, v.dtype)  # operands of the matmuls
-    # aligned to [B, T, H, K, V], with size 1 where there is no such axis
-    q_ = q.float()[..., :, None]
-    I_p_ = I_p.float()[..., None, None]
 
     # Ibar_t = exp(g) * Ibar_(t-1) + b*k**2, at every token
     # k_feature_0 = q/(I_p + Ibar)
-    features, values, final = _vector_k(
+    features, values, final, through = _vector_k(
         q, k, b, g, I_p, Ibar, scale, want_variance, offsets, q.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)
     )
     k_feature_0 = features[0]
+    k = through[0]
     Ibar_final = final[0]
     if want_variance:
         Ibar_all = values[0][..., :, None]
@@ -2179,6 +2285,9 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     output = (read_0_M).to(q.dtype)
     variance = None
     if want_variance:
+        # aligned to [B, T, H, K, V], with size 1 where there is no such axis
+        q_ = q.float()[..., :, None]
+        I_p_ = I_p.float()[..., None, None]
         variance = (scale ** 2 * (q_ ** 2 / (I_p_ + Ibar_all)).sum(-2, keepdim=True)).expand(batch, steps, heads, 1, size_v)[..., 0, :].to(q.dtype)
     return output, variance, M_final, Ibar_final
 

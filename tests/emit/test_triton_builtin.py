@@ -32,8 +32,22 @@ PLANTED = {
     ("palimpsa", "variance"): WRONG_VARIANCE,
 }
 
-SPILLED = {"_keys_": 1280, "_gradients_": 512, "_local_kernel": 1024, "_reads_kernel": 256, "_states_kernel": 256}
-NARROW = {"_keys_": 7168, "_gradients_": 1024, "_scores_": 2560, "_local_kernel": 1024, "_states_kernel": 256}
+SPILLED = {
+    "_keys_": 1280,
+    "_gradients_": 512,
+    "_local_kernel": 1024,
+    "_reads_kernel": 256,
+    "_states_kernel": 256,
+    "_vector_": 256,
+}
+NARROW = {
+    "_keys_": 7168,
+    "_gradients_": 1024,
+    "_scores_": 2560,
+    "_local_kernel": 1024,
+    "_states_kernel": 256,
+    "_vector_": 512,
+}
 """Bytes a thread that the largest kernels may spill, the others 64: at K = V = 64, and at 32, where the chunkwise
 kernels have two warps only, for Hopper's sake."""
 

@@ -72,7 +72,64 @@ read = "before"
 output = "scale * sum_k(S * q / (1 + z))"
 """
 
+# A precision with a decay for each channel: scans in place of products.
+CHANNELS = """
+name = "channels"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "", domain = "nonnegative" }
+w = { axes = "k", domain = "nonpositive" }
+[parameters]
+u = { axes = "k", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(w) * S + v * k"
+[state.y]
+axes = "k"
+init = "0"
+update = "exp(w) * y + b * k**2"
+[state.z]
+axes = "k"
+init = "0"
+update = "exp(w) * z + k**2"
+[readout]
+output = "scale * sum_k(S * q / (u + y + z))"
+"""
+
+# Two states on k with products, one of which never forgets, and a parameter for each channel.
+SEVERAL = """
+name = "several"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "", domain = "nonnegative" }
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+u = { axes = "k", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k"
+[state.y]
+axes = "k"
+init = "0"
+update = "exp(g) * y + b * u * k**2"
+[state.z]
+axes = "k"
+init = "0"
+update = "z + k**2 + u"
+[readout]
+output = "scale * sum_k(S * q * y / (u + y + z))"
+"""
+
 ODD = {"k": 20, "v": 24}
+SHORT = {"_SHORTEST": 32}
+WHOLE = {"_PROGRAMS": 1}
+"""Segments of 32 tokens, and of whole sequences, whatever the size of the batch."""
 CASES = [
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
@@ -86,18 +143,31 @@ CASES = [
     ("normalized_linear_attention", 20, ODD, False),
     (MANY, 75, ODD, True),
     (EXCLUSIVE, 75, ODD, True),
+    (CHANNELS, 130, {"k": 8, "v": 4}, False, SHORT),
+    (CHANNELS, 75, {"k": 8, "v": 4}, False, WHOLE),
+    (SEVERAL, 75, ODD, True, SHORT),
+    (SEVERAL, 40, {"k": 40, "v": 16}, False, WHOLE),
+    ("palimpsa_folded", 34, {"k": 100, "v": 4}, False, SHORT),
+    ("palimpsa_folded", 75, ODD, True, SHORT),
+    ("palimpsa_folded", 75, {"k": 40, "v": 16}, False, WHOLE),
+    ("normalized_linear_attention", 40, ODD, False, SHORT),
 ]
+NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several"}
 
 
 def identity(case: tuple) -> str:
-    spec, steps, sizes, packed = case
-    name = "many" if spec is MANY else "exclusive" if spec is EXCLUSIVE else spec
-    return f"{name}-T{steps}-K{sizes['k']}-V{sizes['v']}{'-packed' if packed else ''}"
+    spec, steps, sizes, packed, *settings = case
+    setting = "".join(name.lower() for given in settings for name in given)
+    return f"{NAMES.get(spec, spec)}-T{steps}-K{sizes['k']}-V{sizes['v']}{'-packed' if packed else ''}{setting}"
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    asked = [{"id": identity(c), **dict(zip(("spec", "steps", "sizes", "packed"), c, strict=True))} for c in CASES]
+    fields = ("spec", "steps", "sizes", "packed", "settings")
+    asked = [{"id": identity(c), **dict(zip(fields, c, strict=False))} for c in CASES]
+    asked += [
+        {**a, "id": "extreme", "gates": [0.0, -1e4]} for a in asked if a["spec"] == "palimpsa_folded" and a["packed"]
+    ][-1:]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
@@ -111,6 +181,17 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[str, float]], case: str) -> None:
     worst = {name: error for name, error in interpreted[case].items() if not error < 5e-6}
     assert not worst
+
+
+def test_gates_that_keep_all_or_nothing(interpreted: dict[str, dict[str, float]]) -> None:
+    """Sums of log decays inside a chunk lose digits to the steps that forget all; nothing worse happens."""
+    assert all(error < 1e-4 for error in interpreted["extreme"].values())
+
+
+def test_a_gradient_of_an_input_used_twice_is_added_in_the_kernel() -> None:
+    launch = next(x for x in calls("palimpsa_folded", 16, torch.bfloat16) if x.name == "_vector_k_backward_kernel")
+    through = launch.kernel.arg_names.index("d_k_through")
+    assert launch.args[through] is not None and "d_q_through" not in launch.kernel.arg_names
 
 
 def calls(name: str, size: int, dtype: torch.dtype) -> list[offline.Launch]:
@@ -144,6 +225,13 @@ def test_an_input_used_as_it_is_costs_nothing() -> None:
     assert made is not None
     core = made.code[made.code.index("def _chunk_triton_core") :]
     assert ".float()" not in core and "exp(" not in core.split("#")[0]
+
+
+def test_what_only_the_variance_needs_is_made_for_it_only() -> None:
+    made = features.section(dspace.math.analyse(dspace.spec.load("palimpsa_folded")))
+    assert made is not None
+    core = made.code[made.code.index("def _chunk_triton_core") :]
+    assert ".float()" not in core[: core.rindex("if want_variance")] and ".float()" in core
 
 
 def test_other_classes_are_left_to_others() -> None:

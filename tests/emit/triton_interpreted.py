@@ -48,8 +48,10 @@ def draw(domain: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
     return torch.sigmoid(x) if domain == "unit" else x
 
 
-def errors(made: types.ModuleType, steps: int, sizes: dict[str, int], packed: bool) -> dict[str, float]:
-    """Relative error of each result and gradient of the chunk core."""
+def errors(
+    made: types.ModuleType, steps: int, sizes: dict[str, int], packed: bool, gates: list[float] | None = None
+) -> dict[str, float]:
+    """Relative error of each result and gradient of the chunk core; of ``gates``, one of each in three log decays."""
     generator = torch.Generator().manual_seed(steps)
     heads, batch = 2, 1 if packed else 2
     sequences = len(PACKED) - 1 if packed else batch
@@ -61,6 +63,9 @@ def errors(made: types.ModuleType, steps: int, sizes: dict[str, int], packed: bo
     tensors = {}
     for v in spec["inputs"]:
         tensors[v["name"]] = draw(v["domain"], shape(v["axes"], batch, steps, heads), generator)
+        if gates and v["domain"] == "nonpositive":
+            for i, gate in enumerate(gates):
+                tensors[v["name"]].view(-1)[i::3] = gate
     for p in spec["parameters"]:
         tensors[p["name"]] = draw(p["domain"], shape(p["axes"], heads), generator)
     for s in spec["states"]:
@@ -87,7 +92,9 @@ if __name__ == "__main__":
     found: dict[str, dict[str, float]] = {}
     for case in json.load(sys.stdin):
         try:
-            found[case["id"]] = errors(build(case["spec"]), case["steps"], case["sizes"], case["packed"])
+            made = build(case["spec"])
+            vars(made).update(case.get("settings", {}))
+            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], case.get("gates"))
         except Exception as error:  # reported by the test that asked
             traceback.print_exc(limit=-3)
             found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}

@@ -14,7 +14,7 @@ import sympy
 from dspace.emit.base import Section
 from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import boundary, channel, chunkwise, host, vector
+from dspace.emit.triton import boundary, channel, chunkwise, host, vector, vector_host
 from dspace.emit.triton.printer import specialise
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, axes_of
@@ -23,7 +23,11 @@ from dspace.plan.affine import AffinePlan, affine_plan
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _SHAPE: dict[Axes, str] = {"": "", "k": ", size_k", "v": ", size_v"}
-_LOCAL = frozenset({"like", "dtype", "batch", "reads", "features", "values", "final", "raw", "zeros", "triton", "tl"})
+_LOCAL = frozenset(
+    {"like", "dtype", "batch", "reads", "features", "values", "final", "through", "raw", "zeros", "triton", "tl"}
+)
+
+_WANTED = "    if want_variance:"
 
 
 class _Printer(TorchPrinter):
@@ -90,7 +94,7 @@ class _Core:
         kinds = sorted({kind(s) for s in self.plan.matrix_states})
         parts = [host.COMMON, host.TABLES, boundary.SPAN]
         if self.groups:
-            parts += [vector.COMPOSE, vector.CARRY]
+            parts += [vector.COMPOSE, vector_host.PLAN, vector.CARRY]
             if self.plan.exclusive:
                 parts.append(vector.BEFORE)
         kernel_names = dict(self.names)
@@ -114,16 +118,22 @@ class _Core:
         for state in plan.matrix_states:
             self._matrix_state(state)
         self._results(like)
-        # Aligned float32 copies, only of what expressions mention.
-        text = "\n".join(self.out[body:])
-        views = []
-        for v in (*r.inputs, *r.parameters):
-            if f"{names[v.name]}_" in _words(text):
-                views.append(f"    {names[v.name]}_ = {names[v.name]}.float(){_ALIGN[v.axes]}")
-        if views:
-            views.insert(0, "    # aligned to [B, T, H, K, V], with size 1 where there is no such axis")
-        self.out[body:body] = views
+        # Aligned float32 copies, only of what expressions mention, and where only the variance does, with it.
+        asked = next((i for i, line in enumerate(self.out) if line == _WANTED), len(self.out))
+        always = _words("\n".join([*self.out[body:asked], *self.out[asked + 2 :]]))
+        sometimes = _words("\n".join(self.out[asked : asked + 2])) - always
+        self.out[asked + 1 : asked + 1] = [f"    {line}" for line in self._views(sometimes)]
+        self.out[body:body] = self._views(always)
         return self.out
+
+    def _views(self, words: set[str]) -> list[str]:
+        r, names = self.recurrence, self.names
+        views = [
+            f"    {names[v.name]}_ = {names[v.name]}.float(){_ALIGN[v.axes]}"
+            for v in (*r.inputs, *r.parameters)
+            if f"{names[v.name]}_" in words
+        ]
+        return ["    # aligned to [B, T, H, K, V], with size 1 where there is no such axis", *views] if views else []
 
     def _common_type(self) -> str:
         plain = []
@@ -186,6 +196,9 @@ class _Core:
                 *(w.key * w.value for s in states for w in s.writes),
             ]
             used = set().union(*(e.free_symbols for e in exprs))
+            # as they are, the features aside: their two gradients would be added in a pass of its own
+            elsewhere = {e for s in plan.matrix_states for w in s.writes for e in (w.key, w.value)}
+            elsewhere |= {q for q in queries if q not in features.values()}
             group = vector.VectorGroup(
                 axes=axes,
                 states=states,
@@ -193,6 +206,7 @@ class _Core:
                 inputs=tuple(v for v in r.inputs if v.symbol in used),
                 parameters=tuple(p for p in r.parameters if p.symbol in used),
                 features=features,
+                through=tuple(v for v in r.inputs if v.symbol in used & elsewhere and v.axes and v.axes == axes),
             )
             self.groups.append(group)
             self._call_group(group, own, outside)
@@ -209,7 +223,7 @@ class _Core:
             write(f"    # {s.name}_t = {s.decay} * {s.name}_(t-1) + {group.write(s)}, at every token")
         for f, e in group.features.items():
             write(f"    # {group.tag}_{f} = {e}")
-        write(f"    features, values, final = _vector_{group.tag}(")
+        write(f"    features, values, final, through = _vector_{group.tag}(")
         write(
             f"        {', '.join(arguments)}, scale, {raw}, offsets, {names[self.recurrence.inputs[0].name]}.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)"
         )
@@ -217,6 +231,8 @@ class _Core:
         for i, (f, e) in enumerate(group.features.items()):
             write(f"    {group.tag}_{f} = features[{i}]")
             self.features[e] = f"{group.tag}_{f}"
+        for i, v in enumerate(group.through):
+            write(f"    {names[v.name]} = through[{i}]")
         align = _ALIGN[group.axes]
         for i, state in enumerate(states):
             write(f"    {state}_final = final[{i}]")
@@ -291,7 +307,7 @@ class _Core:
             write(f"    output = {self._feature(plan.readout.output, 'v', f'{like}.dtype')}")
         write("    variance = None")
         if plan.readout.variance is not None:
-            write("    if want_variance:")
+            write(_WANTED)
             write(f"        variance = {self._feature(plan.readout.variance, 'v', f'{like}.dtype')}")
         final = [f"{names[s.name]}_final" for s in self.recurrence.states]
         write(f"    return {', '.join(['output', 'variance', *final])}")
