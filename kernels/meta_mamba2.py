@@ -1368,38 +1368,32 @@ def _states_kernel(
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type.
-
-    Two chunks a turn: the state between them hangs on the turn's first, but nothing hangs on it.
-    """
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     i_n = tl.program_id(2) // H
     i_h = tl.program_id(2) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 32)
+    o_c = tl.arange(0, 16)
     m_v, m_k = o_v < V, o_k < K
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
-    many = tl.cdiv(end - begin, 16)
     S = tl.load(S_start + user, mask=m_tile, other=0.0).to(tl.float32)
     S_importance = tl.load(S_importance_start + user, mask=m_tile, other=0.0).to(tl.float32)
-    next_0_0 = tl.load(sums_0 + (tl.minimum(begin + (2 * 0 + 0) * 16 + 16, end) - 1) * H + i_h, mask=2 * 0 + 0 < many, other=0.0)
-    next_0_1 = tl.load(sums_0 + (tl.minimum(begin + (2 * 0 + 1) * 16 + 16, end) - 1) * H + i_h, mask=2 * 0 + 1 < many, other=0.0)
-    for i_p in range(0, tl.cdiv(many, 2)):
-        whole_0_0 = next_0_0
-        whole_0_1 = next_0_1
-        next_0_0 = tl.load(sums_0 + (tl.minimum(begin + (2 * (i_p + 1) + 0) * 16 + 16, end) - 1) * H + i_h, mask=2 * (i_p + 1) + 0 < many, other=0.0)
-        next_0_1 = tl.load(sums_0 + (tl.minimum(begin + (2 * (i_p + 1) + 1) * 16 + 16, end) - 1) * H + i_h, mask=2 * (i_p + 1) + 1 < many, other=0.0)
-        slot = chunks + ((base + 2 * i_p) * H + i_h) * 2 * V * K + tile
-        token = begin + i_p * 32 + o_c
-        live, before = token < end, o_c < 16
+    next_0 = tl.load(sums_0 + (tl.minimum(begin + 0 * 16 + 16, end) - 1) * H + i_h, mask=begin < end, other=0.0)
+    for i_c in range(0, tl.cdiv(end - begin, 16)):
+        slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
+        if STORE:
+            tl.store(slot + 0 * V * K, S.to(chunks.dtype.element_ty), mask=m_tile)
+            tl.store(slot + 1 * V * K, S_importance.to(chunks.dtype.element_ty), mask=m_tile)
+        token = begin + i_c * 16 + o_c
+        live = token < end
         at = token * H + i_h
+        whole_0 = next_0
+        next_0 = tl.load(sums_0 + (tl.minimum(begin + (i_c + 1) * 16 + 16, end) - 1) * H + i_h)  # of the next turn; behind the end, the last
         part = tl.load(sums_0 + at, mask=live, other=0.0)
-        left = whole_0_1 - part + tl.where(before, whole_0_0, 0.0)
-        until_0 = tl.where(live, tl.exp(tl.minimum(left, 0.0)), 0.0)
-        between_0 = tl.where(live & before, tl.exp(tl.minimum(whole_0_0 - part, 0.0)), 0.0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
         raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
@@ -1408,16 +1402,10 @@ def _states_kernel(
         b = raw_b.to(tl.float32)
         key_0 = raw_k.to(OT)
         key_1 = (k * k).to(OT)
-        if STORE:
-            tl.store(slot + 0 * V * K, S.to(chunks.dtype.element_ty), mask=m_tile)
-            tl.store(slot + 1 * V * K, S_importance.to(chunks.dtype.element_ty), mask=m_tile)
-            if 2 * i_p + 1 < many:
-                middle = tl.dot(tl.trans(((v) * between_0[:, None]).to(OT)), key_0, S * tl.exp(whole_0_0), input_precision=PRECISION)
-                tl.store(slot + (H * 2 + 0) * V * K, middle.to(chunks.dtype.element_ty), mask=m_tile)
-                middle = tl.dot(tl.trans(((b) * between_0[:, None]).to(OT)), key_1, S_importance * tl.exp(whole_0_0), input_precision=PRECISION)
-                tl.store(slot + (H * 2 + 1) * V * K, middle.to(chunks.dtype.element_ty), mask=m_tile)
-        S = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, S * tl.exp(whole_0_0 + whole_0_1), input_precision=PRECISION)
-        S_importance = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, S_importance * tl.exp(whole_0_0 + whole_0_1), input_precision=PRECISION)
+        S = S * tl.exp(whole_0)
+        S = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, S, input_precision=PRECISION)
+        S_importance = S_importance * tl.exp(whole_0)
+        S_importance = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, S_importance, input_precision=PRECISION)
     tl.store(S_end + user, S, mask=m_tile)
     tl.store(S_importance_end + user, S_importance, mask=m_tile)
 

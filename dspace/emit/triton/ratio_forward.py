@@ -17,14 +17,18 @@ from dspace.emit.triton.ratio_text import (
     tuples,
     write_lines,
 )
-from dspace.plan.ratio import RatioState
 
 
 def states_kernel(words: Words) -> str:
     """States at the start of every chunk, from each sequence's first state; one tile [BV, BK] a program."""
-    plan, groups, count = words.plan, range(len(words.plan.decays)), len(words.plan.states)
+    plan = words.plan
     keys, values = words.tensors("k", plan.keys), words.tensors("v", plan.values)
-    pointers = [*(f"{n}_in" for n in (*keys, *values)), *words.sums, *(f"{s}_start" for s in words.states), "chunks"]
+    pointers = [
+        *(f"{n}_in" for n in (*keys, *values)),
+        *words.sums,
+        *(f"{s}_start" for s in words.states),
+        "chunks",
+    ]
     pointers += [*(f"{s}_end" for s in words.states), "offsets", "bases"]
     lines = signature(
         "_states_kernel",
@@ -33,56 +37,41 @@ def states_kernel(words: Words) -> str:
         f"K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, {OPTIONS}",
     )
     lines += '''
-    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type.
-
-    Two chunks a turn: the state between them hangs on the turn's first, but nothing hangs on it.
-    """
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     i_n = tl.program_id(2) // H
     i_h = tl.program_id(2) % H
     begin, end, base = _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED)
-    o_c = tl.arange(0, 32)
+    o_c = tl.arange(0, 16)
     m_v, m_k = o_v < V, o_k < K
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
-    many = tl.cdiv(end - begin, 16)
 '''.strip("\n").splitlines()
     for s in words.states:
         lines.append(f"    {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)")
-
-    def wholes(turn: str, pad: str) -> list[str]:
-        """Decay of each of a turn's two chunks, none for one that is not there."""
-        inner = []
-        for half in (0, 1):
-            last = f"(tl.minimum(begin + (2 * {turn} + {half}) * 16 + 16, end) - 1) * H + i_h"
-            for d in groups:
-                inner.append(
-                    f"{pad}next_{d}_{half} = tl.load(sums_{d} + {last}, mask=2 * {turn} + {half} < many, other=0.0)"
-                )
-        return inner
-
-    lines += wholes("0", "    ")
-    lines.append("    for i_p in range(0, tl.cdiv(many, 2)):")
-    lines += [f"        whole_{d}_{half} = next_{d}_{half}" for half in (0, 1) for d in groups]
-    lines += wholes("(i_p + 1)", "        ")
-    lines += (
-        """
-        slot = chunks + ((base + 2 * i_p) * H + i_h) * COUNT * V * K + tile
-        token = begin + i_p * 32 + o_c
-        live, before = token < end, o_c < 16
+    last = "(tl.minimum(begin + {} * 16 + 16, end) - 1) * H + i_h"
+    for d in range(len(plan.decays)):
+        lines.append(f"    next_{d} = tl.load(sums_{d} + {last.format(0)}, mask=begin < end, other=0.0)")
+    lines += [
+        "    for i_c in range(0, tl.cdiv(end - begin, 16)):",
+        f"        slot = chunks + ((base + i_c) * H + i_h) * {len(plan.states)} * V * K + tile",
+        "        if STORE:",
+    ]
+    for i, s in enumerate(words.states):
+        lines.append(f"            tl.store(slot + {i} * V * K, {s}.to(chunks.dtype.element_ty), mask=m_tile)")
+    lines += """
+        token = begin + i_c * 16 + o_c
+        live = token < end
         at = token * H + i_h
-""".replace("COUNT", str(count))
-        .strip("\n")
-        .splitlines()
-    )
-    for d in groups:
+""".strip("\n").splitlines()
+    for d in range(len(plan.decays)):
         lines += [
+            f"        whole_{d} = next_{d}",
+            f"        next_{d} = tl.load(sums_{d} + {last.format('(i_c + 1)')})  # of the next turn; behind the end, the last",
             f"        part = tl.load(sums_{d} + at, mask=live, other=0.0)",
-            f"        left = whole_{d}_1 - part + tl.where(before, whole_{d}_0, 0.0)",
-            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(left, 0.0)), 0.0)",
-            f"        between_{d} = tl.where(live & before, tl.exp(tl.minimum(whole_{d}_0 - part, 0.0)), 0.0)",
+            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - part, 0.0)), 0.0)",
         ]
     for n, axis in [*((n, "k") for n in keys), *((n, "v") for n in values)]:
         at = f"{n}_in + at[:, None] * {axis.upper()} + o_{axis}[None, :]"
@@ -90,24 +79,12 @@ def states_kernel(words: Words) -> str:
         lines.append(f"        {n} = raw_{n}.to(tl.float32)")
     lines += [" " * 8 + line for line in operands(words)]
     show = RatioPrinter(words.names)
-
-    def after(state: RatioState, decay: str, weight: str) -> str:
-        text = f"{words.of(state.symbol)} * tl.exp({decay})"
-        for w in state.writes:
-            value = f"(({show(plan.values[w.value])}) * {weight}_{state.group}[:, None]).to(OT)"
-            text = f"tl.dot(tl.trans({value}), key_{w.key}, {text}, input_precision=PRECISION)"
-        return text
-
-    store = "tl.store(slot + {} * V * K, {}.to(chunks.dtype.element_ty), mask=m_tile)"
-    lines.append("        if STORE:")
-    lines += [" " * 12 + store.format(i, s) for i, s in enumerate(words.states)]
-    lines.append("            if 2 * i_p + 1 < many:")
-    for i, state in enumerate(plan.states):
-        lines.append(f"                middle = {after(state, f'whole_{state.group}_0', 'between')}")
-        lines.append(" " * 16 + store.format(f"(H * {count} + {i})", "middle"))
     for state in plan.states:
-        decay = f"whole_{state.group}_0 + whole_{state.group}_1"
-        lines.append(f"        {words.of(state.symbol)} = {after(state, decay, 'until')}")
+        name = words.of(state.symbol)
+        lines.append(f"        {name} = {name} * tl.exp(whole_{state.group})")
+        for w in state.writes:
+            value = f"(({show(plan.values[w.value])}) * until_{state.group}[:, None]).to(OT)"
+            lines.append(f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)")
     lines += [f"    tl.store({s}_end + user, {s}, mask=m_tile)" for s in words.states]
     return "\n".join(lines) + "\n"
 
