@@ -84,21 +84,21 @@ name = "named_ratio"
 [inputs]
 key_0 = "k"
 full_key_0 = "k"
-value_0 = "v"
-S_0 = { axes = "v", domain = "nonnegative" }
+most = "v"
+border = { axes = "v", domain = "nonnegative" }
 decay_0 = { axes = "", domain = "nonpositive" }
 [parameters]
 row = { axes = "", domain = "positive", init = 1.0 }
-[state.S]
+[state.B]
 axes = "kv"
 init = "0"
-update = "exp(decay_0) * S + value_0 * full_key_0"
+update = "exp(decay_0) * B + most * full_key_0"
 [state.zero]
 axes = "kv"
 init = "0"
-update = "exp(decay_0) * zero + S_0 * full_key_0**2"
+update = "exp(decay_0) * zero + border * full_key_0**2"
 [readout]
-output = "scale * sum_k(S * key_0 / (row + zero))"
+output = "scale * sum_k(B * key_0 / (row + zero))"
 """
 
 
