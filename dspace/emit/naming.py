@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import keyword
+import re
 from collections.abc import Iterable
 
 from dspace.math.ir import Recurrence, State, Variable
@@ -31,6 +32,21 @@ class Namer:
             name += "_"
         self.taken.add(name)
         return name
+
+
+_MADE = re.compile(
+    r"^(?:all|at|back|beside|between|c|d|decay|direct|first|full|grad|handed|i|inverse|key|lead|m|made|new|next|o|of|p|"
+    r"raw|rows|seen|since|slabs|start|step|sum|sums|total|until|value|weighted|whole|within|wrote|y)(?:_.*|\d+)$"
+    r"|_(?:\d+|t|n|c|ahead|all|border|carry|decay|final|in|initial|kept|kernel|key|local|next|now|out|part|past|row|saved|"
+    r"start|starts|end|sums|through|token|total|until|value)$"
+)
+
+
+class KernelNamer(Namer):
+    """Keeps names, too, apart from those that the emitted kernels make of others."""
+
+    def __call__(self, wish: str) -> str:
+        return super().__call__(f"{wish}_x" if _MADE.search(wish) else wish)
 
 
 def public_names(recurrence: Recurrence) -> dict[str, str]:

@@ -130,7 +130,31 @@ ODD = {"k": 20, "v": 24}
 SHORT = {"_SHORTEST": 32}
 WHOLE = {"_PROGRAMS": 1}
 """Segments of 32 tokens, and of whole sequences, whatever the size of the batch."""
+# Names that the kernels and their launches use themselves.
+NAMED = """
+name = "named_fold"
+[inputs]
+W = "k"
+N = "k"
+V = "v"
+I = { axes = "", domain = "nonnegative" }
+next_0 = { axes = "", domain = "nonpositive" }
+[parameters]
+grid = { axes = "", domain = "positive", init = 1.0 }
+[state.B]
+axes = "kv"
+init = "0"
+update = "exp(next_0) * B + V * N"
+[state.carry]
+axes = "k"
+init = "0"
+update = "exp(next_0) * carry + I * N**2"
+[readout]
+output = "scale * sum_k(B * W / (grid + carry))"
+"""
+
 CASES = [
+    (NAMED, 20, {"k": 8, "v": 4}, False),
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
     ("gla", 75, ODD, True),

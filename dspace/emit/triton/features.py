@@ -12,7 +12,7 @@ import re
 import sympy
 
 from dspace.emit.base import Section
-from dspace.emit.naming import INTERNAL, Namer, internal_names
+from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, host, vector, vector_host
 from dspace.emit.triton.printer import specialise
@@ -24,7 +24,11 @@ _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": 
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _SHAPE: dict[Axes, str] = {"": "", "k": ", size_k", "v": ", size_v"}
 _LOCAL = frozenset(
-    {"like", "dtype", "batch", "reads", "features", "values", "final", "through", "raw", "zeros", "triton", "tl"}
+    """after at backward base bases begin border borders carry channels chunks corner cotangents dtype end exclusive fast final
+    features fixed found gap given grads grid initial inputs inside left length like live local mask most options own
+    parameters pid precision raw reads run saved scale segment segments sequence shape since single sizes spans stages
+    starts states step tensors there through tile tiles token total triton tl until values warps wide within write zeros
+    batch B BN BW C FAST H LENGTH N NT NW PACKED PRECISION REVERSE SINGLE STAGES T TOTAL W""".split()
 )
 
 _WANTED = "    if want_variance:"
@@ -76,7 +80,7 @@ class _Core:
         self.recurrence = recurrence
         self.plan = plan
         reserved = INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"}
-        self.names = internal_names(recurrence, Namer(reserved))
+        self.names = internal_names(recurrence, KernelNamer(reserved))
         self.table = recurrence.axes_table() | {r.symbol: "v" for r in plan.readout.reads}
         aligned = {v.name: f"{self.names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
         # Aligned to [B, T, H, K, V] under a name with "_" behind; vector states and reads have such names only.

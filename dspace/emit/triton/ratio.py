@@ -7,12 +7,11 @@ their launches (:mod:`.ratio_host`).
 from __future__ import annotations
 
 import builtins
-import re
 
 import sympy
 
 from dspace.emit.base import Section
-from dspace.emit.naming import INTERNAL, Namer, internal_names
+from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import host
 from dspace.emit.triton.fragments import TILES
@@ -34,17 +33,6 @@ _RESERVED = frozenset(
     border bytes_a_token common device given high keep kept longest low most precision registers slabs unroll variance warps
     B T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL""".split()
 )
-_MADE = re.compile(
-    r"^(?:all|at|back|beside|between|c|d|decay|direct|first|full|handed|i|key|lead|m|made|new|next|o|of|p|raw|rows|seen|"
-    r"since|slabs|start|step|sum|sums|total|until|value|weighted|whole|within|wrote|y)(?:_.*|\d+)$"
-    r"|_(?:\d+|t|n|c|in|out|part|start|starts|end|next|kernel)$"
-)
-"""Names that the kernels make of others."""
-
-
-class _Namer(Namer):
-    def __call__(self, wish: str) -> str:
-        return super().__call__(f"{wish}_x" if _MADE.search(wish) else wish)
 
 
 class _Printer(TorchPrinter):
@@ -57,7 +45,7 @@ def section(analysis: Analysis) -> Section | None:
     if plan is None:
         return None
     recurrence = analysis.recurrence
-    names = internal_names(recurrence, _Namer(INTERNAL | _RESERVED | set(dir(builtins)) | {"scale"}))
+    names = internal_names(recurrence, KernelNamer(INTERNAL | _RESERVED | set(dir(builtins)) | {"scale"}))
     names |= {t.name: t.name for t in (*plan.tensors, *plan.decays) if t.name not in names}
     words = Words(plan, names)
     kernels = [states_kernel, reads_kernel, local_kernel, carry_kernel, settle_kernel]
