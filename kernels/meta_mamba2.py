@@ -1362,7 +1362,7 @@ def _tile_step(at, mask):
     return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _states_kernel(
     k_in, v_in, b_in, sums_0, S_start, S_importance_start, chunks, S_end, S_importance_end, offsets, bases,
     T, LOW, HIGH, NT, H,
@@ -1410,7 +1410,7 @@ def _states_kernel(
     tl.store(S_importance_end + user, S_importance, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _reads_kernel(
     k_in, q_in, v_in, b_in, decay_0_in, I_p_in, chunks, read_0_out, read_1_out, spans,
     scale, T, LOW, HIGH, NT, H,
@@ -1517,7 +1517,7 @@ def _reads_kernel(
             _put(read_1_out + at_v, sum_read_1, m_out)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _local_kernel(
     k_in, q_in, v_in, b_in, decay_0_in, I_p_in, chunks, d_read_0_in, d_read_1_in, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
     scale, T, LOW, HIGH, NT, H,
@@ -1681,7 +1681,7 @@ def _local_kernel(
     tl.store(d_I_p_part + (i_h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + i_c, tl.where(begin < end, d_I_p, 0.0))
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _carry_kernel(
     chunks, adjoints, sums_0, d_S_end, d_S_importance_end, d_S_start, d_S_importance_start, products, offsets, bases,
     T, LOW, HIGH, NT, H,
@@ -1732,7 +1732,7 @@ def _carry_kernel(
     tl.store(d_S_importance_start + user, d_S_importance, mask=m_e)
 
 
-@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _settle_kernel(
     k_in, v_in, b_in, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
     T, LOW, HIGH, NT, H,

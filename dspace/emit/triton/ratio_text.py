@@ -228,7 +228,7 @@ class Words:
 
 def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
     return [
-        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT", "places", "chunks_here", "blocks"])',
+        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])',
         f"def {kernel}(",
         f"    {', '.join(pointers)},",
         f"    {sizes},",
