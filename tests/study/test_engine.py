@@ -98,19 +98,24 @@ def wait_for(condition, seconds: float = 30.0) -> None:
     raise AssertionError("it did not happen in time")
 
 
+def workers_of(engine: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", f"runs/toy --id .*{engine.pid}-"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
     engine = start(toy, "toys:slow")
     wait_for(lambda: states(trials_of()).count("COMPLETE") >= 2 and "RUNNING" in states(trials_of()))
     workers = [int(p.stem.split("-")[-2]) for p in Path("runs/toy/workers").glob("*.lock") if p.stem != "claim"]
     assert workers and set(workers) == {engine.pid}
+    engine.send_signal(signal.SIGSTOP)  # or it would replace its workers, and they give their trials back once it is gone
+    pids = workers_of(engine)
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     engine.kill()
     engine.wait()
-    pids = subprocess.run(
-        ["pgrep", "-f", f"runs/toy --id .*{engine.pid}-"], capture_output=True, text=True
-    ).stdout.split()
-    for pid in pids:
-        os.kill(int(pid), signal.SIGKILL)
-    wait_for(lambda: not subprocess.run(["pgrep", "-f", f"runs/toy --id .*{engine.pid}-"], capture_output=True).stdout)
+    wait_for(lambda: not workers_of(engine))
     before = {t.number: (t.state.name, t.values) for t in trials_of()}
     running = [n for n, (state, _) in before.items() if state == "RUNNING"]
     assert running
