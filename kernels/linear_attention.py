@@ -853,6 +853,29 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
+
+
+def _launch(kernel, grid, pointers, numbers, fixed, **constants):
+    """``kernel[grid](*pointers, *numbers, *fixed, **constants)``.
+
+    Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
+    the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
+    on the values of ``numbers``.
+    """
+    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    device = next(p.device for p in pointers if p is not None)
+    key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
+    found = _COMPILED.get(key)
+    if found is not None:
+        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        return
+    compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
+    # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
+    if hasattr(compiled, "run") and torch.version.hip is None:
+        _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
+
+
 _TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
 _PROPOSALS = {}  # what there was to choose from, by key
 _CONFIGS = {}  # what is in use, by key
@@ -1177,10 +1200,13 @@ def _states_none(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
-    _states_none_kernel[grid](
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    pointers = (
         k, v,
-        initial, states, final, offsets, bases, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        initial, states, final, offsets, bases,
+    )
+    _launch(
+        _states_none_kernel, grid, pointers, (T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return states, final
@@ -1197,9 +1223,12 @@ def _forward_none(q, k, v,
         initial, offsets, bases, NT, chunks, config)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
-    _outputs_none_kernel[(_cdiv(V, BV) * H * chunks,)](
+    pointers = (
         q, k, v,
-        states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        states, o, spans,
+    )
+    _launch(
+        _outputs_none_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return o, final
@@ -1217,17 +1246,23 @@ def _backward_none(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
-    _cotangents_none_kernel[grid](
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    pointers = (
         q, d_o,
-        d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        d_final, d_states, d_initial, offsets, bases,
+    )
+    _launch(
+        _cotangents_none_kernel, grid, pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     BK, BV, warps, stages = gradients
-    _gradients_none_kernel[(H * chunks,)](
+    pointers = (
         q, k, v, d_o,
-        states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        states, d_states, dq, dk, dv, spans,
+    )
+    _launch(
+        _gradients_none_kernel, (H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return (
@@ -1548,8 +1583,9 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    _sequential_kernel[(-(-V // BV) * N * H,)](
-        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+    pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
+    _launch(
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
         PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
@@ -1595,9 +1631,12 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    _sequential_backward_kernel[(blocks * N * H,)](
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    pointers = (
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
+    )
+    _launch(
+        _sequential_backward_kernel, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),

@@ -1004,6 +1004,29 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
+
+
+def _launch(kernel, grid, pointers, numbers, fixed, **constants):
+    """``kernel[grid](*pointers, *numbers, *fixed, **constants)``.
+
+    Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
+    the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
+    on the values of ``numbers``.
+    """
+    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    device = next(p.device for p in pointers if p is not None)
+    key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
+    found = _COMPILED.get(key)
+    if found is not None:
+        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        return
+    compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
+    # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
+    if hasattr(compiled, "run") and torch.version.hip is None:
+        _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
+
+
 _TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
 _PROPOSALS = {}  # what there was to choose from, by key
 _CONFIGS = {}  # what is in use, by key
@@ -1881,7 +1904,8 @@ def _sums(decay, sums, spans, T, low, high, NT, chunks):
     """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
     BH = _tile(H, 64)
-    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
+    grid = (chunks, _cdiv(H, BH), 1)
+    _launch(_sums_kernel, grid, (decay, sums, spans), (T, low, high, NT), (H,), BH=BH, PACKED=spans is not None)
 
 
 def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, keep=None):
@@ -1907,17 +1931,19 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
         M_start, M_end = M_end, torch.empty_like(M)
         Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
-        place = (T, low, high, NT, H)
+        place = (T, low, high, NT)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-        _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+        pointers = (k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases)
+        _launch(
+            _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
         )
         I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
-        _reads_kernel[(chunks, H)](
-            k, q, v, b, decay_0, I_p, border, read_0, read_1, spans,
-            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
+        pointers = (k, q, v, b, decay_0, I_p, border, read_0, read_1, spans)
+        _launch(
+            _reads_kernel, (chunks, H, 1), pointers, (scale, *place), (H,),
+            K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
     if keep is not None and len(bounds) == 2 and border.numel() <= k.numel() + v.numel() + b.numel() + q.numel():
@@ -1972,43 +1998,48 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         M_start, M_end = M_end, torch.empty_like(M)
         Ibar_start, Ibar_end = Ibar_end, torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
-        place = (T, low, high, NT, H)
+        place = (T, low, high, NT)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-        _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-            k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+        pointers = (k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases)
+        _launch(
+            _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=warps, num_stages=3, **common,
         )
     for low, high in zip(bounds[-2::-1], bounds[:0:-1]):
         M_start, M_end = M_starts.pop(), torch.empty_like(M)
         Ibar_start, Ibar_end = Ibar_starts.pop(), torch.empty_like(Ibar)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
-        place = (T, low, high, NT, H)
+        place = (T, low, high, NT)
         if not given:
             _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
             BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-            _states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](
-                k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases, *place,
+            pointers = (k, v, b, sums_0, M_start, Ibar_start, border, M_end, Ibar_end, inside, bases)
+            _launch(
+                _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
                 K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
             )
         d_I_p_part = torch.empty((H, slabs_here * chunks), dtype=torch.float32, device=device)
-        _local_kernel[(chunks, H, slabs_here)](
-            k, q, v, b, decay_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans,
-            scale, *place, K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
+        pointers = (k, q, v, b, decay_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans)
+        _launch(
+            _local_kernel, (chunks, H, slabs_here), pointers, (scale, *place), (H,),
+            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
         d_I_p = d_I_p + d_I_p_part.sum(1)
         d_M_start = torch.empty_like(M)
         d_Ibar_start = torch.empty_like(Ibar)
-        _carry_kernel[(parts, N * H)](
-            border, adjoints, sums_0, d_M_end, d_Ibar_end,
-            d_M_start, d_Ibar_start, products, inside, bases, *place,
+        pointers = (border, adjoints, sums_0, d_M_end, d_Ibar_end,
+                    d_M_start, d_Ibar_start, products, inside, bases)
+        _launch(
+            _carry_kernel, (parts, N * H, 1), pointers, place, (H,),
             K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,
         )
         BK, BV, warps = _settle_tiles(K, V)
-        _settle_kernel[(chunks, H)](
-            k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans,
-            *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
+        pointers = (k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans)
+        _launch(
+            _settle_kernel, (chunks, H, 1), pointers, place, (H,),
+            K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
             num_warps=warps, num_stages=2, **common,
         )
         d_M_end = d_M_start
@@ -2543,8 +2574,9 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    _sequential_kernel[(-(-V // BV) * N * H,)](
-        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+    pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
+    _launch(
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
         PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
@@ -2590,9 +2622,12 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel)[(blocks * N * H,)](
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    pointers = (
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
+    )
+    _launch(
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),

@@ -57,6 +57,7 @@ class Build:
 class _Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel = kernel
+        self.fn = kernel.fn
         self.launches = launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:

@@ -108,7 +108,9 @@ def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
     wait_for(lambda: states(trials_of()).count("COMPLETE") >= 2 and "RUNNING" in states(trials_of()))
     workers = [int(p.stem.split("-")[-2]) for p in Path("runs/toy/workers").glob("*.lock") if p.stem != "claim"]
     assert workers and set(workers) == {engine.pid}
-    engine.send_signal(signal.SIGSTOP)  # or it would replace its workers, and they give their trials back once it is gone
+    engine.send_signal(
+        signal.SIGSTOP
+    )  # or it would replace its workers, and they give their trials back once it is gone
     pids = workers_of(engine)
     assert pids
     for pid in pids:

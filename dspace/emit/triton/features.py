@@ -26,7 +26,7 @@ _SHAPE: dict[Axes, str] = {"": "", "k": ", size_k", "v": ", size_v"}
 _LOCAL = frozenset(
     """after at backward base bases begin border borders carry channels chunks corner cotangents dtype end exclusive fast final
     features fixed found gap given grads grid initial inputs inside left length like live local mask most options own
-    parameters pid precision raw reads run saved scale segment segments sequence shape since single sizes spans stages
+    parameters pid pointers precision raw reads run saved scale segment segments sequence shape since single sizes spans stages
     starts states step tensors there through tile tiles token total triton tl until values warps wide within write zeros
     batch B BN BW C FAST H LENGTH N NT NW PACKED PRECISION REVERSE SINGLE STAGES T TOTAL W""".split()
 )

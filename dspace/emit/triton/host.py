@@ -33,6 +33,29 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
+
+
+def _launch(kernel, grid, pointers, numbers, fixed, **constants):
+    """``kernel[grid](*pointers, *numbers, *fixed, **constants)``.
+
+    Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
+    the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
+    on the values of ``numbers``.
+    """
+    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    device = next(p.device for p in pointers if p is not None)
+    key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
+    found = _COMPILED.get(key)
+    if found is not None:
+        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        return
+    compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
+    # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
+    if hasattr(compiled, "run") and torch.version.hip is None:
+        _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
+
+
 _TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
 _PROPOSALS = {}  # what there was to choose from, by key
 _CONFIGS = {}  # what is in use, by key
@@ -120,8 +143,8 @@ def _decay_sums(g, spans, T, NT, chunks, C):
     W = g[0, 0, 0].numel()
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
-    grid = (chunks, _cdiv(H * W, BW))
-    _decay_sums_kernel[grid](g, G, spans, T, NT, H, C=C, W=W, BW=BW, PACKED=spans is not None)
+    grid = (chunks, _cdiv(H * W, BW), 1)
+    _launch(_decay_sums_kernel, grid, (g, G, spans), (T, NT, H), (), C=C, W=W, BW=BW, PACKED=spans is not None)
     return G
 
 
@@ -137,13 +160,16 @@ def _states(k, v,
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
     final = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
-    _states_kernel[grid](
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    pointers = (
         k, v,
 #if decay
         G,
 #endif
-        initial, states, final, offsets, bases, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        initial, states, final, offsets, bases,
+    )
+    _launch(
+        _states_kernel, grid, pointers, (T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return states, final
@@ -155,8 +181,8 @@ def _scores(q, k, G, spans, NT, chunks, config):
     B, T, H, K = k.shape
     OT, precision = _operands(k.dtype)
     A = torch.empty((B, T, H, C), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
-    _scores_kernel[(H * chunks,)](
-        q, k, G, A, spans, T, NT, H, K=K, C=C, BK=BK,
+    _launch(
+        _scores_kernel, (H * chunks, 1, 1), (q, k, G, A, spans), (T, NT, H), (), K=K, C=C, BK=BK,
         OT=OT, PRECISION=precision, PACKED=spans is not None, num_warps=warps, num_stages=stages,
     )
     return A
@@ -186,7 +212,7 @@ def _forward(q, k, v,
 #if key
     A = _scores(q, k, G, spans, NT, chunks, config)
 #endif
-    _outputs_kernel[(_cdiv(V, BV) * H * chunks,)](
+    pointers = (
         q, k, v,
 #if decay
         G,
@@ -194,7 +220,10 @@ def _forward(q, k, v,
 #if key
         A,
 #endif
-        states, o, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        states, o, spans,
+    )
+    _launch(
+        _outputs_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return o, final
@@ -222,36 +251,44 @@ def _backward(q, k, v,
     OT, precision = _operands(k.dtype)
     d_states = torch.empty_like(states)
     d_initial = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H,)
-    _cotangents_kernel[grid](
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    pointers = (
         q, d_o,
 #if decay
         G,
 #endif
-        d_final, d_states, d_initial, offsets, bases, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        d_final, d_states, d_initial, offsets, bases,
+    )
+    _launch(
+        _cotangents_kernel, grid, pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 #if key
     _, _, (BK, BV, warps, stages), gradients = config
     A = _scores(q, k, G, spans, NT, chunks, config)
-    _values_kernel[(_cdiv(V, BV) * H * chunks,)](
-        k, d_o, G, A, d_states, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+    pointers = (k, d_o, G, A, d_states, dv, spans)
+    _launch(
+        _values_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     BK, BV, warps, stages = gradients
-    _keys_kernel[(_cdiv(K, BK) * H * chunks,)](
-        q, k, v, d_o, G, dg, states, d_states, dq, dk, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+    pointers = (q, k, v, d_o, G, dg, states, d_states, dq, dk, spans)
+    _launch(
+        _keys_kernel, (_cdiv(K, BK) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
 #else
     BK, BV, warps, stages = gradients
-    _gradients_kernel[(H * chunks,)](
+    pointers = (
         q, k, v, d_o,
 #if decay
         G, dg,
 #endif
-        states, d_states, dq, dk, dv, spans, scale, T, NT, H, K=K, V=V, C=C, BK=BK, BV=BV,
+        states, d_states, dq, dk, dv, spans,
+    )
+    _launch(
+        _gradients_kernel, (H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
 #endif

@@ -95,7 +95,8 @@ def _sums(decay, sums, spans, T, low, high, NT, chunks):
     """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
     BH = _tile(H, 64)
-    _sums_kernel[(chunks, _cdiv(H, BH))](decay, sums, spans, T, low, high, NT, H, BH=BH, PACKED=spans is not None)
+    grid = (chunks, _cdiv(H, BH), 1)
+    _launch(_sums_kernel, grid, (decay, sums, spans), (T, low, high, NT), (H,), BH=BH, PACKED=spans is not None)
 '''
 
 
@@ -144,7 +145,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
 
 TABLES = """
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
-        place = (T, low, high, NT, H)
+        place = (T, low, high, NT)
 """.strip("\n").splitlines()
 
 
@@ -155,8 +156,9 @@ def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent
     lines = [
         *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
         "BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)",
-        "_states_kernel[(_cdiv(V, BV), _cdiv(K, BK), N * H)](",
-        f"    {', '.join(border)}, inside, bases, *place,",
+        f"pointers = ({', '.join(border)}, inside, bases)",
+        "_launch(",
+        "    _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),",
         f"    K=K, V=V, BK=BK, BV=BV, STORE={store}, num_warps=warps, num_stages=3, **common,",
         ")",
     ]
@@ -184,9 +186,10 @@ def forward(words: Words) -> str:
         *TABLES,
         *_states_lines(words, n, True, 8),
         "        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
-        "        _reads_kernel[(chunks, H)](",
-        f"            {', '.join([*n['k_in'], *n['v_in'], *words.decays, *n['parameters'], 'border', *reads])}, spans,",
-        "            scale, *place, K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
+        f"        pointers = ({', '.join([*n['k_in'], *n['v_in'], *words.decays, *n['parameters'], 'border', *reads])}, spans)",
+        "        _launch(",
+        "            _reads_kernel, (chunks, H, 1), pointers, (scale, *place), (H,),",
+        "            K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
@@ -243,7 +246,6 @@ def backward(words: Words) -> str:
         "        if not given:",
         *_states_lines(words, n, True, 12),
         *(f"        d_{p}_part = {fresh.format('(H, slabs_here * chunks)')}" for p in n["parameters"]),
-        "        _local_kernel[(chunks, H, slabs_here)](",
     ]
     arguments = [*n["k_in"], *n["v_in"], *words.decays, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
     arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
@@ -252,21 +254,25 @@ def backward(words: Words) -> str:
     settled += [*(f"direct_{d}_part" for d in groups), *(f"d_{x}_part" for x in keyed)]
     settled += [f"d_{x}_out" for x in (*keyed, *n["v_in"])] + [f"d_decay_{d}" for d in groups]
     lines += [
-        f"            {', '.join(arguments)},",
-        "            scale, *place, K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
+        f"        pointers = ({', '.join(arguments)})",
+        "        _launch(",
+        "            _local_kernel, (chunks, H, slabs_here), pointers, (scale, *place), (H,),",
+        "            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         *(f"        d_{p} = d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
         *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
-        "        _carry_kernel[(parts, N * H)](",
-        f"            border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
-        f"            {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases, *place,",
+        f"        pointers = (border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
+        f"                    {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases)",
+        "        _launch(",
+        "            _carry_kernel, (parts, N * H, 1), pointers, place, (H,),",
         "            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,",
         "        )",
         "        BK, BV, warps = _settle_tiles(K, V)",
-        "        _settle_kernel[(chunks, H)](",
-        f"            {', '.join(settled)}, spans,",
-        "            *place, K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),",
+        f"        pointers = ({', '.join(settled)}, spans)",
+        "        _launch(",
+        "            _settle_kernel, (chunks, H, 1), pointers, place, (H,),",
+        "            K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),",
         "            num_warps=warps, num_stages=2, **common,",
         "        )",
         *(f"        d_{s}_end = d_{s}_start" for s in states),

@@ -53,8 +53,9 @@ def _sequential_split(arguments):
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
-    _sequential_kernel[(-(-V // BV) * N * H,)](
-        *inputs, *parameters, *states, o, variance, *final, *saved, offsets, scale, T, every, H,
+    pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
+    _launch(
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
         PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
@@ -100,9 +101,12 @@ def _sequential_backward(*arguments):
         s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    @KERNEL@[(blocks * N * H,)](
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states,
-        offsets, scale, T, every, B * T * H, H, K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+    pointers = (
+        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
+    )
+    _launch(
+        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),

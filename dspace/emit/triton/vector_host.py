@@ -78,7 +78,7 @@ def _vector_{tag}_options(inputs, like, W, T, B, offsets, backward):
         FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
     )
     carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
-    return (tiles * H * segments,), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
+    return (tiles * H * segments, 1, 1), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
 
 
 def _vector_{tag}_slots(B, T, N):
@@ -101,14 +101,14 @@ def _vector_{tag}_forward(*arguments, save=True):
     borders = initial
     if not single:
         total, local, borders = ([like.new_empty((segments, H, *channels)) for _ in initial] for _ in range(3))
-        _vector_{tag}_sums_kernel[grid](*inputs, *parameters, *total, *local, spans, scale, *sizes, **fixed)
+        _launch(_vector_{tag}_sums_kernel, grid, (*inputs, *parameters, *total, *local, spans), (scale, *sizes), (), **fixed)
         for state in zip(total, local, initial, borders, final):
-            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=False, **carry)
+            _launch(_carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (), REVERSE=False, **carry)
     none = [None] * {n_state}
-    _vector_{tag}_kernel[grid](
-        *inputs, *parameters, *features, *(values if raw else none), *borders, *(saved if save else none), *final,
-        spans, scale, *sizes, **fixed,
+    pointers = (
+        *inputs, *parameters, *features, *(values if raw else none), *borders, *(saved if save else none), *final, spans,
     )
+    _launch(_vector_{tag}_kernel, grid, pointers, (scale, *sizes), (), **fixed)
     return (*features, *values, *saved, *final)
 
 
@@ -130,15 +130,15 @@ def _vector_{tag}_backward(*arguments):
     d_borders = d_final
     if not single:
         total, local, d_borders = ([like.new_empty((segments, H, W)) for _ in d_final] for _ in range(3))
-        _vector_{tag}_back_sums_kernel[grid](
-            *inputs, *parameters, *saved, *d_features, *d_values, *total, *local, spans, scale, *sizes, **fixed,
-        )
+        pointers = (*inputs, *parameters, *saved, *d_features, *d_values, *total, *local, spans)
+        _launch(_vector_{tag}_back_sums_kernel, grid, pointers, (scale, *sizes), (), **fixed)
         for state in zip(total, local, d_final, d_borders, d_initial):
-            _carry_vector_kernel[(tiles * N * H,)](*state, offsets, bases, *sizes, REVERSE=True, **carry)
-    _vector_{tag}_backward_kernel[grid](
+            _launch(_carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (), REVERSE=True, **carry)
+    pointers = (
         *inputs, *parameters, *saved, *d_features, *d_values, *d_through, *d_borders, *d_inputs, *d_parameters, *d_initial,
-        B * T * H, spans, scale, *sizes, **fixed,
+        spans,
     )
+    _launch(_vector_{tag}_backward_kernel, grid, pointers, (B * T * H, scale, *sizes), (), **fixed)
     d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_{tag})]
     d_parameters = [
         d.sum(0).reshape(t.shape) if wide else d.sum((0, 2)) for d, t, wide in zip(d_parameters, parameters, _VECTOR_{tag}[{n_in}:])

@@ -50,12 +50,13 @@ class Kernels:
         self.narrow = [v for v in group.inputs if not group.wide(v)]
 
     def signature(self, kernel: str, about: str, arguments: list[str]) -> list[str]:
-        fixed = ["T", "NT", "H", "LENGTH", *(["TOTAL"] if "TOTAL" in arguments else [])]
+        total = ["TOTAL"] if kernel == "backward_kernel" else []
+        fixed = [*total, "T", "NT", "H", "LENGTH"]
         return [
             f"@_kernel(do_not_specialize={str(fixed).replace(chr(39), chr(34))})",
             f"def _vector_{self.group.tag}_{kernel}(",
             f"    {', '.join(arguments)},",
-            "    spans, scale, T, NT, H, LENGTH,",
+            f"    spans, {', '.join([*total, 'scale', 'T', 'NT', 'H', 'LENGTH'])},",
             "    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,",
             "    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,",
             "):",
@@ -275,7 +276,7 @@ class Kernels:
         if whole:
             arguments += [f"d_{names[v.name]}_through" for v in group.through]
             arguments += [f"d_{s}_border" for s in states] + [f"d_{names[v.name]}_out" for v in self.leaves]
-            arguments += [f"d_{s}_initial" for s in states] + ["TOTAL"]
+            arguments += [f"d_{s}_initial" for s in states]
             kernel, about = "backward_kernel", "Cotangents of the inputs, and of the parameters from each segment."
         else:
             arguments += [f"{s}_{part}" for part in ("total", "local") for s in states]
