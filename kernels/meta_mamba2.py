@@ -74,6 +74,7 @@ _INPUTS = (('q', 'k'), ('k', 'k'), ('v', 'v'), ('g', ''), ('b', 'v'))
 _PARAMETERS = (('I_p', ''),)
 _STATES = (('S', 'kv'), ('S_importance', 'kv'))
 _HAS_VARIANCE = True
+_STARTS_AT_ZERO = True
 
 
 def _initial_states(I_p, sequences, heads, size_k, size_v, dtype, device):
@@ -91,6 +92,8 @@ def _sizes(*tensors):
     """Number of key and value channels, read from the first tensor that has the axis (1 where none has it)."""
     size_k = size_v = 1
     for tensor, (_, axes) in zip(reversed(tensors), reversed(_INPUTS + _PARAMETERS + _STATES)):
+        if tensor is None:
+            continue
         if "v" in axes:
             size_v = tensor.shape[-1]
         if "k" in axes:
@@ -206,7 +209,8 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    sizes = batch, steps, heads, size_k, size_v
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
             o, variance, final = _run(sequences, *arguments)
@@ -220,7 +224,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
     return o, state
 
 
-def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
     batch, steps, heads, size_k, size_v = sizes
     first = inputs[0]
@@ -228,15 +232,20 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     work = torch.float64 if double else torch.float32
     inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
     parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    core = _CORES.get((first.device.type, form), _reference_core)
+    lean = not double and steps and batch and not torch.compiler.is_compiling() and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
+    elif lean and _STARTS_AT_ZERO:
+        states = [None] * len(_STATES)
     else:
         states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
     if steps == 0 or batch == 0:
         o = first.new_zeros(batch, steps, heads, size_v)
         return o, o, states
-    core = _CORES.get((first.device.type, form), _reference_core)
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if lean:
+        arguments = *arguments, output_final_state
     if first.is_cuda and not torch.compiler.is_compiling():
         with torch.cuda.device_of(first):  # Triton launches on the current device
             o, variance, *final = core(*arguments)
@@ -1069,6 +1078,9 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+_KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
+
+
 def _cdiv(size, tile):
     return -(-size // tile)  # Triton's own costs microseconds on the host
 
@@ -1402,8 +1414,14 @@ def _states_kernel(
     m_tile = m_v[:, None] & m_k[None, :]
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_k[None, :] * V + o_v[:, None]
     tile = o_v[:, None] * K + o_k[None, :]
-    S = tl.load(S_start + user, mask=m_tile, other=0.0).to(tl.float32)
-    S_importance = tl.load(S_importance_start + user, mask=m_tile, other=0.0).to(tl.float32)
+    if S_start is None:  # zero
+        S = tl.zeros([BV, BK], tl.float32)
+    else:
+        S = tl.load(S_start + user, mask=m_tile, other=0.0).to(tl.float32)
+    if S_importance_start is None:  # zero
+        S_importance = tl.zeros([BV, BK], tl.float32)
+    else:
+        S_importance = tl.load(S_importance_start + user, mask=m_tile, other=0.0).to(tl.float32)
     next_0 = tl.load(sums_0 + (tl.minimum(begin + 0 * 16 + 16, end) - 1) * H + i_h, mask=begin < end, other=0.0)
     for i_c in range(0, tl.cdiv(end - begin, 16)):
         slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
@@ -1429,8 +1447,10 @@ def _states_kernel(
         S = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, S, input_precision=PRECISION)
         S_importance = S_importance * tl.exp(whole_0)
         S_importance = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, S_importance, input_precision=PRECISION)
-    tl.store(S_end + user, S, mask=m_tile)
-    tl.store(S_importance_end + user, S_importance, mask=m_tile)
+    if S_end is not None:
+        tl.store(S_end + user, S, mask=m_tile)
+    if S_importance_end is not None:
+        tl.store(S_importance_end + user, S_importance, mask=m_tile)
 
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
@@ -1719,8 +1739,14 @@ def _carry_kernel(
     o_e = i_e * BE + tl.arange(0, BE)  # of [V, K]
     m_e = o_e < V * K
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_e % K * V + o_e // K
-    d_S = tl.load(d_S_end + user, mask=m_e, other=0.0).to(tl.float32)
-    d_S_importance = tl.load(d_S_importance_end + user, mask=m_e, other=0.0).to(tl.float32)
+    if d_S_end is None:  # zero
+        d_S = tl.zeros([BE], tl.float32)
+    else:
+        d_S = tl.load(d_S_end + user, mask=m_e, other=0.0).to(tl.float32)
+    if d_S_importance_end is None:  # zero
+        d_S_importance = tl.zeros([BE], tl.float32)
+    else:
+        d_S_importance = tl.load(d_S_importance_end + user, mask=m_e, other=0.0).to(tl.float32)
     slot = ((base + (many - 1)) * H + i_h) * 2 * V * K
     here = m_e & (o_e * 0 + (many - 1) >= 0)
     last = (tl.minimum(begin + (many - 1) * 16 + 16, end) - 1) * H + i_h
@@ -1751,8 +1777,10 @@ def _carry_kernel(
         handed_1 = handed_1_next
         start_1 = start_1_next
         whole_0 = whole_0_next
-    tl.store(d_S_start + user, d_S, mask=m_e)
-    tl.store(d_S_importance_start + user, d_S_importance, mask=m_e)
+    if d_S_start is not None:
+        tl.store(d_S_start + user, d_S, mask=m_e)
+    if d_S_importance_start is not None:
+        tl.store(d_S_importance_start + user, d_S_importance, mask=m_e)
 
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
@@ -1900,6 +1928,11 @@ def _window(T, low, high, offsets, N):
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
 
 
+def _shares(dtype, device, *sizes):
+    """Tensors of these numbers of elements (multiples of 16, save the last one's) in one allocation."""
+    return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+
+
 def _sums(decay, sums, spans, T, low, high, NT, chunks):
     """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
@@ -1908,11 +1941,14 @@ def _sums(decay, sums, spans, T, low, high, NT, chunks):
     _launch(_sums_kernel, grid, (decay, sums, spans), (T, low, high, NT), (H,), BH=BH, PACKED=spans is not None)
 
 
-def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, variance, keep=None):
-    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""
+def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, variance, want_final=True, keep=None):
+    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small.
+
+    Initial states may be None: zero. Final states are None unless wanted.
+    """
     B, T, H, K = k.shape
     V = v.shape[-1]
-    N = S.shape[0]
+    N = B if offsets is None else offsets.shape[0] - 1
     dtype, device = k.dtype, k.device
     OT, precision = _operands(dtype)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -1928,8 +1964,11 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
     border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
     sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     for low, high in zip(bounds[:-1], bounds[1:]):
-        S_start, S_end = S_end, torch.empty_like(S)
-        S_importance_start, S_importance_end = S_importance_end, torch.empty_like(S_importance)
+        S_start, S_end = S_end, None
+        S_importance_start, S_importance_end = S_importance_end, None
+        if want_final or high < T:
+            S_end = torch.empty((N, H, K, V), dtype=torch.float32, device=device)
+            S_importance_end = torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
@@ -1955,7 +1994,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
     """Gradients of tensors, log decays, parameters and initial states; ``given`` is what the forward pass kept."""
     B, T, H, K = k.shape
     V = v.shape[-1]
-    N = S.shape[0]
+    N = B if offsets is None else offsets.shape[0] - 1
     dtype, device = k.dtype, k.device
     OT, precision = _operands(dtype)
     I_local, N_local, registers = _chosen(_local_proposals, 'ratio_local', K, V, dtype)
@@ -1968,25 +2007,28 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         bounds = [0, T]
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
+    if d_read_0 is None:
+        d_read_0 = torch.zeros((B, T, H, V), dtype=dtype, device=device)
+    variance = variance and not (d_read_1 is None)
     d_k_out = torch.empty_like(k)
     d_q_out = torch.empty_like(q)
     d_v_out = torch.empty_like(v)
     d_b_out = torch.empty_like(b)
     BE = 256 if K * V >= 256 else 32  # elements of a state that one warp scans
     parts = _cdiv(K * V, BE)
-    d_decay_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
-    d_I_p = 0
+    d_decay_0 = torch.empty_like(decay_0)
+    d_I_p = None
     if given:
         border, sums_0 = given
     else:
         border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
         sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
-    adjoints = torch.empty_like(border)
-    d_k_part = torch.empty(most * 16 * H * K, dtype=torch.float32, device=device)
-    d_value_0_0_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)
-    d_value_1_0_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)
-    direct_0_part = torch.empty(slabs_here * most * 16 * H, dtype=torch.float32, device=device)
-    products = torch.empty(most * H * 1 * parts, dtype=torch.float32, device=device)
+    d_value_0_0_part, d_value_1_0_part, adjoints = _shares(
+        kept, device, slabs_here * most * 16 * H * V, slabs_here * most * 16 * H * V, border.numel()
+    )
+    d_k_part, direct_0_part, products = _shares(
+        torch.float32, device, most * 16 * H * K, slabs_here * most * 16 * H, most * H * 1 * parts
+    )
     # states at the start of every window
     S_end, S_starts = S, []
     S_importance_end, S_importance_starts = S_importance, []
@@ -1995,8 +2037,8 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         S_importance_starts.append(S_importance_end if low == 0 else S_importance_end.to(kept))
         if high == T:
             break
-        S_start, S_end = S_end, torch.empty_like(S)
-        S_importance_start, S_importance_end = S_importance_end, torch.empty_like(S_importance)
+        S_start, S_end = S_end, torch.empty((N, H, K, V), dtype=torch.float32, device=device)
+        S_importance_start, S_importance_end = S_importance_end, torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
         _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
@@ -2007,8 +2049,8 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
             K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=warps, num_stages=3, **common,
         )
     for low, high in zip(bounds[-2::-1], bounds[:0:-1]):
-        S_start, S_end = S_starts.pop(), torch.empty_like(S)
-        S_importance_start, S_importance_end = S_importance_starts.pop(), torch.empty_like(S_importance)
+        S_start, S_end = S_starts.pop(), None
+        S_importance_start, S_importance_end = S_importance_starts.pop(), None
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
         if not given:
@@ -2026,9 +2068,9 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
             K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
-        d_I_p = d_I_p + d_I_p_part.sum(1)
-        d_S_start = torch.empty_like(S)
-        d_S_importance_start = torch.empty_like(S_importance)
+        d_I_p = d_I_p_part.sum(1) if d_I_p is None else d_I_p + d_I_p_part.sum(1)
+        d_S_start = None if low == 0 and S is None else torch.empty((N, H, K, V), dtype=torch.float32, device=device)
+        d_S_importance_start = None if low == 0 and S_importance is None else torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         pointers = (border, adjoints, sums_0, d_S_end, d_S_importance_end,
                     d_S_start, d_S_importance_start, products, inside, bases)
         _launch(
@@ -2044,7 +2086,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         )
         d_S_end = d_S_start
         d_S_importance_end = d_S_importance_start
-    return d_k_out, d_v_out, d_b_out, d_q_out, d_decay_0.to(decay_0.dtype), d_I_p.to(I_p.dtype), d_S_start, d_S_importance_start
+    return d_k_out, d_v_out, d_b_out, d_q_out, d_decay_0, d_I_p.to(I_p.dtype), d_S_start, d_S_importance_start
 
 
 _ratio_op = torch.library.custom_op(
@@ -2077,7 +2119,7 @@ def _ratio_save(ctx, inputs, output):
 
 def _ratio_gradient(ctx, *grads):
     *tensors, offsets = ctx.saved_tensors
-    given = (g.contiguous() for g in grads)
+    given = [g.contiguous() for g in grads]
     return (*_ratio_backward_op(*tensors, *given, ctx.scale, offsets, ctx.variance), None, None, None)
 
 
@@ -2089,28 +2131,30 @@ class _ratio_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        _ratio_save(ctx, arguments, None)
+        *inputs, want_final = arguments
+        _ratio_save(ctx, inputs, None)
+        ctx.set_materialize_grads(False)
         ctx.kept = []
-        return _ratio_forward(*arguments, ctx.kept if any(ctx.needs_input_grad) else None)
+        return _ratio_forward(*inputs, want_final, ctx.kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         *tensors, offsets = ctx.saved_tensors
-        given = (g.contiguous() for g in grads)
-        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None)
+        given = [None if g is None else g.contiguous() for g in grads]
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None, None)
 
 
 def _ratio(*arguments):
-    """Reads of every token and final states, differentiable."""
+    """Reads of every token and, if the last argument asks for them, final states, differentiable."""
     if torch.compiler.is_compiling():
-        return _ratio_op(*arguments)
+        return _ratio_op(*arguments[:-1])
     if torch.is_grad_enabled() and any([isinstance(t, torch.Tensor) and t.requires_grad for t in arguments]):
         return _ratio_eager.apply(*arguments)
     return _ratio_forward(*arguments)
 
 
-def _chunk_triton_core(q, k, v, g, b, I_p, S, S_importance, scale, offsets, want_variance):
+def _chunk_triton_core(q, k, v, g, b, I_p, S, S_importance, scale, offsets, want_variance, want_final=True):
     """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""
     if q.dtype == torch.float64:  # no tensor cores for it
         return _reference_core(q, k, v, g, b, I_p, S, S_importance, scale, offsets, want_variance)
@@ -2118,13 +2162,16 @@ def _chunk_triton_core(q, k, v, g, b, I_p, S, S_importance, scale, offsets, want
     batch, steps, heads = q.shape[:3]
     dtype = torch.promote_types(torch.promote_types(torch.promote_types(k.dtype, v.dtype), b.dtype), q.dtype)  # operands of the matmuls
     read_0, read_1, S_end, S_importance_end = _ratio(
-        k.to(dtype).contiguous(), v.to(dtype).contiguous(), b.to(dtype).contiguous(), q.to(dtype).contiguous(), g.contiguous(), I_p.contiguous(), S.contiguous(), S_importance.contiguous(), scale, offsets, want_variance,
+        k.to(dtype).contiguous(), v.to(dtype).contiguous(), b.to(dtype).contiguous(), q.to(dtype).contiguous(), g.contiguous(), I_p.contiguous(), *(s if s is None else s.contiguous() for s in (S, S_importance,)), scale, offsets, want_variance, want_final,
     )
     output = read_0.to(q.dtype)
     variance = None
     if want_variance:
         variance = read_1.to(q.dtype)
     return output, variance, S_end, S_importance_end
+
+
+_chunk_triton_core.lean = True  # initial states may be None: zero; final states are left out unless ``want_final``
 
 
 @_kernel

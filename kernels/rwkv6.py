@@ -64,6 +64,7 @@ _INPUTS = (('q', 'k'), ('k', 'k'), ('v', 'v'), ('w', 'k'))
 _PARAMETERS = (('u', 'k'),)
 _STATES = (('S', 'kv'),)
 _HAS_VARIANCE = False
+_STARTS_AT_ZERO = True
 
 
 def _initial_states(u, sequences, heads, size_k, size_v, dtype, device):
@@ -80,6 +81,8 @@ def _sizes(*tensors):
     """Number of key and value channels, read from the first tensor that has the axis (1 where none has it)."""
     size_k = size_v = 1
     for tensor, (_, axes) in zip(reversed(tensors), reversed(_INPUTS + _PARAMETERS + _STATES)):
+        if tensor is None:
+            continue
         if "v" in axes:
             size_v = tensor.shape[-1]
         if "k" in axes:
@@ -195,7 +198,8 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    sizes = batch, steps, heads, size_k, size_v
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
             o, variance, final = _run(sequences, *arguments)
@@ -209,7 +213,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
     return o, state
 
 
-def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
     batch, steps, heads, size_k, size_v = sizes
     first = inputs[0]
@@ -217,15 +221,20 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     work = torch.float64 if double else torch.float32
     inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
     parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    core = _CORES.get((first.device.type, form), _reference_core)
+    lean = not double and steps and batch and not torch.compiler.is_compiling() and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
+    elif lean and _STARTS_AT_ZERO:
+        states = [None] * len(_STATES)
     else:
         states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
     if steps == 0 or batch == 0:
         o = first.new_zeros(batch, steps, heads, size_v)
         return o, o, states
-    core = _CORES.get((first.device.type, form), _reference_core)
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if lean:
+        arguments = *arguments, output_final_state
     if first.is_cuda and not torch.compiler.is_compiling():
         with torch.cuda.device_of(first):  # Triton launches on the current device
             o, variance, *final = core(*arguments)
@@ -965,6 +974,9 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+_KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
+
+
 def _cdiv(size, tile):
     return -(-size // tile)  # Triton's own costs microseconds on the host
 
@@ -1039,7 +1051,10 @@ def _states_key_kernel(
     m_v = o_v < V
     tile = o_k[:, None] * V + o_v[None, :]
     m_tile = m_k[:, None] & m_v[None, :]
-    S = tl.load(initial + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    if initial is None:  # zero
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        S = tl.load(initial + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
     for i_c in range(0, tl.cdiv(end - begin, C)):
         tl.store(states + ((base + i_c) * H + i_h) * K * V + tile, S.to(states.dtype.element_ty), mask=m_tile)
         row = begin + i_c * C + o_c
@@ -1054,7 +1069,8 @@ def _states_key_kernel(
         S = S * tl.exp(whole)[:, None]
         key = key * weight
         S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
-    tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+    if final is not None:
+        tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -1081,7 +1097,10 @@ def _cotangents_key_kernel(
     m_v = o_v < V
     tile = o_k[:, None] * V + o_v[None, :]
     m_tile = m_k[:, None] & m_v[None, :]
-    dS = tl.load(d_final + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    if d_final is None:  # zero
+        dS = tl.zeros([BK, BV], tl.float32)
+    else:
+        dS = tl.load(d_final + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
     chunks = tl.cdiv(end - begin, C)
     for i_r in range(0, chunks):
         i_c = chunks - 1 - i_r
@@ -1100,7 +1119,8 @@ def _cotangents_key_kernel(
         dS = dS * tl.exp(whole)[:, None]
         query = query * weight
         dS = tl.dot(query.to(OT), d_out.to(OT), dS, input_precision=PRECISION)
-    tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
+    if d_initial is not None:
+        tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -1336,7 +1356,7 @@ def _config_key(K, V, dtype):
 
 def _decay_sums_key(g, spans, T, NT, chunks, C):
     H = g.shape[2]
-    W = g[0, 0, 0].numel()
+    W = g.shape[3] if g.dim() == 4 else 1
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
     grid = (chunks, _cdiv(H * W, BW), 1)
@@ -1346,14 +1366,14 @@ def _decay_sums_key(g, spans, T, NT, chunks, C):
 
 def _states_key(k, v,
     G,
-    initial, offsets, bases, NT, chunks, config):
+    initial, offsets, bases, NT, chunks, config, N, want_final):
     C, (BK, BV, warps, stages), _, _ = config
     B, T, H, K = k.shape
     V = v.shape[-1]
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
-    final = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    final = torch.empty((N, H, K, V), dtype=torch.float32, device=k.device) if want_final else None
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1)
     pointers = (
         k, v,
         G,
@@ -1380,16 +1400,18 @@ def _scores_key(q, k, G, spans, NT, chunks, config):
 
 def _forward_key(q, k, v,
     g,
-    initial, scale, offsets):
+    initial, scale, offsets, want_final=True, keep=None):
+    """o and the final state, None unless wanted; ``initial`` may be None: zero. ``keep`` gets what is made on the way."""
     B, T, H, K = k.shape
     V = v.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
     config = _config_key(K, V, k.dtype)
     C, _, (BK, BV, warps, stages), _ = config
-    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
     G = _decay_sums_key(g, spans, T, NT, chunks, C)
     states, final = _states_key(k, v,
         G,
-        initial, offsets, bases, NT, chunks, config)
+        initial, offsets, bases, NT, chunks, config, N, want_final)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
     A = _scores_key(q, k, G, spans, NT, chunks, config)
@@ -1403,26 +1425,39 @@ def _forward_key(q, k, v,
         _outputs_key_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
+    if keep is not None and states.numel() * states.element_size() <= _KEPT:
+        keep += [states,
+            G,
+            A,
+        ]
     return o, final
 
 
 def _backward_key(q, k, v,
     g,
-    initial, d_o, d_final, scale, offsets):
+    initial, d_o, d_final, scale, offsets, kept=()):
+    """Gradients of the tensors before d_o; None for that of an initial state that is None, as d_final may be: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
     config = _config_key(K, V, k.dtype)
     C, (BK, BV, warps, stages), _, gradients = config
-    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
-    G = _decay_sums_key(g, spans, T, NT, chunks, C)
-    dg = torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    states, _ = _states_key(k, v,
-        G,
-        initial, offsets, bases, NT, chunks, config)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
+    if kept:
+        states, *kept = kept
+        G, *kept = kept
+    else:
+        G = _decay_sums_key(g, spans, T, NT, chunks, C)
+        states, _ = _states_key(k, v,
+            G,
+            initial, offsets, bases, NT, chunks, config, N, False)
     OT, precision = _operands(k.dtype)
+    if d_o is None:
+        d_o = torch.zeros_like(v)
     d_states = torch.empty_like(states)
-    d_initial = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    d_initial = None if initial is None else torch.empty_like(initial)
+    dg = torch.empty_like(g)
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1)
     pointers = (
         q, d_o,
         G,
@@ -1434,7 +1469,7 @@ def _backward_key(q, k, v,
     )
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _, _, (BK, BV, warps, stages), gradients = config
-    A = _scores_key(q, k, G, spans, NT, chunks, config)
+    A = kept[0] if kept else _scores_key(q, k, G, spans, NT, chunks, config)
     pointers = (k, d_o, G, A, d_states, dv, spans)
     _launch(
         _values_key_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
@@ -1480,8 +1515,7 @@ def _linear_key_backward_fake(*tensors):
 
 
 def _linear_key_save(ctx, inputs, output):
-    *tensors, scale, offsets = inputs
-    ctx.scale = scale
+    *tensors, ctx.scale, offsets = inputs
     ctx.save_for_backward(*tensors, offsets)
 
 
@@ -1499,29 +1533,35 @@ class _linear_key_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, ctx.scale, offsets = arguments
-        ctx.save_for_backward(*tensors, offsets)
-        return _forward_key(*arguments)
+        *inputs, want_final = arguments
+        _linear_key_save(ctx, inputs, None)
+        ctx.set_materialize_grads(False)
+        ctx.kept = []
+        return _forward_key(*inputs, want_final, ctx.kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_final):
         *tensors, offsets = ctx.saved_tensors
-        return (*_backward_key(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+        given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
+        return (*_backward_key(*tensors, *given, ctx.scale, offsets, ctx.kept), None, None, None)
 
 
 def _linear_key(*arguments):
-    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
-    *tensors, scale, offsets = arguments
-    tensors = [t.contiguous() for t in tensors]
+    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable.
+
+    The initial state may be None: zero; the last argument says whether the final one is wanted.
+    """
+    *tensors, scale, offsets, want_final = arguments
+    tensors = [None if t is None else t.contiguous() for t in tensors]
     if torch.compiler.is_compiling():
         return _linear_key_op(*tensors, scale, offsets)
-    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        return _linear_key_eager.apply(*tensors, scale, offsets)
-    return _forward_key(*tensors, scale, offsets)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        return _linear_key_eager.apply(*tensors, scale, offsets, want_final)
+    return _forward_key(*tensors, scale, offsets, want_final)
 
 
-def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance):
+def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance, want_final=True):
     """Features of every token, then matmuls over chunks with the states at their borders."""
     if q.dtype == torch.float64:  # no tensor cores for it
         return _reference_core(q, k, v, w, u, S, scale, offsets, want_variance)
@@ -1535,15 +1575,18 @@ def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance):
     u_ = u.float()[..., :, None]
 
     # S_t = exp(w) * S_(t-1) + (k) (v)
-    S_decay = w.to(torch.float32)
+    S_decay = w
     S_key = k.to(dtype)
     S_value = v.to(dtype)
-    read_0_S, S_final = _linear_key(q.to(dtype), S_key, S_value, S_decay, S, 1.0, offsets)
+    read_0_S, S_final = _linear_key(q.to(dtype), S_key, S_value, S_decay, S, 1.0, offsets, want_final)
 
     read_0 = (read_0_S).float()[..., None, :]  # sum_k S*q
     output = (scale * (read_0 + v_ * (k_ * q_ * u_).sum(-2, keepdim=True)))[..., 0, :].to(q.dtype)
     variance = None
     return output, variance, S_final
+
+
+_chunk_triton_core.lean = True  # initial states may be None: zero; final states are left out unless ``want_final``
 
 
 @_kernel

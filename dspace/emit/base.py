@@ -11,6 +11,13 @@ from dspace.math.ir import Analysis
 EMITTER_VERSION = "3"
 """Part of every module's identity: raise it when emitted code changes meaning, so that caches and certificates expire."""
 
+LEAN = """
+
+
+{core}.lean = True  # initial states may be None: zero; final states are left out unless ``want_final``
+"""
+"""Source that follows a core which has one more argument, ``want_final=True``, and needs no zeros in memory."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -30,7 +37,7 @@ class Section:
     are float64) ``[N, HV, *axes]``; ``offsets`` int64 ``[N + 1]`` for packed sequences (then ``B == 1``) or None
     (then ``N == B``); ``scale`` a Python float. ``o`` and ``variance`` are ``[B, T, HV, V]`` in the dtype of the
     first input. The front door has already checked, expanded and cast everything; inputs may still be
-    non-contiguous. Cores are differentiable in inputs, parameters and initial states, from every output.
+    non-contiguous. A core marked as :data:`LEAN` says may get less and give less. Cores are differentiable in inputs, parameters and initial states, from every output.
     """
 
     device: Device

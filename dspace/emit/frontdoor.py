@@ -25,6 +25,8 @@ def _sizes(*tensors):
     """Number of key and value channels, read from the first tensor that has the axis (1 where none has it)."""
     size_k = size_v = 1
     for tensor, (_, axes) in zip(reversed(tensors), reversed(_INPUTS + _PARAMETERS + _STATES)):
+        if tensor is None:
+            continue
         if "v" in axes:
             size_v = tensor.shape[-1]
         if "k" in axes:
@@ -140,7 +142,8 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    arguments = form, inputs, parameters, given, scale, offsets, output_variance, (batch, steps, heads, size_k, size_v)
+    sizes = batch, steps, heads, size_k, size_v
+    arguments = form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
             o, variance, final = _run(sequences, *arguments)
@@ -154,7 +157,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
     return o, state
 
 
-def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, sizes):
+def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
     batch, steps, heads, size_k, size_v = sizes
     first = inputs[0]
@@ -162,15 +165,20 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     work = torch.float64 if double else torch.float32
     inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
     parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    core = _CORES.get((first.device.type, form), _reference_core)
+    lean = not double and steps and batch and not torch.compiler.is_compiling() and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
+    elif lean and _STARTS_AT_ZERO:
+        states = [None] * len(_STATES)
     else:
         states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
     if steps == 0 or batch == 0:
         o = first.new_zeros(batch, steps, heads, size_v)
         return o, o, states
-    core = _CORES.get((first.device.type, form), _reference_core)
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
+    if lean:
+        arguments = *arguments, output_final_state
     if first.is_cuda and not torch.compiler.is_compiling():
         with torch.cuda.device_of(first):  # Triton launches on the current device
             o, variance, *final = core(*arguments)
@@ -217,5 +225,6 @@ def section(recurrence: Recurrence) -> str:
         f"_PARAMETERS = {tuple((public[v.name], v.axes) for v in recurrence.parameters)!r}",
         f"_STATES = {tuple((s.name, s.axes) for s in recurrence.states)!r}",
         f"_HAS_VARIANCE = {recurrence.variance is not None}",
+        f"_STARTS_AT_ZERO = {all(s.init == 0 for s in recurrence.states)}",
     ]
     return "\n".join(tables) + "\n\n\n" + initial_states(recurrence) + "\n" + FRONT_DOOR

@@ -13,7 +13,7 @@ ARGUMENTS = frozenset({"scale", "initial_state", "output_final_state", "output_v
 """Keyword arguments of every public function."""
 
 INTERNAL = frozenset(
-    """torch math numba numpy triton tl np F real zero one first last heads steps offsets want_variance sequence head token
+    """torch math numba numpy triton tl np F real zero one first last heads steps offsets want_variance want_final sequence head token
     begin end task i j segment segments slot time count outputs variances output variance dtype device size_k size_v
     bounds parts rows self ctx contextlib SPEC save checkpoint""".split()
 )

@@ -44,7 +44,7 @@ if __name__ == "__main__":
             made = build(case["spec"])
             if case["window"]:
                 made.__dict__["_windows"] = lambda T, *_, size=case["window"]: [*range(0, T, size), T]
-            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"])
+            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], lean=case["lean"])
         except Exception as error:  # reported by the test that asked
             traceback.print_exc(limit=-3)
             found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}

@@ -176,6 +176,8 @@ CASES = [
     ("palimpsa_folded", 75, {"k": 40, "v": 16}, False, WHOLE),
     ("normalized_linear_attention", 40, ODD, False, SHORT),
 ]
+LEAN = [CASES[1], CASES[3], CASES[8], CASES[11]]
+"""Cases that are run without initial and final states too, and with nothing kept for the backward pass."""
 NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several"}
 
 
@@ -192,6 +194,10 @@ def interpreted() -> dict[str, dict[str, float]]:
     asked += [
         {**a, "id": "extreme", "gates": [0.0, -1e4]} for a in asked if a["spec"] == "palimpsa_folded" and a["packed"]
     ][-1:]
+    asked += [
+        {**dict(zip(fields, c, strict=False)), "id": f"lean {identity(c)}", "lean": True, "settings": {"_KEPT": -1}}
+        for c in LEAN
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
@@ -205,6 +211,12 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[str, float]], case: str) -> None:
     worst = {name: error for name, error in interpreted[case].items() if not error < 5e-6}
     assert not worst
+
+
+@pytest.mark.parametrize("case", [identity(c) for c in LEAN])
+def test_states_that_nobody_gives_or_wants(interpreted: dict[str, dict[str, float]], case: str) -> None:
+    worst = {name: error for name, error in interpreted[f"lean {case}"].items() if not error < 5e-6}
+    assert len(interpreted[f"lean {case}"]) > 3 and not worst
 
 
 def test_gates_that_keep_all_or_nothing(interpreted: dict[str, dict[str, float]]) -> None:

@@ -102,7 +102,7 @@ output = "scale * sum_k(B * key_0 / (row + zero))"
 """
 
 
-def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0) -> dict:
+def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0, lean: bool = False) -> dict:
     return {
         "id": name,
         "spec": spec,
@@ -110,6 +110,7 @@ def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False,
         "sizes": {"k": k, "v": v},
         "packed": packed,
         "window": window,
+        "lean": lean,
     }
 
 
@@ -119,6 +120,8 @@ CASES = [
     case("several slabs and blocks", "palimpsa", 18, 40, 20),
     case("packed in windows", "palimpsa", 75, 5, 4, packed=True, window=32),
     case("windows", "palimpsa", 70, 8, 3, window=32),
+    case("lean", "palimpsa", 35, 12, 5, lean=True),
+    case("lean, packed in windows", "palimpsa", 75, 5, 4, packed=True, window=32, lean=True),
     case("many", MANY, 35, 12, 5),
     case("many in slabs, packed", MANY, 75, 33, 2, packed=True),
     case("read before", EXCLUSIVE, 40, 12, 5, window=16),

@@ -49,9 +49,17 @@ def draw(domain: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 
 
 def errors(
-    made: types.ModuleType, steps: int, sizes: dict[str, int], packed: bool, gates: list[float] | None = None
+    made: types.ModuleType,
+    steps: int,
+    sizes: dict[str, int],
+    packed: bool,
+    gates: list[float] | None = None,
+    lean: bool = False,
 ) -> dict[str, float]:
-    """Relative error of each result and gradient of the chunk core; of ``gates``, one of each in three log decays."""
+    """Relative error of each result and gradient of the chunk core; of ``gates``, one of each in three log decays.
+
+    ``lean``: without initial and final states, and nothing but the output has a gradient.
+    """
     generator = torch.Generator().manual_seed(steps)
     heads, batch = 2, 1 if packed else 2
     sequences = len(PACKED) - 1 if packed else batch
@@ -69,22 +77,31 @@ def errors(
     for p in spec["parameters"]:
         tensors[p["name"]] = draw(p["domain"], shape(p["axes"], heads), generator)
     for s in spec["states"]:
-        tensors["state " + s["name"]] = draw(s["domain"], shape(s["axes"], sequences, heads), generator)
+        state = draw(s["domain"], shape(s["axes"], sequences, heads), generator)
+        tensors["state " + s["name"]] = state * 0 if lean else state
     offsets = torch.tensor(PACKED) if packed else None
     chunk = made._CORES["cuda", "chunk"]
     results = []
     weights: list[torch.Tensor] = []
     for core, dtype in ((made._reference_core, torch.float64), (chunk, torch.float32)):
         leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
-        o, variance, *final = core(*leaves, 0.4, offsets, spec["variance"])
-        outputs = [t for t in (o, variance, *final) if t is not None]
+        rest: tuple = 0.4, offsets, spec["variance"]
+        if lean:
+            leaves = leaves[: -len(spec["states"])]
+            empty = [t.to(dtype) if core is made._reference_core else None for n, t in tensors.items() if "state" in n]
+            o, _, *final = core(*leaves, *empty, *rest, *([] if core is made._reference_core else [False]))
+            assert core is made._reference_core or not any(t is not None and t.dim() == 4 for t in final)
+            outputs = [o]
+        else:
+            o, variance, *final = core(*leaves, *rest)
+            outputs = [t for t in (o, variance, *final) if t is not None]
         weights = weights or [torch.randn(t.shape, generator=generator) for t in outputs]
         loss = sum((w.to(dtype) * t).sum() for w, t in zip(weights, outputs, strict=True))
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
         results.append([t.detach().double() for t in (*outputs, *grads)])
     names = [f"result {i}" for i in range(len(weights))] + [f"d {name}" for name in tensors]
-    pairs = zip(names, *results, strict=True)
+    pairs = zip(names[: len(results[0])], *results, strict=True)
     return {n: float((a - b).norm() / a.norm().clamp(min=1e-12)) for n, a, b in pairs}
 
 
@@ -94,7 +111,7 @@ if __name__ == "__main__":
         try:
             made = build(case["spec"])
             vars(made).update(case.get("settings", {}))
-            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], case.get("gates"))
+            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], case.get("gates"), case.get("lean", False))
         except Exception as error:  # reported by the test that asked
             traceback.print_exc(limit=-3)
             found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}

@@ -79,7 +79,10 @@ def _states_kernel(
     m_v = o_v < V
     tile = o_k[:, None] * V + o_v[None, :]
     m_tile = m_k[:, None] & m_v[None, :]
-    S = tl.load(initial + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    if initial is None:  # zero
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        S = tl.load(initial + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
     for i_c in range(0, tl.cdiv(end - begin, C)):
         tl.store(states + ((base + i_c) * H + i_h) * K * V + tile, S.to(states.dtype.element_ty), mask=m_tile)
         row = begin + i_c * C + o_c
@@ -104,7 +107,8 @@ def _states_kernel(
 #endif
 #endif
         S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
-    tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+    if final is not None:
+        tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
 '''
 
 COTANGENTS = '''
@@ -134,7 +138,10 @@ def _cotangents_kernel(
     m_v = o_v < V
     tile = o_k[:, None] * V + o_v[None, :]
     m_tile = m_k[:, None] & m_v[None, :]
-    dS = tl.load(d_final + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
+    if d_final is None:  # zero
+        dS = tl.zeros([BK, BV], tl.float32)
+    else:
+        dS = tl.load(d_final + i_nh * K * V + tile, mask=m_tile, other=0.0).to(tl.float32)
     chunks = tl.cdiv(end - begin, C)
     for i_r in range(0, chunks):
         i_c = chunks - 1 - i_r
@@ -170,5 +177,6 @@ def _cotangents_kernel(
         query = query * scale
 #endif
         dS = tl.dot(query.to(OT), d_out.to(OT), dS, input_precision=PRECISION)
-    tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
+    if d_initial is not None:
+        tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 '''

@@ -11,7 +11,7 @@ import re
 
 import sympy
 
-from dspace.emit.base import Section
+from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, host, vector, vector_host
@@ -50,7 +50,7 @@ def section(analysis: Analysis) -> Section | None:
     return Section(
         device="cuda",
         imports=("import torch",),
-        code="\n\n".join([*writer.parts(), "\n".join(core) + "\n"]),
+        code="\n\n".join([*writer.parts(), "\n".join(core) + LEAN.format(core="_chunk_triton_core")]),
         chunk="_chunk_triton_core",
         recurrent=None,
     )
@@ -110,7 +110,7 @@ class _Core:
         r, names, plan = self.recurrence, self.names, self.plan
         every = [names[v.name] for v in (*r.inputs, *r.parameters)] + [names[s.name] for s in r.states]
         like = names[r.inputs[0].name]
-        write(f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):")
+        write(f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance, want_final=True):")
         write('    """Features of every token, then matmuls over chunks with the states at their borders."""')
         write(f"    if {like}.dtype == torch.float64:  # no tensor cores for it")
         write(f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)")
@@ -118,6 +118,10 @@ class _Core:
         write(f"    batch, steps, heads = {like}.shape[:3]")
         write(f"    dtype = {self._common_type()}  # operands of the matmuls")
         body = len(self.out)
+        for s in plan.vector_states:
+            shape = f"batch if offsets is None else offsets.shape[0] - 1, heads{_SHAPE[s.axes]}"
+            write(f"    if {names[s.name]} is None:")
+            write(f"        {names[s.name]} = torch.zeros({shape}, device={like}.device)")
         self._vector_states()
         for state in plan.matrix_states:
             self._matrix_state(state)
@@ -251,8 +255,8 @@ class _Core:
     def _matrix_state(self, state: AffineState) -> None:
         names, write = self.names, self.out.append
         name, tag = names[state.name], kind(state)
-        decay = "" if tag == "none" else f"{self._feature(state.log_decay, state.decay_axes, 'torch.float32')}, "
         reads = [r for r in self.plan.readout.reads if r.queries is not None and state.name in r.queries]
+        decay = "" if tag == "none" else f"{self._decay(state, len(state.writes) * max(1, len(reads)))}, "
         self.scaled = self._scale_of_reads()
         added = " + ".join(f"({w.key}) ({w.value})" for w in state.writes)
         write("")
@@ -265,7 +269,7 @@ class _Core:
             key, value = f"{name}_key{suffix}", f"{name}_value{suffix}"
             write(f"    {key} = {self._feature(w.key, 'k', 'dtype')}")
             write(f"    {value} = {self._feature(w.value, 'v', 'dtype')}")
-            initial = name if i == 0 else f"torch.zeros_like({name})"
+            initial = name if i == 0 else f"None if {name} is None else torch.zeros_like({name})"
             ending = f"{name}_final" if i == 0 else "last"
             for j, read in enumerate(reads):
                 assert read.queries is not None
@@ -273,14 +277,22 @@ class _Core:
                 target = f"{read.symbol.name}_{name}"
                 results = f"{target if i == 0 else 'part'}, {ending if j == 0 else '_'}"
                 write(
-                    f"    {results} = _linear_{tag}({query}, {key}, {value}, {decay}{initial}, {self.scaled}, offsets)"
+                    f"    {results} = _linear_{tag}({query}, {key}, {value}, {decay}{initial}, {self.scaled}, offsets, want_final)"
                 )
                 if i:
                     write(f"    {target} = {target} + part")
             if not reads:
-                write(f"    _, {ending} = _linear_{tag}({key}, {key}, {value}, {decay}{initial}, 1.0, offsets)")
+                write(f"    _, {ending} = _linear_{tag}({key}, {key}, {value}, {decay}{initial}, 1.0, offsets, want_final)")
             if i:
-                write(f"    {name}_final = {name}_final + last")
+                write("    if want_final:")
+                write(f"        {name}_final = {name}_final + last")
+
+    def _decay(self, state: AffineState, uses: int) -> str:
+        """Log decays: an input as it is, unless its gradients of several uses are to be added in float32."""
+        for v in self.recurrence.inputs:
+            if v.symbol == state.log_decay and v.axes == state.decay_axes and uses == 1:
+                return self.names[v.name]
+        return self._feature(state.log_decay, state.decay_axes, "torch.float32")
 
     def _scale_of_reads(self) -> str:
         """A factor that the kernel applies: when the output is a constant times the only read."""

@@ -99,6 +99,9 @@ def _operands(dtype):
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
+_KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
+
+
 def _cdiv(size, tile):
     return -(-size // tile)  # Triton's own costs microseconds on the host
 
@@ -140,7 +143,7 @@ def _config(K, V, dtype):
 #if decay
 def _decay_sums(g, spans, T, NT, chunks, C):
     H = g.shape[2]
-    W = g[0, 0, 0].numel()
+    W = g.shape[3] if g.dim() == 4 else 1
     G = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     BW = _tile(H * W, 64)
     grid = (chunks, _cdiv(H * W, BW), 1)
@@ -153,14 +156,14 @@ def _states(k, v,
 #if decay
     G,
 #endif
-    initial, offsets, bases, NT, chunks, config):
+    initial, offsets, bases, NT, chunks, config, N, want_final):
     C, (BK, BV, warps, stages), _, _ = config
     B, T, H, K = k.shape
     V = v.shape[-1]
     OT, precision = _operands(k.dtype)
     states = torch.empty((chunks, H, K, V), dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32, device=k.device)
-    final = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    final = torch.empty((N, H, K, V), dtype=torch.float32, device=k.device) if want_final else None
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1)
     pointers = (
         k, v,
 #if decay
@@ -193,12 +196,14 @@ def _forward(q, k, v,
 #if decay
     g,
 #endif
-    initial, scale, offsets):
+    initial, scale, offsets, want_final=True, keep=None):
+    """o and the final state, None unless wanted; ``initial`` may be None: zero. ``keep`` gets what is made on the way."""
     B, T, H, K = k.shape
     V = v.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
     config = _config(K, V, k.dtype)
     C, _, (BK, BV, warps, stages), _ = config
-    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
 #if decay
     G = _decay_sums(g, spans, T, NT, chunks, C)
 #endif
@@ -206,7 +211,7 @@ def _forward(q, k, v,
 #if decay
         G,
 #endif
-        initial, offsets, bases, NT, chunks, config)
+        initial, offsets, bases, NT, chunks, config, N, want_final)
     o = torch.empty_like(v)
     OT, precision = _operands(k.dtype)
 #if key
@@ -226,6 +231,15 @@ def _forward(q, k, v,
         _outputs_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
+    if keep is not None and states.numel() * states.element_size() <= _KEPT:
+        keep += [states,
+#if decay
+            G,
+#endif
+#if key
+            A,
+#endif
+        ]
     return o, final
 
 
@@ -233,25 +247,37 @@ def _backward(q, k, v,
 #if decay
     g,
 #endif
-    initial, d_o, d_final, scale, offsets):
+    initial, d_o, d_final, scale, offsets, kept=()):
+    """Gradients of the tensors before d_o; None for that of an initial state that is None, as d_final may be: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
     config = _config(K, V, k.dtype)
     C, (BK, BV, warps, stages), _, gradients = config
-    spans, bases, NT, chunks = _plan(T, offsets, initial.shape[0], C)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
+    if kept:
+        states, *kept = kept
 #if decay
-    G = _decay_sums(g, spans, T, NT, chunks, C)
-    dg = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+        G, *kept = kept
 #endif
-    states, _ = _states(k, v,
+    else:
 #if decay
-        G,
+        G = _decay_sums(g, spans, T, NT, chunks, C)
 #endif
-        initial, offsets, bases, NT, chunks, config)
+        states, _ = _states(k, v,
+#if decay
+            G,
+#endif
+            initial, offsets, bases, NT, chunks, config, N, False)
     OT, precision = _operands(k.dtype)
+    if d_o is None:
+        d_o = torch.zeros_like(v)
     d_states = torch.empty_like(states)
-    d_initial = torch.empty_like(initial)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * initial.shape[0] * H, 1, 1)
+    d_initial = None if initial is None else torch.empty_like(initial)
+#if decay
+    dg = torch.empty_like(g)
+#endif
+    grid = (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1)
     pointers = (
         q, d_o,
 #if decay
@@ -266,7 +292,7 @@ def _backward(q, k, v,
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 #if key
     _, _, (BK, BV, warps, stages), gradients = config
-    A = _scores(q, k, G, spans, NT, chunks, config)
+    A = kept[0] if kept else _scores(q, k, G, spans, NT, chunks, config)
     pointers = (k, d_o, G, A, d_states, dv, spans)
     _launch(
         _values_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
@@ -338,8 +364,7 @@ def _linear_backward_fake(*tensors):
 
 
 def _linear_save(ctx, inputs, output):
-    *tensors, scale, offsets = inputs
-    ctx.scale = scale
+    *tensors, ctx.scale, offsets = inputs
     ctx.save_for_backward(*tensors, offsets)
 
 
@@ -357,24 +382,30 @@ class _linear_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, ctx.scale, offsets = arguments
-        ctx.save_for_backward(*tensors, offsets)
-        return _forward(*arguments)
+        *inputs, want_final = arguments
+        _linear_save(ctx, inputs, None)
+        ctx.set_materialize_grads(False)
+        ctx.kept = []
+        return _forward(*inputs, want_final, ctx.kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_final):
         *tensors, offsets = ctx.saved_tensors
-        return (*_backward(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets), None, None)
+        given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
+        return (*_backward(*tensors, *given, ctx.scale, offsets, ctx.kept), None, None, None)
 
 
 def _linear(*arguments):
-    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable."""
-    *tensors, scale, offsets = arguments
-    tensors = [t.contiguous() for t in tensors]
+    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable.
+
+    The initial state may be None: zero; the last argument says whether the final one is wanted.
+    """
+    *tensors, scale, offsets, want_final = arguments
+    tensors = [None if t is None else t.contiguous() for t in tensors]
     if torch.compiler.is_compiling():
         return _linear_op(*tensors, scale, offsets)
-    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        return _linear_eager.apply(*tensors, scale, offsets)
-    return _forward(*tensors, scale, offsets)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        return _linear_eager.apply(*tensors, scale, offsets, want_final)
+    return _forward(*tensors, scale, offsets, want_final)
 '''

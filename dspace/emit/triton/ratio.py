@@ -10,7 +10,7 @@ import builtins
 
 import sympy
 
-from dspace.emit.base import Section
+from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import host
@@ -66,7 +66,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     every = [names[v.name] for v in (*recurrence.inputs, *recurrence.parameters)]
     every += [names[s.name] for s in recurrence.states]
     like = names[recurrence.inputs[0].name]
-    lines = [f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance):"]
+    lines = [f"def _chunk_triton_core({', '.join(every)}, scale, offsets, want_variance, want_final=True):"]
     lines.append(
         '    """States by matmuls over chunks of 16 tokens, reads element by element; all chunks in parallel."""'
     )
@@ -98,11 +98,12 @@ def _core(recurrence: Recurrence, words: Words) -> str:
         return f"{words.of(t)}{cast}.contiguous()" if t.symbol == t.expr else f"{t.name}.contiguous()"
 
     arguments = [argument(t, ".to(dtype)") for t in plan.tensors] + [argument(t, "") for t in plan.decays]
-    arguments += [f"{p}.contiguous()" for p in (*words.parameters, *n["states"])]
+    arguments += [f"{p}.contiguous()" for p in words.parameters]
+    starts = f"*(s if s is None else s.contiguous() for s in ({', '.join(n['states'])},))"
     ends = [f"{s}_end" for s in n["states"]]
     lines += [
         f"    {', '.join([*n['reads'], *ends])} = _ratio(",
-        f"        {', '.join(arguments)}, scale, offsets, want_variance,",
+        f"        {', '.join([*arguments, starts])}, scale, offsets, want_variance, want_final,",
         "    )",
     ]
     if plan.output is None:
@@ -122,7 +123,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
                 lines.append(f"        {n['reads'][0]} = {n['reads'][0]}[..., None, :]")
             lines.append(f"        variance = {_result(plan.variance, show)}.to({like}.dtype)")
     lines.append(f"    return output, variance, {', '.join(ends)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + LEAN.format(core="_chunk_triton_core")
 
 
 def _made(t: Tensor, like: str, show: _Printer, table: dict[sympy.Symbol, Axes]) -> str:

@@ -50,7 +50,12 @@ def states_kernel(words: Words) -> str:
     tile = o_v[:, None] * K + o_k[None, :]
 '''.strip("\n").splitlines()
     for s in words.states:
-        lines.append(f"    {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)")
+        lines += [
+            f"    if {s}_start is None:  # zero",
+            f"        {s} = tl.zeros([BV, BK], tl.float32)",
+            "    else:",
+            f"        {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)",
+        ]
     last = "(tl.minimum(begin + {} * 16 + 16, end) - 1) * H + i_h"
     for d in range(len(plan.decays)):
         lines.append(f"    next_{d} = tl.load(sums_{d} + {last.format(0)}, mask=begin < end, other=0.0)")
@@ -85,7 +90,8 @@ def states_kernel(words: Words) -> str:
         for w in state.writes:
             value = f"(({show(plan.values[w.value])}) * until_{state.group}[:, None]).to(OT)"
             lines.append(f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)")
-    lines += [f"    tl.store({s}_end + user, {s}, mask=m_tile)" for s in words.states]
+    for s in words.states:
+        lines += [f"    if {s}_end is not None:", f"        tl.store({s}_end + user, {s}, mask=m_tile)"]
     return "\n".join(lines) + "\n"
 
 

@@ -91,6 +91,11 @@ def _window(T, low, high, offsets, N):
     return offsets, spans + low * (spans[:, 1:] > spans[:, :1]), bases, NT, chunks
 
 
+def _shares(dtype, device, *sizes):
+    """Tensors of these numbers of elements (multiples of 16, save the last one's) in one allocation."""
+    return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+
+
 def _sums(decay, sums, spans, T, low, high, NT, chunks):
     """Sums of log decays inside the chunks of a window."""
     H = decay.shape[2]
@@ -129,7 +134,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
     return [
         f"    B, T, H, K = {k}.shape",
         f"    V = {v}.shape[-1]",
-        f"    N = {words.states[0]}.shape[0]",
+        "    N = B if offsets is None else offsets.shape[0] - 1",
         f"    dtype, device = {k}.dtype, {k}.device",
         "    OT, precision = _operands(dtype)",
         *(_SLABS if adjoints > 1 else []),
@@ -142,6 +147,8 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
     ]
 
+
+_STATE = "torch.empty((N, H, K, V), dtype=torch.float32, device=device)"
 
 TABLES = """
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
@@ -168,13 +175,14 @@ def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent
 def forward(words: Words) -> str:
     n, plan = lists(words), words.plan
     reads, count = n["reads"], len(plan.states)
-    lines = [f"def _ratio_forward({', '.join(n['all'])}, scale, offsets, variance, keep=None):"]
+    lines = [f"def _ratio_forward({', '.join(n['all'])}, scale, offsets, variance, want_final=True, keep=None):"]
     lines.append(
-        '    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small."""'
+        '    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small.\n\n'
+        '    Initial states may be None: zero. Final states are None unless wanted.\n    """'
     )
     lines += _sizes_lines(words, n, 1)
     for j, r in enumerate(reads):
-        kind = "dtype" if _direct(plan, j) else "torch.float32"
+        kind = _kind(plan, j)
         shape = "(B, T, H, V)" if j < plan.output_reads else "(B, T, H, V) if variance else (0,)"
         lines.append(f"    {r} = torch.empty({shape}, dtype={kind}, device=device)")
     lines += [f"    {s}_end = {s}" for s in n["states"]]
@@ -182,7 +190,9 @@ def forward(words: Words) -> str:
         f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
         *(f"    {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
         "    for low, high in zip(bounds[:-1], bounds[1:]):",
-        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in n["states"]),
+        *(f"        {s}_start, {s}_end = {s}_end, None" for s in n["states"]),
+        "        if want_final or high < T:",
+        *(f"            {s}_end = {_STATE}" for s in n["states"]),
         *TABLES,
         *_states_lines(words, n, True, 8),
         "        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
@@ -203,6 +213,19 @@ def _direct(plan: RatioPlan, read: int) -> bool:
     return plan.output is None if read < plan.output_reads else plan.direct_variance
 
 
+def _kind(plan: RatioPlan, read: int) -> str:
+    return "dtype" if _direct(plan, read) else "torch.float32"
+
+
+def _shared(parts: list[tuple[str, str]], kind: str) -> list[str]:
+    """Tensors in one allocation, each of which costs the host as much as a launch; (name, elements) of each."""
+    return [
+        f"    {', '.join(n for n, _ in parts)}{',' if len(parts) == 1 else ''} = _shares(",
+        f"        {kind}, device, {', '.join(size for _, size in parts)}",
+        "    )",
+    ]
+
+
 def backward(words: Words) -> str:
     n, plan = lists(words), words.plan
     reads, count, states = n["reads"], len(plan.states), n["states"]
@@ -215,33 +238,42 @@ def backward(words: Words) -> str:
     lines += _sizes_lines(words, n, 2)
     keyed, parts = n["key_in"], kept_sums(words)
     fresh = "torch.empty({}, dtype=torch.float32, device=device)"
+    first, second = reads[: plan.output_reads], reads[plan.output_reads :]
+    zeros = {r: f"torch.zeros((B, T, H, V), dtype={_kind(plan, j)}, device=device)" for j, r in enumerate(reads)}
+    for r in first:
+        lines += [f"    if d_{r} is None:", f"        d_{r} = {zeros[r]}"]
+    if second:
+        lines.append(f"    variance = variance and not ({' and '.join(f'd_{r} is None' for r in second)})")
+    for r in second if len(second) > 1 else ():
+        lines += [f"    if variance and d_{r} is None:", f"        d_{r} = {zeros[r]}"]
+    kept_parts = [(f"{x}_part", "slabs_here * most * 16 * H * V") for x in parts] + [("adjoints", "border.numel()")]
+    full_parts = [(f"d_{x}_part", "most * 16 * H * K") for x in keyed]
+    full_parts += [(f"direct_{d}_part", "slabs_here * most * 16 * H") for d in groups]
+    full_parts += [("products", f"most * H * {len(plan.decays)} * parts")]
     lines += [f"    d_{x}_out = torch.empty_like({x})" for x in (*n["k_in"], *n["v_in"])]
     lines += [
         "    BE = 256 if K * V >= 256 else 32  # elements of a state that one warp scans",
         "    parts = _cdiv(K * V, BE)",
-        *(f"    d_decay_{d} = {fresh.format('(B, T, H)')}" for d in groups),
-        *(f"    d_{p} = 0" for p in n["parameters"]),
+        *(f"    d_decay_{d} = torch.empty_like(decay_{d})" for d in groups),
+        *(f"    d_{p} = None" for p in n["parameters"]),
         "    if given:",
         f"        border, {', '.join(words.sums)} = given",
         "    else:",
         f"        border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
         *(f"        {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
-        "    adjoints = torch.empty_like(border)",
-        *(f"    d_{x}_part = {fresh.format('most * 16 * H * K')}" for x in keyed),
-        *(f"    {x}_part = torch.empty(slabs_here * most * 16 * H * V, dtype=kept, device=device)" for x in parts),
-        *(f"    direct_{d}_part = {fresh.format('slabs_here * most * 16 * H')}" for d in groups),
-        f"    products = {fresh.format(f'most * H * {len(plan.decays)} * parts')}",
+        *_shared(kept_parts, "kept"),
+        *_shared(full_parts, "torch.float32"),
         "    # states at the start of every window",
         *(f"    {s}_end, {s}_starts = {s}, []" for s in states),
         "    for low, high in zip(bounds[:-1], bounds[1:]):",
         *(f"        {s}_starts.append({s}_end if low == 0 else {s}_end.to(kept))" for s in states),
         "        if high == T:",
         "            break",
-        *(f"        {s}_start, {s}_end = {s}_end, torch.empty_like({s})" for s in states),
+        *(f"        {s}_start, {s}_end = {s}_end, {_STATE}" for s in states),
         *TABLES,
         *_states_lines(words, n, False, 8),
         "    for low, high in zip(bounds[-2::-1], bounds[:0:-1]):",
-        *(f"        {s}_start, {s}_end = {s}_starts.pop(), torch.empty_like({s})" for s in states),
+        *(f"        {s}_start, {s}_end = {s}_starts.pop(), None" for s in states),
         *TABLES,
         "        if not given:",
         *_states_lines(words, n, True, 12),
@@ -260,8 +292,8 @@ def backward(words: Words) -> str:
         "            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
-        *(f"        d_{p} = d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
-        *(f"        d_{s}_start = torch.empty_like({s})" for s in states),
+        *(f"        d_{p} = d_{p}_part.sum(1) if d_{p} is None else d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
+        *(f"        d_{s}_start = None if low == 0 and {s} is None else {_STATE}" for s in states),
         f"        pointers = (border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
         f"                    {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases)",
         "        _launch(",
@@ -277,7 +309,7 @@ def backward(words: Words) -> str:
         "        )",
         *(f"        d_{s}_end = d_{s}_start" for s in states),
     ]
-    results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}.to(decay_{d}.dtype)" for d in groups]
+    results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}" for d in groups]
     results += [f"d_{p}.to({p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in states]
     lines.append(f"    return {', '.join(results)}")
     return "\n".join(lines) + "\n"
@@ -329,7 +361,7 @@ def _ratio_save(ctx, inputs, output):
 
 def _ratio_gradient(ctx, *grads):
     *tensors, offsets = ctx.saved_tensors
-    given = (g.contiguous() for g in grads)
+    given = [g.contiguous() for g in grads]
     return (*_ratio_backward_op(*tensors, *given, ctx.scale, offsets, ctx.variance), None, None, None)
 
 
@@ -341,22 +373,24 @@ class _ratio_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        _ratio_save(ctx, arguments, None)
+        *inputs, want_final = arguments
+        _ratio_save(ctx, inputs, None)
+        ctx.set_materialize_grads(False)
         ctx.kept = []
-        return _ratio_forward(*arguments, ctx.kept if any(ctx.needs_input_grad) else None)
+        return _ratio_forward(*inputs, want_final, ctx.kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         *tensors, offsets = ctx.saved_tensors
-        given = (g.contiguous() for g in grads)
-        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None)
+        given = [None if g is None else g.contiguous() for g in grads]
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None, None)
 
 
 def _ratio(*arguments):
-    """Reads of every token and final states, differentiable."""
+    """Reads of every token and, if the last argument asks for them, final states, differentiable."""
     if torch.compiler.is_compiling():
-        return _ratio_op(*arguments)
+        return _ratio_op(*arguments[:-1])
     if torch.is_grad_enabled() and any([isinstance(t, torch.Tensor) and t.requires_grad for t in arguments]):
         return _ratio_eager.apply(*arguments)
     return _ratio_forward(*arguments)

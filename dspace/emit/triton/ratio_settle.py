@@ -44,7 +44,12 @@ def carry_kernel(words: Words) -> str:
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_e % K * V + o_e // K
 '''.strip("\n").splitlines()
     for s in states:
-        lines.append(f"    d_{s} = tl.load(d_{s}_end + user, mask=m_e, other=0.0).to(tl.float32)")
+        lines += [
+            f"    if d_{s}_end is None:  # zero",
+            f"        d_{s} = tl.zeros([BE], tl.float32)",
+            "    else:",
+            f"        d_{s} = tl.load(d_{s}_end + user, mask=m_e, other=0.0).to(tl.float32)",
+        ]
 
     def fetch(which: str, suffix: str, pad: str) -> list[str]:
         inner = [
@@ -79,7 +84,8 @@ def carry_kernel(words: Words) -> str:
         at = f"(((base + i_c) * H + i_h) * {len(plan.decays)} + {d}) * tl.num_programs(0) + i_e"
         lines.append(f"        tl.store(products + {at}, tl.sum({inner}, 0))")
     lines += [f"        {n} = {n}_next" for n in fetched]
-    lines += [f"    tl.store(d_{s}_start + user, d_{s}, mask=m_e)" for s in states]
+    for s in states:
+        lines += [f"    if d_{s}_start is not None:", f"        tl.store(d_{s}_start + user, d_{s}, mask=m_e)"]
     return "\n".join(lines) + "\n"
 
 
