@@ -96,6 +96,26 @@ def _shape_text(axes, *lead):
     return "[" + ", ".join([*lead, *axes.upper()]) + "]"
 
 
+_seen = {}  # sizes of arguments that were checked, by their shapes, dtypes and devices
+
+
+def _checked(inputs, parameters, states):
+    """As ``_check``, without checking again what it let pass before: that takes longer than launching a kernel."""
+    if torch.compiler.is_compiling():
+        return _check(inputs, parameters, states)
+    try:
+        key = tuple([(t.shape, t.dtype, t.device) for t in (*inputs, *parameters, *states)])
+        sizes = _seen.get(key)
+    except (AttributeError, TypeError):  # not tensors
+        return _check(inputs, parameters, states)
+    if sizes is None:
+        sizes = _check(inputs, parameters, states)
+        if len(_seen) >= 256:
+            _seen.clear()
+        _seen[key] = sizes
+    return sizes
+
+
 def _check(inputs, parameters, states):
     """Device, kind and shape of every tensor; returns (B, T, HV, K, V)."""
     first = inputs[0]
@@ -188,7 +208,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial_state must hold {len(_STATES)} tensor(s) "
                 f"({', '.join(name for name, _ in _STATES)}), got {len(given)}"
             )
-    batch, steps, heads, size_k, size_v = _check(inputs, parameters, given)
+    batch, steps, heads, size_k, size_v = _checked(inputs, parameters, given)
     first, device = inputs[0], inputs[0].device
     offsets, sequences = None, batch
     if cu_seqlens is not None:

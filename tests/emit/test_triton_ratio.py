@@ -102,7 +102,9 @@ output = "scale * sum_k(B * key_0 / (row + zero))"
 """
 
 
-def case(name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0, lean: bool = False) -> dict:
+def case(
+    name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0, lean: bool = False
+) -> dict:
     return {
         "id": name,
         "spec": spec,

@@ -111,7 +111,9 @@ if __name__ == "__main__":
         try:
             made = build(case["spec"])
             vars(made).update(case.get("settings", {}))
-            found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], case.get("gates"), case.get("lean", False))
+            found[case["id"]] = errors(
+                made, case["steps"], case["sizes"], case["packed"], case.get("gates"), case.get("lean", False)
+            )
         except Exception as error:  # reported by the test that asked
             traceback.print_exc(limit=-3)
             found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}

@@ -282,7 +282,9 @@ class _Core:
                 if i:
                     write(f"    {target} = {target} + part")
             if not reads:
-                write(f"    _, {ending} = _linear_{tag}({key}, {key}, {value}, {decay}{initial}, 1.0, offsets, want_final)")
+                write(
+                    f"    _, {ending} = _linear_{tag}({key}, {key}, {value}, {decay}{initial}, 1.0, offsets, want_final)"
+                )
             if i:
                 write("    if want_final:")
                 write(f"        {name}_final = {name}_final + last")

@@ -292,7 +292,10 @@ def backward(words: Words) -> str:
         "            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
-        *(f"        d_{p} = d_{p}_part.sum(1) if d_{p} is None else d_{p} + d_{p}_part.sum(1)" for p in n["parameters"]),
+        *(
+            f"        d_{p} = d_{p}_part.sum(1) if d_{p} is None else d_{p} + d_{p}_part.sum(1)"
+            for p in n["parameters"]
+        ),
         *(f"        d_{s}_start = None if low == 0 and {s} is None else {_STATE}" for s in states),
         f"        pointers = (border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
         f"                    {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases)",

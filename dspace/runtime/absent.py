@@ -1,0 +1,78 @@
+"""A GPU that is not here: Triton compiles for it and dispatches to it as always, and its kernels do nothing.
+
+What is left is what a call costs the host, and a record of what would have been launched. Tensors stay on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as the driver gets it: which compiled kernel, on which grid, with which arguments."""
+
+    name: str
+    code: str
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+
+class AbsentGPU:
+    """A driver of Triton for an NVIDIA GPU of capability ``capability`` (sm_90 by default).
+
+    >>> gpu = AbsentGPU.install()                       # in a process of its own: it stays
+    >>> gpu.launched                                    # everything launched since
+    """
+
+    def __init__(self, capability: int = 90) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+        self.launched: list[Launched] = []
+        self.recording = True
+        self.utils = _Utilities()
+
+    @classmethod
+    def install(cls) -> AbsentGPU:
+        """Make Triton use such a driver from now on in this process."""
+        from triton.runtime import driver
+
+        gpu = cls()
+        driver.set_active(gpu)  # type: ignore[arg-type]
+        return gpu
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        name, code = metadata.name, metadata.hash
+
+        def launch(x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *rest: Any) -> None:
+            if self.recording:
+                self.launched.append(Launched(name, code, (x, y, z), rest[3:]))  # after launch metadata and hooks
+
+        return launch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+class _Utilities:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads a block at most

@@ -1,0 +1,78 @@
+"""Run as a program: what a driver gets from launches by Triton's dispatch and from those without it, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import torch
+import triton
+
+import dspace
+from dspace.runtime import offline
+from dspace.runtime.absent import AbsentGPU, Launched
+
+SIZES = {"": (), "k": (16,), "v": (32,), "kv": (16, 32)}
+
+
+def show(launched: list[Launched]) -> list:
+    def one(arg: object) -> object:
+        return [str(arg.dtype), list(arg.shape)] if isinstance(arg, torch.Tensor) else str(arg)
+
+    return [[x.name, x.code, list(x.grid), [one(a) for a in x.args]] for x in launched]
+
+
+def tensor(*shape: int, shift: int = 0) -> torch.Tensor:
+    """Zeros whose address is a multiple of 16 bytes only without ``shift``."""
+    flat = torch.zeros(torch.Size(shape).numel() + shift, dtype=torch.bfloat16)
+    return flat[shift:].view(shape).requires_grad_()
+
+
+def call(gpu: AbsentGPU, module: ModuleType, steps: int = 64, heads: int = 8, shift: int = 0) -> list:
+    """What forward and backward of both forms launch."""
+    table = module.SPEC
+    inputs = [tensor(2, steps, heads, *SIZES[v["axes"]], shift=shift) for v in table["inputs"]]
+    parameters = [torch.ones(heads, *SIZES[p["axes"]]).requires_grad_() for p in table["parameters"]]
+    gpu.launched.clear()
+    for form in ("chunk", "recurrent"):
+        out = getattr(module, f"{form}_{table['name']}")(*inputs, *parameters)[0]
+        torch.autograd.grad(out, [*inputs, *parameters], out, allow_unused=True)
+    return show(gpu.launched)
+
+
+def by_triton(kernel, grid, pointers, numbers, fixed, **constants) -> None:  # noqa: ANN001
+    kernel[grid](*pointers, *numbers, *fixed, **constants)
+
+
+CASES: dict[str, dict[str, int]] = {
+    "as before": {},
+    "longer": {"steps": 80},
+    "heads": {"heads": 16},
+    "not aligned": {"shift": 1},
+    "again": {},
+}
+
+
+def main() -> None:
+    gpu, found = AbsentGPU.install(), {}
+    compiled: list[str] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
+    for name in sys.argv[1:]:
+        module = dspace.compile(name, certify=False)
+        direct, results = module._launch, {}
+        with offline.elsewhere(module):
+            for label, given in CASES.items():
+                call(gpu, module, **given)  # compiles, by Triton's dispatch
+                before = len(compiled)  # since the start of this process
+                ours = call(gpu, module, **given)
+                module.__dict__["_launch"] = by_triton
+                theirs = call(gpu, module, **given)
+                module.__dict__["_launch"] = direct
+                results[label] = {"ours": ours, "theirs": theirs, "before": before, "compiled": len(compiled) - before}
+        found[name] = results
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
