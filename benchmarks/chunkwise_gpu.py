@@ -45,9 +45,13 @@ def draw(module: ModuleType, shape: tuple[int, int, int, int, int], gate: float 
 
 
 def worst_error(module: ModuleType, size_k: int, size_v: int) -> float:
-    """Largest relative error of outputs and gradients against the float64 reference, 130 tokens."""
+    """Largest relative error of outputs and gradients against the float64 reference, 130 tokens.
+
+    Of 16 heads: the gradient of a parameter is one number a head, a sum over all tokens and channels that nearly
+    cancels for some heads, and beside which rounding is then large however well a kernel computes.
+    """
     torch.manual_seed(0)
-    inputs = draw(module, (2, 130, 2, size_k, size_v), 0.3)
+    inputs = draw(module, (2, 130, 16, size_k, size_v), 0.3)
     name = module.SPEC["name"]
     results = []
     weight = None
