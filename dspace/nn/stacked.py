@@ -63,7 +63,7 @@ def stack(models: Sequence[Model]) -> Model:
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in models]
     if any(s != shapes[0] for s in shapes) or first.positions is not None:
         raise UserError(
-            "these models cannot be stacked: their parameters differ in name or shape, or they have absolute positions\\n"
+            "these models cannot be stacked: their parameters differ in name or shape, or they have absolute positions\n"
             "  cure: train them one by one"
         )
     made = copy.deepcopy(first)

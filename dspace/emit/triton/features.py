@@ -14,7 +14,7 @@ import sympy
 from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import boundary, channel, chunkwise, host, vector, vector_host
+from dspace.emit.triton import boundary, channel, chunkwise, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, axes_of
@@ -96,7 +96,7 @@ class _Core:
     def parts(self) -> list[str]:
         """Everything but the core function, in order."""
         kinds = sorted({kind(s) for s in self.plan.matrix_states})
-        parts = [host.COMMON, host.TABLES, boundary.SPAN]
+        parts = [launching.COMMON, launching.TABLES, boundary.SPAN]
         if self.groups:
             parts += [vector.COMPOSE, vector_host.PLAN, vector.CARRY]
             if self.plan.exclusive:

@@ -1,7 +1,7 @@
 """Source of the host side of a linear-attention core: configuration, launches, custom operators.
 
-Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`. ``COMMON`` and ``TABLES`` go into a module
-once, ``CORE`` and ``OPERATORS`` once for each kind of decay, with names told apart by :func:`renamed`.
+Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`: ``CORE`` and ``OPERATORS``, once for each kind of
+decay, with names told apart by :func:`renamed`. They stand on :mod:`dspace.emit.triton.launching`.
 """
 
 from __future__ import annotations
@@ -17,98 +17,6 @@ def renamed(text: str, tag: str) -> str:
     """``text`` with the names of one core made its own: ``_forward`` becomes ``_forward_TAG``."""
     return _LOCAL.sub(rf"_\1_{tag}", text)
 
-
-COMMON = '''
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton here: the forms for the CPU work without it
-    triton = tl = None
-
-
-def _kernel(function=None, **options):
-    """triton.jit, or nothing where there is no Triton."""
-    if function is None:
-        return lambda f: _kernel(f, **options)
-    return function if triton is None else triton.jit(function, **options)
-
-
-_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
-
-
-def _launch(kernel, grid, pointers, numbers, fixed, **constants):
-    """``kernel[grid](*pointers, *numbers, *fixed, **constants)``.
-
-    Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
-    the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
-    on the values of ``numbers``.
-    """
-    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
-    device = next(p.device for p in pointers if p is not None)
-    key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
-    found = _COMPILED.get(key)
-    if found is not None:
-        found[0][grid](*pointers, *numbers, *fixed, *found[1])
-        return
-    compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
-    # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
-    if hasattr(compiled, "run") and torch.version.hip is None:
-        _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
-
-
-_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
-_PROPOSALS = {}  # what there was to choose from, by key
-_CONFIGS = {}  # what is in use, by key
-
-
-def _chosen(propose, *key):
-    """The configuration for ``key``: the tuned one if it is among the proposals, else the first of them.
-
-    The key holds what a kernel is compiled for, so never T: nothing is tuned, or compiled, again for another length.
-    """
-    config = _CONFIGS.get(key)
-    if config is None:
-        proposals = _PROPOSALS[key] = propose(*key[1:])
-        tuned = _TUNED.get(" ".join(map(str, key)))
-        config = _CONFIGS[key] = tuned if tuned in proposals else proposals[0]
-    return config
-'''
-
-TABLES = '''
-def _plan(T, offsets, N, C):
-    """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
-    if offsets is None:
-        NT = -(-T // C)
-        return None, None, NT, N * NT
-    counts = (offsets[1:] - offsets[:-1] + C - 1) // C
-    ends = counts.cumsum(0)
-    bases = ends - counts
-    chunks = T // C + N
-    index = torch.arange(chunks, device=offsets.device)
-    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
-    begin = offsets[sequence] + (index - bases[sequence]) * C
-    end = torch.minimum(begin + C, offsets[sequence + 1])
-    spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
-    return spans.contiguous(), bases, 0, chunks
-
-
-def _operands(dtype):
-    """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
-    if dtype == torch.bfloat16:
-        return tl.bfloat16, "tf32"
-    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
-
-
-_KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
-
-
-def _cdiv(size, tile):
-    return -(-size // tile)  # Triton's own costs microseconds on the host
-
-
-def _tile(size, most):
-    return max(16, min(1 << (size - 1).bit_length(), most))
-'''
 
 CORE = '''
 def _config_proposals(K, V, dtype):

@@ -13,7 +13,7 @@ import sympy
 from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import host
+from dspace.emit.triton import launching
 from dspace.emit.triton.fragments import TILES
 from dspace.emit.triton.ratio_backward import local_kernel
 from dspace.emit.triton.ratio_forward import reads_kernel, states_kernel
@@ -49,7 +49,7 @@ def section(analysis: Analysis) -> Section | None:
     names |= {t.name: t.name for t in (*plan.tensors, *plan.decays) if t.name not in names}
     words = Words(plan, names)
     kernels = [states_kernel, reads_kernel, local_kernel, carry_kernel, settle_kernel]
-    parts = [host.COMMON, host.TABLES, TILES, HELPERS]
+    parts = [launching.COMMON, launching.TABLES, TILES, HELPERS]
     parts += [make(words) for make in kernels]
     parts += [config(), forward(words), backward(words), operators(words), _core(recurrence, words)]
     return Section(

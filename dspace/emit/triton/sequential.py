@@ -19,7 +19,7 @@ import sympy
 from dspace.emit.base import Section
 from dspace.emit.cpu.loops import backward_token, forward_token
 from dspace.emit.naming import INTERNAL, Namer, internal_names
-from dspace.emit.triton import host
+from dspace.emit.triton import launching
 from dspace.emit.triton.printer import TritonPrinter
 from dspace.emit.triton.sequential_host import host_source
 from dspace.math.gradients import new_symbol
@@ -99,7 +99,7 @@ def section(analysis: Analysis, common: bool = True) -> Section:
     kernels = [writer.forward(), writer.backward(analysis.adjoint, False)]
     if r.variance is not None:
         kernels.append(writer.backward(analysis.adjoint, True))
-    parts = [host.COMMON] if common else []
+    parts = [launching.COMMON] if common else []
     parts += [TILES, *kernels, host_source(r, splits(r))]
     return Section(
         device="cuda",
