@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 
 import dspace.math
@@ -299,3 +301,13 @@ def test_a_call_and_its_backward_are_one_graph(packed: bool) -> None:
         torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors).backward()
     assert len({launch.name for launch in launches}) == 10
     assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
+
+
+@pytest.mark.parametrize("exponent", [2, 8, 9, 10, -3, -9, -10])
+def test_whole_powers_keep_the_sign_of_their_base(exponent: int) -> None:
+    x = sympy.Symbol("x", real=True)
+    text, _ = printer.TritonPrinter({"x": "x"}).power(x, sympy.Integer(exponent))
+    for value in (-1.3, -0.2, 0.7, *([0.0] if exponent > 0 else [])):
+        tl = types.SimpleNamespace(exp=torch.exp, log=torch.log, abs=torch.abs)
+        found = eval(text, {"tl": tl, "x": torch.tensor(value, dtype=torch.float64)})
+        assert float(found) == pytest.approx(value**exponent, rel=1e-12)

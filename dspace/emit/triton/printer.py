@@ -34,6 +34,9 @@ class TritonPrinter(Printer):
             return " * ".join([self.at(base, 5)] * int(exponent)), MUL
         if exponent == sympy.Rational(1, 2) or exponent.is_number and exponent.is_negative:
             return super().power(base, exponent)
+        if exponent.is_Integer:  # the logarithm of a negative base is nan
+            magnitude = f"tl.exp({exponent - exponent % 2} * tl.log(tl.abs({self(base)})))"
+            return (f"{self.at(base, 5)} * {magnitude}", MUL) if exponent % 2 else (magnitude, 5)
         return f"tl.exp({self.at(exponent, MUL)} * tl.log({self(base)}))", 5
 
     def call(self, function: type, args: tuple[sympy.Expr, ...]) -> tuple[str, int]:
