@@ -1073,14 +1073,13 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel
-def _compose(decay_a, write_a, decay_b, write_b):
-    """One step S -> decay S + write after another."""
-    return decay_a * decay_b, write_a * decay_b + write_b
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
 
 
 @_kernel
-def _inverse(x, FAST: tl.constexpr):
+def _reciprocal(x, FAST: tl.constexpr):
     """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
     if FAST:
         return tl.inline_asm_elementwise(
@@ -1088,6 +1087,12 @@ def _inverse(x, FAST: tl.constexpr):
         )
     else:
         return 1.0 / x
+
+
+@_kernel
+def _compose(decay_a, write_a, decay_b, write_b):
+    """One step S -> decay S + write after another."""
+    return decay_a * decay_b, write_a * decay_b + write_b
 
 
 @_kernel
@@ -1105,11 +1110,6 @@ def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
 
 _PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
 _SHORTEST = 256  # tokens that a program walks at least
-
-
-def _fast(tensor):
-    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
-    return tensor.is_cuda and torch.version.hip is None
 
 
 def _segments(T, offsets, N, B, H, tiles, C):

@@ -1109,6 +1109,22 @@ def _tile(size, most):
     return max(16, min(1 << (size - 1).bit_length(), most))
 
 
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+@_kernel
+def _reciprocal(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
 # Tiles: lane 4 g + c of a warp holds row 8 h + g and columns 8 n + 2 c + e of a 16 x 16 matrix, as [I, n, h, e, lane].
 
 
@@ -1355,17 +1371,6 @@ def _sum_columns(x, FAST: tl.constexpr):
     else:
         x = tl.sum(tl.reshape(x, [1, 1, 2, 1, 8, 4]), 5, keep_dims=True)
         return tl.reshape(tl.broadcast_to(x, [1, 1, 2, 1, 8, 4]), [1, 1, 2, 1, 32])
-
-
-@_kernel
-def _reciprocal(x, FAST: tl.constexpr):
-    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / x
 
 
 @_kernel
@@ -1872,11 +1877,6 @@ def _settle_kernel(
     along = direct_0 - wrote_0
     product = tl.sum(tl.load(products + (slot * 1 + 0) * PARTS + o_p, mask=o_p < PARTS, other=0.0), 0)
     tl.store(d_decay_0 + start + at, product - tl.cumsum(along, 0) + along, mask=live)
-
-
-def _fast(tensor):
-    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
-    return tensor.is_cuda and torch.version.hip is None
 
 
 def _registers(tensor, count):

@@ -1319,14 +1319,13 @@ def _chunk(spans, i_c, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
     return begin, end
 
 
-@_kernel
-def _compose(decay_a, write_a, decay_b, write_b):
-    """One step S -> decay S + write after another."""
-    return decay_a * decay_b, write_a * decay_b + write_b
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
 
 
 @_kernel
-def _inverse(x, FAST: tl.constexpr):
+def _reciprocal(x, FAST: tl.constexpr):
     """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
     if FAST:
         return tl.inline_asm_elementwise(
@@ -1334,6 +1333,12 @@ def _inverse(x, FAST: tl.constexpr):
         )
     else:
         return 1.0 / x
+
+
+@_kernel
+def _compose(decay_a, write_a, decay_b, write_b):
+    """One step S -> decay S + write after another."""
+    return decay_a * decay_b, write_a * decay_b + write_b
 
 
 @_kernel
@@ -1351,11 +1356,6 @@ def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
 
 _PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
 _SHORTEST = 256  # tokens that a program walks at least
-
-
-def _fast(tensor):
-    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
-    return tensor.is_cuda and torch.version.hip is None
 
 
 def _segments(T, offsets, N, B, H, tiles, C):
@@ -1512,7 +1512,7 @@ def _vector_k_kernel(
         Ibar = Ibar_kept
         ending = tl.zeros([C, C], dtype=tl.float32) + Ibar_until[None, :]  # the same for every row
         Ibar_start = tl.dot(ending, write, tl.exp2(Ibar_past) * Ibar_start, input_precision=PRECISION)
-        inverse_0 = _inverse(I_p + Ibar, FAST)
+        inverse_0 = _reciprocal(I_p + Ibar, FAST)
         feature_0_now = inverse_0 * q
         tl.store(feature_0_out + corner * W + tile, (feature_0_now).to(feature_0_out.dtype.element_ty), mask=m_cw)
         if Ibar_out is not None:
@@ -1579,7 +1579,7 @@ def _vector_k_back_sums_kernel(
         Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
         Ibar = Ibar_kept + write
         d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        inverse_0 = _inverse(I_p + Ibar, FAST)
+        inverse_0 = _reciprocal(I_p + Ibar, FAST)
         Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
         if d_Ibar_in is not None:
             Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
@@ -1650,7 +1650,7 @@ def _vector_k_backward_kernel(
         Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
         Ibar = Ibar_kept + write
         d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        inverse_0 = _inverse(I_p + Ibar, FAST)
+        inverse_0 = _reciprocal(I_p + Ibar, FAST)
         Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
         if d_Ibar_in is not None:
             Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)

@@ -98,7 +98,7 @@ class _Core:
         kinds = sorted({kind(s) for s in self.plan.matrix_states})
         parts = [launching.COMMON, launching.TABLES, boundary.SPAN]
         if self.groups:
-            parts += [vector.COMPOSE, vector_host.PLAN, vector.CARRY]
+            parts += [launching.FAST, vector.COMPOSE, vector_host.PLAN, vector.CARRY]
             if self.plan.exclusive:
                 parts.append(vector.BEFORE)
         kernel_names = dict(self.names)

@@ -93,3 +93,21 @@ def _cdiv(size, tile):
 def _tile(size, most):
     return max(16, min(1 << (size - 1).bit_length(), most))
 '''
+
+FAST = '''
+def _fast(tensor):
+    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+@_kernel
+def _reciprocal(x, FAST: tl.constexpr):
+    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+'''
+"""What kernels with approximate reciprocals need."""

@@ -49,7 +49,7 @@ def section(analysis: Analysis) -> Section | None:
     names |= {t.name: t.name for t in (*plan.tensors, *plan.decays) if t.name not in names}
     words = Words(plan, names)
     kernels = [states_kernel, reads_kernel, local_kernel, carry_kernel, settle_kernel]
-    parts = [launching.COMMON, launching.TABLES, TILES, HELPERS]
+    parts = [launching.COMMON, launching.TABLES, launching.FAST, TILES, HELPERS]
     parts += [make(words) for make in kernels]
     parts += [config(), forward(words), backward(words), operators(words), _core(recurrence, words)]
     return Section(

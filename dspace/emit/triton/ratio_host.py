@@ -17,11 +17,6 @@ BUDGET = 128 * 2**20
 
 def config() -> str:
     return f'''
-def _fast(tensor):
-    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
-    return tensor.is_cuda and torch.version.hip is None
-
-
 def _registers(tensor, count):
     """Compile option: fewer registers a thread, for more blocks on a multiprocessor."""
     return {{"maxnreg": count}} if _fast(tensor) and count else {{}}

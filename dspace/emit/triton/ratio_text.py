@@ -20,17 +20,6 @@ from dspace.plan.ratio import RatioPlan, Tensor
 
 HELPERS = '''
 @_kernel
-def _reciprocal(x, FAST: tl.constexpr):
-    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / x
-
-
-@_kernel
 def _sequence(offsets, bases, i_n, T, LOW, HIGH, NT, PACKED: tl.constexpr):
     """First token, end token and first chunk of what sequence ``i_n`` has in the window."""
     if PACKED:

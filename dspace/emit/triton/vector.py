@@ -66,17 +66,6 @@ def _compose(decay_a, write_a, decay_b, write_b):
 
 
 @_kernel
-def _inverse(x, FAST: tl.constexpr):
-    """1 / x; FAST takes the reciprocal of the special function unit (relative error 1e-7, denormals are zero)."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / x
-
-
-@_kernel
 def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
     """First and end token of segment ``i_c``; empty for the spare segments of a packed batch."""
     if PACKED:

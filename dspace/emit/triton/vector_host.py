@@ -13,11 +13,6 @@ _PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk 
 _SHORTEST = 256  # tokens that a program walks at least
 
 
-def _fast(tensor):
-    """Whether kernels on this device may use instructions of NVIDIA GPUs."""
-    return tensor.is_cuda and torch.version.hip is None
-
-
 def _segments(T, offsets, N, B, H, tiles, C):
     """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence).
 

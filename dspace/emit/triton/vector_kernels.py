@@ -86,7 +86,7 @@ class Kernels:
 
     def inverses(self, bases: Mapping[str, sympy.Expr], names: Mapping[str, str]) -> list[str]:
         show = TritonPrinter(names)
-        return [f"        {name} = _inverse({show(base)}, FAST)" for name, base in bases.items()]
+        return [f"        {name} = _reciprocal({show(base)}, FAST)" for name, base in bases.items()]
 
     def used(self, exprs: list[sympy.Expr]) -> list[Variable]:
         symbols = set().union(*(e.free_symbols for e in exprs)) if exprs else set()
