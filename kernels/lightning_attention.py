@@ -1474,18 +1474,20 @@ class _linear_scalar_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, want_final = arguments
-        _linear_scalar_save(ctx, inputs, None)
+        *tensors, ctx.scale, offsets, _ = arguments
+        kept = []
+        results = _forward_scalar(*arguments, kept)
         ctx.set_materialize_grads(False)
-        ctx.kept = []
-        return _forward_scalar(*inputs, want_final, ctx.kept)
+        ctx.save_for_backward(*tensors, offsets, *kept)
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_final):
-        *tensors, offsets = ctx.saved_tensors
+        q, k, v, g, initial, offsets, *kept = ctx.saved_tensors
+        tensors = q, k, v, g, initial
         given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
-        return (*_backward_scalar(*tensors, *given, ctx.scale, offsets, ctx.kept), None, None, None)
+        return (*_backward_scalar(*tensors, *given, ctx.scale, offsets, kept), None, None, None)
 
 
 def _linear_scalar(*arguments):

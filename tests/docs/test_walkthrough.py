@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.D
 def run_console(line: str) -> None:
     command = line.removeprefix("$ ").split()
     assert command[0] == "dspace", f"the walkthrough may only run dspace: {line}"
-    done = subprocess.run([sys.executable, "-m", "dspace", *command[1:]], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "dspace", *command[1:]], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert done.stdout.strip(), f"{line} printed nothing"
 

@@ -57,7 +57,7 @@ def certified(orders: list[dict]) -> list[dict]:
     path = os.pathsep.join([str(HERE.parents[1]), *(p for p in sys.path if p)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "builtin_interpreted.py")],
-        input=json.dumps(orders), capture_output=True, text=True, timeout=500,
+        input=json.dumps(orders), capture_output=True, text=True, timeout=1500,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

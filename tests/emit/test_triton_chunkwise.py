@@ -203,7 +203,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
-        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=600,
+        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -143,7 +143,7 @@ def interpreted() -> dict[str, dict[str, float]]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

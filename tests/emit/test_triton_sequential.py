@@ -56,7 +56,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "sequential_interpreted.py")],
-        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=300,
+        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

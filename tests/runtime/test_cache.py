@@ -155,7 +155,7 @@ def test_four_processes_build_once(affine_file: Path, own_cache: Path, tmp_path:
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    outputs = [w.communicate(timeout=300)[0] for w in workers]
+    outputs = [w.communicate(timeout=1500)[0] for w in workers]
     assert [w.returncode for w in workers] == [0, 0, 0, 0]
     assert len(set(outputs)) == 1
     assert log.read_text(encoding="utf-8") == "built\n"

@@ -290,18 +290,25 @@ class _linear_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, want_final = arguments
-        _linear_save(ctx, inputs, None)
+        *tensors, ctx.scale, offsets, _ = arguments
+        kept = []
+        results = _forward(*arguments, kept)
         ctx.set_materialize_grads(False)
-        ctx.kept = []
-        return _forward(*inputs, want_final, ctx.kept)
+        ctx.save_for_backward(*tensors, offsets, *kept)
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o, d_final):
-        *tensors, offsets = ctx.saved_tensors
+#if decay
+        q, k, v, g, initial, offsets, *kept = ctx.saved_tensors
+        tensors = q, k, v, g, initial
+#else
+        q, k, v, initial, offsets, *kept = ctx.saved_tensors
+        tensors = q, k, v, initial
+#endif
         given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
-        return (*_backward(*tensors, *given, ctx.scale, offsets, ctx.kept), None, None, None)
+        return (*_backward(*tensors, *given, ctx.scale, offsets, kept), None, None, None)
 
 
 def _linear(*arguments):

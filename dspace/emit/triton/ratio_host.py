@@ -371,18 +371,20 @@ class _ratio_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, want_final = arguments
-        _ratio_save(ctx, inputs, None)
+        *tensors, ctx.scale, offsets, ctx.variance, _ = arguments
+        kept = []
+        results = _ratio_forward(*arguments, kept)
         ctx.set_materialize_grads(False)
-        ctx.kept = []
-        return _ratio_forward(*inputs, want_final, ctx.kept)
+        ctx.save_for_backward(*tensors, offsets, *kept)
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        *tensors, offsets = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        tensors, offsets, kept = saved[:{len(n["all"])}], saved[{len(n["all"])}], saved[{len(n["all"]) + 1}:]
         given = [None if g is None else g.contiguous() for g in grads]
-        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, ctx.kept), None, None, None, None)
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, kept), None, None, None, None)
 
 
 def _ratio(*arguments):
