@@ -122,24 +122,32 @@ def launches_of(
     dtype: str = "bfloat16",
     variance: bool = False,
     backward: bool = True,
+    carried: bool = True,
     target: str = "sm_90",
 ) -> list[Launch]:
-    """Launches of one call of ``form`` with inputs ``[B, T, H, ...]``, and of its backward pass, without a GPU."""
+    """Launches of one call of ``form`` with inputs ``[B, T, H, ...]``, and of its backward pass, without a GPU.
+
+    ``carried``: with initial and final states, else without.
+    """
     import torch
 
     table, sizes = module.SPEC, {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
     kind = getattr(torch, dtype)
     inputs = [torch.zeros(B, T, H, *sizes[v["axes"]], dtype=kind) for v in table["inputs"]]
     parameters = [torch.ones(H, *sizes[p["axes"]]) for p in table["parameters"]]
-    states = [torch.zeros(B, H, *sizes[s["axes"]]) for s in table["states"]]
+    states = [torch.zeros(B, H, *sizes[s["axes"]]) for s in table["states"]] if carried else []
     leaves = [*inputs, *parameters, *states]
     function = getattr(module, f"{form}_{table['name']}")
 
     def call() -> None:
         *results, final = function(
-            *inputs, *parameters, initial_state=states, output_final_state=True, output_variance=variance
+            *inputs,
+            *parameters,
+            initial_state=states if carried else None,
+            output_final_state=carried,
+            output_variance=variance,
         )
-        results += [final] if isinstance(final, torch.Tensor) else final
+        results += [final] if isinstance(final, torch.Tensor) else final or ()
         if backward:
             torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
 

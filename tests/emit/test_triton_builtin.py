@@ -96,11 +96,14 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
 
 
 def launches(modules: dict[str, ModuleType], size: int, target: str) -> list[offline.Launch]:
-    """Every distinct kernel launch of every built-in spec, forward and backward, chunk and recurrent."""
+    """Every distinct kernel launch of every built-in spec, forward and backward, chunk and recurrent.
+
+    For sm_90 also of calls without initial and final states.
+    """
     found: dict[str, offline.Launch] = {}
     for module in modules.values():
-        for form in ("chunk", "recurrent"):
-            for launch in offline.launches_of(module, form, K=size, V=size, target=target):
+        for form, carried in (("chunk", True), ("recurrent", True), ("chunk", target != "sm_90")):
+            for launch in offline.launches_of(module, form, K=size, V=size, carried=carried, target=target):
                 found.setdefault(launch.key, launch)
     return list(found.values())
 
