@@ -94,6 +94,8 @@ class Worker:
         self.home, self.study, self.phase, self.id = home, phase.study, phase, worker
         self.objective = objective
         self.storage = connect(home, phase.study.workers.patience)
+        if home.on_server:
+            self.storage.gathers = True  # type: ignore[attr-defined]
         self.optuna = open_study(phase, self.storage, jobs)
         self.composer = Composer(phase.study, Path(root or self.optuna.user_attrs.get("root", ".")))
         self.parent: int | None = os.getppid()
@@ -134,8 +136,10 @@ class Worker:
 
     def nothing_comes(self) -> bool:
         """Whether there will be no more to do. On a server the engine makes the trials, a little ahead of the workers."""
-        if not self.home.on_server or self.idle > PATIENCE_WITH_ENGINE or queue.is_settled(self.phase, self.optuna):
+        if not self.home.on_server or self.idle > PATIENCE_WITH_ENGINE:
             return True
+        if round(self.idle / IDLE_SECONDS) % 4 == 0 and queue.is_settled(self.phase, self.optuna):
+            return True  # the whole study is read for that: not every time
         time.sleep(IDLE_SECONDS)
         self.idle += IDLE_SECONDS
         return False
@@ -271,6 +275,7 @@ class Worker:
                 told = time.monotonic()
                 trial.set_user_attr("curve", curve)
                 trial.set_user_attr("progress", round(step / total, 4))
+                self.flush(trial)
             if self.study.prune is not None and self.phase.comparison is None:
                 reason = should_prune(self.study.prune, curve, total, self.finished_curves(trial.number))
                 if reason:
@@ -283,7 +288,13 @@ class Worker:
             twin = self.same_point(trial.number, job.point.hash) if self.phase.comparison is None else None
             if twin is not None:
                 return self.outcome_of(trial, twin)
+        self.flush(trial)
         return job
+
+    def flush(self, trial: Any) -> None:
+        """Let others know what was told so far: to a server a trial's attributes go together."""
+        if self.home.on_server:
+            self.storage.flush(trial._trial_id)  # type: ignore[attr-defined]
 
     def refuse_cost(self, trial: Any, job: Job) -> None:
         """Record what the point would cost. Raises Pruned where that is more than the study allows."""
