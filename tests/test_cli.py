@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +179,35 @@ def test_where_a_picture_cannot_be_written_is_told(capsys: pytest.CaptureFixture
 def test_a_folder_without_a_study_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(capsys, "study", "report", "mine", "--dir", str(tmp_path))
     assert code == 2 and str(tmp_path / "study.toml") in err and "did you mean" not in err
+
+
+def test_a_damaged_study_does_not_hide_the_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspace.study import engine
+    from tests.study.conftest import TOY
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "study"))
+    Path("toy.toml").write_text(TOY)
+    engine.run("toy.toml", objective="toys:quick", quiet=True, trials=2)
+    for name in ("broken", "mistyped", "young"):
+        shutil.copytree("runs/toy", f"runs/{name}")
+    journal = Path("runs/broken/journal.log")
+    journal.write_bytes(journal.read_bytes() + b'{"op_co')
+    Path("runs/mistyped/study.toml").write_text(TOY.replace("trials = 8", "trails = 8"))
+    Path("runs/young/journal.log").write_bytes(b"")
+    code, out, err = run(capsys, "study", "list")
+    assert code == 4
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["broken", "mistyped", "toy", "young"]
+    assert "runs/broken/journal.log: damaged at line" in err and "cure: dspace study heal runs/broken --cut" in err
+    assert "did you mean 'trials'" in err and err.count("error: ") == 2 and "young" not in err
+    code, out, err = run(capsys, "study", "list", "--json")
+    rows = {row["study"]: row for row in json.loads(out)}
+    assert code == 4 and not err and rows["toy"]["complete"] == 2 and "error" not in rows["young"]
+    assert (
+        "damaged" in rows["broken"]["error"] and rows["broken"]["exit_code"] == 4 and rows["mistyped"]["exit_code"] == 2
+    )
 
 
 @pytest.mark.parametrize("ending", ["return", "raise typer.Exit(3)", "raise UserError('half loaded')"])
