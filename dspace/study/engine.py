@@ -64,7 +64,7 @@ def run(
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one worker is needed\n  cure: --jobs 1")
     path = find(source)
-    study = load(path)
+    study = load(path, path.resolve().parent)
     storage = storage or study.storage
     remote.check_url(storage, jobs)
     if (ray or slurm) and not Home(Path(), storage).on_server:
