@@ -210,6 +210,50 @@ def test_a_damaged_study_does_not_hide_the_others(
     )
 
 
+WHILE_LOADING = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize("at", ["dspace.errors", "dspace.__main__", "dspace.cli", "typer", "dspace.commands.common"])
+def test_an_interrupt_while_the_command_loads_shows_no_traceback(at: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WHILE_LOADING)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "AT": at}
+    command = [sys.executable, "-m", "dspace", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    program = [sys.executable, "-c", "import dspace\ntry: import dspace.cli\nexcept KeyboardInterrupt: print('mine')"]
+    if at in ("dspace.cli", "typer"):  # a program of somebody else's hears of its own interrupts
+        assert subprocess.run(program, capture_output=True, text=True, env=environment).stdout == "mine\n"
+
+
+def test_an_interrupt_within_code_from_text_leaves_the_exit_code_alone(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from dspace import cli
+from dspace.__main__ import main
+
+def run():
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**8): pass", globals())
+    except KeyboardInterrupt:
+        return 130
+
+cli.main = run
+raise SystemExit(main())
+"""
+    (tmp_path / "probe.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    assert subprocess.run([sys.executable, "-m", "probe"], env=environment).returncode == 130
+
+
 @pytest.mark.parametrize("ending", ["return", "raise typer.Exit(3)", "raise UserError('half loaded')"])
 def test_an_interrupt_that_a_library_swallowed_still_ends_the_command(ending: str) -> None:
     code = f"""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dspace.commands.common import INTERRUPTED, Json, command, complain, show, show_json
+from dspace.commands.common import Json, command, complain, show, show_json
 from dspace.errors import DspaceError, UserError
+from dspace.interrupt import INTERRUPTED
 
 Name = Annotated[str, typer.Argument(help="A study by name, by its folder, or by its file.", metavar="NAME")]
 Dir = Annotated[Path | None, typer.Option("--dir", help="The study's folder; runs/NAME by default.")]
