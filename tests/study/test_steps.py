@@ -19,9 +19,11 @@ from dspace.study.change import Change
 from dspace.study.database import Database
 from dspace.study.ledger import Phase, open_study
 from dspace.study.patient import Patient
+from dspace.study.preparing import Preparation
 from dspace.study.reading import load
 from dspace.study.remote import open_database
 from dspace.study.storage import Home, connect
+from dspace.study.trial import Job, Outcome, Pruned
 from dspace.study.worker import Worker, find_objective
 from tests.study.servers import Postgres, Proxy
 
@@ -219,3 +221,50 @@ def test_a_trial_takes_three_calls(
         assert t.values == [t.user_attrs["metrics"][n] for n in load(toy).objectives]
     if way != "another's proxy":
         assert calls["claim"] == 9 and calls["change"] == 16 and sum(calls.values()) <= 9 + 16 + 2
+
+
+@pytest.mark.parametrize("ending", ["complete", "prune", "fail"])
+def test_a_worker_outlives_the_loss_of_its_trial(
+    ending: str, postgres: Postgres, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Taken for lost while it ran, the trial is another worker's: how it ends here is nobody's business."""
+    name = f"toy{random.SystemRandom().randrange(10**9)}"
+    toy.write_text(toy.read_text().replace('name = "toy"', f'name = "{name}"').replace("trials = 8", "trials = 2"))
+    home, phase = Home(tmp_path / "runs", postgres.url), Phase(load(toy))
+    study = open_study(phase, connect(home))
+    queue.top_up(phase, study, 2)
+
+    def objective(job: Job) -> Outcome:
+        if job.number == 0:
+            (mine,) = (t for t in study.get_trials(deepcopy=False) if t.number == 0)
+            assert ledger.give_back(home, study, mine, "lost", died=True) == 1
+            if ending == "prune":
+                raise Pruned("not worth it")
+            if ending == "fail":
+                raise RuntimeError("broken")
+        return Outcome({"stability": 1.0, "plasticity": 0.0, "accuracy": 1.0, "state_bytes": 1.0})
+
+    worker = Worker(home, phase, "far-1-1", objective, str(tmp_path), 1)
+    assert worker.run(float("inf")) == 0
+    states = [(t.state.name, t.user_attrs.get("retry_of")) for t in study.get_trials()]
+    assert states == [("FAIL", None), ("COMPLETE", None), ("COMPLETE", 0)]
+    assert "trial 0 was given to another worker" in capfd.readouterr().err
+
+
+def test_a_point_is_told_before_it_is_asked_for(
+    postgres: Postgres, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two workers that come to the same point at once, one must see the other."""
+    name = f"toy{random.SystemRandom().randrange(10**9)}"
+    toy.write_text(toy.read_text().replace('name = "toy"', f'name = "{name}"').replace("trials = 8", "trials = 1"))
+    home, phase = Home(tmp_path / "runs", postgres.url), Phase(load(toy))
+    elsewhere = open_study(phase, connect(home))
+    queue.top_up(phase, elsewhere, 1)
+    seen = []
+
+    def ask(self: Preparation, number: int, point_hash: str) -> None:
+        seen.append((point_hash, elsewhere.get_trials()[number].user_attrs.get("point_hash")))
+
+    monkeypatch.setattr(Preparation, "_same_point", ask)
+    assert Worker(home, phase, "far-1-1", find_objective("toys:counted"), str(tmp_path), 1).run(float("inf")) == 0
+    assert len(seen) == 1 and seen[0][0] == seen[0][1]
