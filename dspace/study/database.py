@@ -13,6 +13,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.storages._rdb import models
@@ -28,6 +34,10 @@ class Database(_CachedStorage):
     """A database with a cache of finished trials, shared by the threads of a proxy."""
 
     _backend: RDBStorage
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._distributions: dict[tuple[int, str], BaseDistribution] = {}
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         frozen = self._backend._create_new_trial(study_id, template_trial)
@@ -100,9 +110,13 @@ class Database(_CachedStorage):
         if change.state == TrialState.RUNNING and trial.state != TrialState.WAITING:
             return False
         for name, (value, distribution) in change.params.items():
-            known = self._studies.setdefault(trial.study_id, _StudyInfo()).param_distribution
-            backend._set_trial_param_without_commit(session, trial.trial_id, name, value, distribution, known.get(name))
-            known.setdefault(name, distribution)
+            self._check_distribution(session, trial.study_id, name, distribution)
+            text = distribution_to_json(distribution)
+            session.add(
+                models.TrialParamModel(
+                    trial_id=trial.trial_id, param_name=name, param_value=value, distribution_json=text
+                )
+            )
         self._set_attributes(session, models.TrialUserAttributeModel, {trial.trial_id: change.user})
         self._set_attributes(session, models.TrialSystemAttributeModel, {trial.trial_id: change.system})
         for objective, value in enumerate(change.values or ()):  # there are none of a trial that has not ended
@@ -117,6 +131,20 @@ class Database(_CachedStorage):
             elif change.state.is_finished():
                 trial.datetime_complete = datetime.now()
         return True
+
+    def _check_distribution(self, session: Any, study_id: int, name: str, distribution: BaseDistribution) -> None:
+        """Raise ValueError where other trials of the study have the parameter with an incompatible distribution."""
+        if (study_id, name) not in self._distributions:
+            first = (
+                session.query(models.TrialParamModel)
+                .join(models.TrialModel)
+                .filter(models.TrialModel.study_id == study_id, models.TrialParamModel.param_name == name)
+                .first()
+            )
+            if first is None:
+                return
+            self._distributions[study_id, name] = json_to_distribution(first.distribution_json)
+        check_distribution_compatibility(self._distributions[study_id, name], distribution)
 
     def _set_attributes(self, session: Any, model: Any, told: Mapping[int, Mapping[str, Any]]) -> None:
         """Set attributes, by trial and key."""
