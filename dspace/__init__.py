@@ -11,10 +11,14 @@ Importing this package is cheap: PyTorch, SymPy, Numba, Triton and Optuna load w
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from dspace.interrupt import leave_at_once
 
-from dspace.errors import (
+leave_at_once()  # before anything is imported
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from dspace.errors import (  # noqa: E402
     CertificationError,
     CompilerBug,
     DspaceError,

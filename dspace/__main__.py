@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 
+from dspace.interrupt import INTERRUPTED, forget, heed
+
 
 def main() -> int:
     """Run the command line and return its exit code; see :func:`dspace.cli.main`."""
     try:
         from dspace.cli import main as run
 
-        return run()
+        heed()
+        code = run()
     except KeyboardInterrupt:
-        return 130
+        code = INTERRUPTED
+    forget()
+    return code
 
 
 if __name__ == "__main__":

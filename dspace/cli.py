@@ -10,7 +10,8 @@ import typer
 
 import dspace
 from dspace.commands import relations, space, study, variants
-from dspace.commands.common import BROKEN_PIPE, INTERRUPTED, Settings
+from dspace.commands.common import BROKEN_PIPE, Settings
+from dspace.interrupt import INTERRUPTED
 
 app = typer.Typer(
     name="dspace",

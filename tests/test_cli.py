@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +179,79 @@ def test_where_a_picture_cannot_be_written_is_told(capsys: pytest.CaptureFixture
 def test_a_folder_without_a_study_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(capsys, "study", "report", "mine", "--dir", str(tmp_path))
     assert code == 2 and str(tmp_path / "study.toml") in err and "did you mean" not in err
+
+
+def test_a_damaged_study_does_not_hide_the_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspace.study import engine
+    from tests.study.conftest import TOY
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "study"))
+    Path("toy.toml").write_text(TOY)
+    engine.run("toy.toml", objective="toys:quick", quiet=True, trials=2)
+    for name in ("broken", "mistyped", "young"):
+        shutil.copytree("runs/toy", f"runs/{name}")
+    journal = Path("runs/broken/journal.log")
+    journal.write_bytes(journal.read_bytes() + b'{"op_co')
+    Path("runs/mistyped/study.toml").write_text(TOY.replace("trials = 8", "trails = 8"))
+    Path("runs/young/journal.log").write_bytes(b"")
+    code, out, err = run(capsys, "study", "list")
+    assert code == 4
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["broken", "mistyped", "toy", "young"]
+    assert "runs/broken/journal.log: damaged at line" in err and "cure: dspace study heal runs/broken --cut" in err
+    assert "did you mean 'trials'" in err and err.count("error: ") == 2 and "young" not in err
+    code, out, err = run(capsys, "study", "list", "--json")
+    rows = {row["study"]: row for row in json.loads(out)}
+    assert code == 4 and not err and rows["toy"]["complete"] == 2 and "error" not in rows["young"]
+    assert (
+        "damaged" in rows["broken"]["error"] and rows["broken"]["exit_code"] == 4 and rows["mistyped"]["exit_code"] == 2
+    )
+
+
+WHILE_LOADING = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize("at", ["dspace.errors", "dspace.__main__", "dspace.cli", "typer", "dspace.commands.common"])
+def test_an_interrupt_while_the_command_loads_shows_no_traceback(at: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WHILE_LOADING)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "AT": at}
+    command = [sys.executable, "-m", "dspace", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    program = [sys.executable, "-c", "import dspace\ntry: import dspace.cli\nexcept KeyboardInterrupt: print('mine')"]
+    if at in ("dspace.cli", "typer"):  # a program of somebody else's hears of its own interrupts
+        assert subprocess.run(program, capture_output=True, text=True, env=environment).stdout == "mine\n"
+
+
+def test_an_interrupt_within_code_from_text_leaves_the_exit_code_alone(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from dspace import cli
+from dspace.__main__ import main
+
+def run():
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(10**8): pass", globals())
+    except KeyboardInterrupt:
+        return 130
+
+cli.main = run
+raise SystemExit(main())
+"""
+    (tmp_path / "probe.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    assert subprocess.run([sys.executable, "-m", "probe"], env=environment).returncode == 130
 
 
 @pytest.mark.parametrize("ending", ["return", "raise typer.Exit(3)", "raise UserError('half loaded')"])

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from dspace.errors import CompilerBug, DspaceError
+from dspace.interrupt import INTERRUPTED
 
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 _MAIN = threading.main_thread()
 

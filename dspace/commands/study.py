@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dspace.commands.common import INTERRUPTED, Json, command, show, show_json
-from dspace.errors import UserError
+from dspace.commands.common import Json, command, complain, show, show_json
+from dspace.errors import DspaceError, UserError
+from dspace.interrupt import INTERRUPTED
 
 Name = Annotated[str, typer.Argument(help="A study by name, by its folder, or by its file.", metavar="NAME")]
 Dir = Annotated[Path | None, typer.Option("--dir", help="The study's folder; runs/NAME by default.")]
@@ -182,9 +184,10 @@ def list_(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """The studies of this folder, or the trials of one."""
+    """The studies of this folder, or the trials of one. Studies that cannot be read do not hide the others."""
     from dspace.study.results import collect, open_home
 
+    failures: list[DspaceError] = []
     if name or folder:
         results = collect(open_home(name or str(folder), folder, storage))
         rows: list[dict[str, Any]] = [
@@ -194,24 +197,45 @@ def list_(
     else:
         rows = []
         for definition in sorted(Path("runs").glob("*/study.toml")):
-            results = collect(open_home(definition.parent))
-            best = results.best
-            metric = results.study.best.by
-            rows.append(
-                {
-                    "study": results.study.name,
-                    **results.counts(),
-                    "best": best.number if best else None,
-                    metric: best.metrics[metric] if best else None,
-                    "folder": str(definition.parent),
-                }
-            )
+            try:
+                rows.append(_line_of(definition.parent))
+            except DspaceError as error:
+                failures.append(error)
+                told = {"error": str(error), "exit_code": error.exit_code} if as_json else {}
+                rows.append({"study": definition.parent.name, "folder": str(definition.parent), **told})
     if as_json:
         show_json(rows)
-        return
-    if not rows:
+    elif rows:
+        _show_rows(rows)
+    else:
         show("nothing here yet: dspace study run quickstart")
-        return
+    sys.stdout.flush()  # before the complaints, where both go to one place
+    if not as_json:
+        for failure in failures:
+            complain(str(failure))
+    if failures:
+        raise typer.Exit(failures[0].exit_code)
+
+
+def _line_of(folder: Path) -> dict[str, Any]:
+    """A study in one line of the list."""
+    from dspace.study.results import NoTrialsYet, collect, open_home
+
+    try:
+        results = collect(open_home(folder))
+    except NoTrialsYet:
+        return {"study": folder.name, "best": None, "folder": str(folder)}
+    best, metric = results.best, results.study.best.by
+    return {
+        "study": results.study.name,
+        **results.counts(),
+        "best": best.number if best else None,
+        metric: best.metrics[metric] if best else None,
+        "folder": str(folder),
+    }
+
+
+def _show_rows(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,26 @@ forgetting used for MQAR; a pair ``(low, high)`` is that linspace; one number N 
 starting ``dt`` of each head, ``dt * A = 1 / N``."""
 
 _DEFAULT_INIT = {"real": 0.0, "positive": 1.0, "nonnegative": 1.0, "negative": -1.0, "nonpositive": -1.0, "unit": 0.5}
+
+
+M = TypeVar("M", bound=nn.Module)
+NO_DECAY = "no_weight_decay"
+"""Attribute of a parameter that weight decay leaves alone."""
+
+
+def copy_of(model: M) -> M:
+    """A deep copy of ``model`` that keeps the marks ``no_weight_decay``, which PyTorch's copy of a parameter forgets."""
+    made = copy.deepcopy(model)
+    keep_marks(model, made)
+    return made
+
+
+def keep_marks(source: nn.Module, target: nn.Module) -> None:
+    """Mark the parameters of ``target`` as those of the same name of ``source`` are."""
+    own = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        if name in own and getattr(parameter, NO_DECAY, False) != getattr(own[name], NO_DECAY, False):
+            setattr(own[name], NO_DECAY, getattr(parameter, NO_DECAY, False))
 
 
 class Constrained(nn.Module):

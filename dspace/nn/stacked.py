@@ -8,7 +8,6 @@ parameters of their own, so that no kernel needs to know of it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dspace.errors import UserError
 from dspace.nn.functions import per_row
 from dspace.nn.model import Model
+from dspace.nn.parameters import copy_of
 
 
 class StackedLinear(nn.Linear):
@@ -66,10 +66,7 @@ def stack(models: Sequence[Model]) -> Model:
             "these models cannot be stacked: their parameters differ in name or shape, or they have absolute positions\n"
             "  cure: train them one by one"
         )
-    made = copy.deepcopy(first)
-    for (_, own), (_, copied) in zip(first.named_parameters(), made.named_parameters(), strict=True):
-        if getattr(own, "no_weight_decay", False):  # a copy forgets it
-            copied.no_weight_decay = True  # type: ignore[attr-defined]
+    made = copy_of(first)
     if len(models) == 1:
         return made
     sources = [dict(m.named_modules()) for m in models]

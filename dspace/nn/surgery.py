@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from dspace.errors import UserError
 from dspace.nn.layer import Mixer
 from dspace.nn.operator import Operator, as_operator
+from dspace.nn.parameters import copy_of, keep_marks
 from dspace.nn.recipe import Apply, Convolve, Take, Tree, default_recipe
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def convert(model: M, transform: str = "metaplastic", *, spec: Any = None) -> M:
-    """A copy of ``model`` whose mixers are those of the transformed spec, with every weight kept.
+    """A copy of ``model`` whose mixers are those of the transformed spec, with every weight kept, and every ``no_weight_decay``.
 
     ``model``: a :class:`~dspace.nn.model.Model`, a :class:`~dspace.nn.layer.Mixer`, or any module with mixers in it.
     ``metaplastic`` is the one transform that is the identity for some parameters: the importance gain ``b`` of every
@@ -39,7 +39,7 @@ def convert(model: M, transform: str = "metaplastic", *, spec: Any = None) -> M:
             f"convert does not know {transform!r}\n"
             "  cure: 'metaplastic'; other transforms change what a trained model computes: train a model of their spec"
         )
-    made = copy.deepcopy(model)
+    made = copy_of(model)
     operators: dict[int, tuple[Operator, str]] = {}
 
     def converted(mixer: Mixer) -> Mixer:
@@ -176,6 +176,7 @@ def _converted_mixer(old: Mixer, operator: Operator, gain: str) -> Mixer:
         own = dict(new.named_parameters())
         for name, parameter in kept.items():
             own[name].copy_(parameter).requires_grad_(parameter.requires_grad)
+    keep_marks(old, new)
     return new
 
 

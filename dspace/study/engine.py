@@ -64,7 +64,7 @@ def run(
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one worker is needed\n  cure: --jobs 1")
     path = find(source)
-    study = load(path)
+    study = load(path, path.resolve().parent)
     storage = storage or study.storage
     remote.check_url(storage, jobs)
     if (ray or slurm) and not Home(Path(), storage).on_server:
@@ -185,21 +185,22 @@ class Engine:
         minutes = self.study.budget.minutes if phase.comparison is None else None
         deadline = self.started + 60 * minutes if minutes else float("inf")
         with Progress(phase, self.jobs, deadline, quiet=self.quiet) as progress:
-            self.supply(phase, optuna_study)
+            self.supply(phase, optuna_study, optuna_study.get_trials(deepcopy=False))
             for _ in range(min(self.jobs, self.owed(phase, optuna_study))):
                 self.launch(phase, deadline)
             while self.workers or self.awaited(phase, optuna_study, deadline):
                 time.sleep(POLL_SECONDS)
-                self.supply(phase, optuna_study)
-                progress.update(optuna_study.get_trials(deepcopy=False))
+                trials = optuna_study.get_trials(deepcopy=False)
+                self.supply(phase, optuna_study, trials)
+                progress.update(trials)
                 self.reap(phase, optuna_study, deadline)
             progress.update(optuna_study.get_trials(deepcopy=False))
 
-    def supply(self, phase: Phase, optuna_study: Any) -> None:
+    def supply(self, phase: Phase, optuna_study: Any, trials: list[Any]) -> None:
         """On a server the engine makes the trials, and looks after those whose workers it cannot see."""
         if not self.home.on_server:
             return
-        queue.top_up(phase, optuna_study, max(2 * self.jobs, 16), self.first)
+        queue.top_up(phase, optuna_study, max(4 * self.jobs, 16), self.first, trials)
         if time.time() - self.healed_at > min(self.study.workers.heartbeat, self.study.workers.grace / 2):
             self.heal([phase])
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dspace.errors import Problem, StudyError, UserError
 from dspace.spec.positions import Positions
-from dspace.study.schema import METRICS, SEED, Axis, ModelTable, StudyFile, TrainTable
+from dspace.study.schema import METRICS, SEED, Axis, ModelTable, Patch, StudyFile, TrainTable
 
 MAX_BYTES = 1_000_000
 
@@ -25,8 +25,20 @@ class _Report:
         self.file = file
         self.positions = Positions(text)
         self.problems: list[Problem] = []
+        self.left_out: list[tuple[str, ...]] = []
+        """Keys that are wrong by themselves, reported and read no further: what follows from them is no news."""
+
+    def follows(self, path: tuple[str, ...]) -> bool:
+        """Whether what is wrong at ``path`` may come from a key that was left out."""
+        tables = [(key[:-1] or key) for key in self.left_out]
+        if any(path[: len(table)] == table for table in tables):
+            return True
+        named = any(table[0] in ("axes", "space") for table in tables)  # whose choices are named elsewhere
+        return named and (path[0] == "compare" or "when" in path)
 
     def add(self, message: str, *path: str, suggestion: str = "", cure: str = "", on_value: bool = False) -> None:
+        if self.follows(path):
+            return
         place = None
         for length in range(len(path), 0, -1):  # the nearest enclosing table that the file writes down
             here = tuple(path[:length])
@@ -43,8 +55,11 @@ class _Report:
         return sorted(self.problems, key=lambda p: (p.line, p.column))
 
 
-def load(source: str | Path) -> StudyFile:
-    """Read a study file, or a shipped one by name. Raises StudyError with all its problems."""
+def load(source: str | Path, root: Path | None = None) -> StudyFile:
+    """Read a study file, or a shipped one by name. Raises StudyError with all its problems.
+
+    Specs that it names by path are looked for where ``root`` says where paths start (a copy of the file does not know).
+    """
     path = find(source)
     try:
         data = path.read_bytes()
@@ -53,7 +68,7 @@ def load(source: str | Path) -> StudyFile:
     if len(data) > MAX_BYTES:
         raise StudyError([Problem(f"the file has {len(data)} bytes, at most {MAX_BYTES} are read", str(path))])
     try:
-        return loads(data.decode("utf-8"), str(path))
+        return loads(data.decode("utf-8"), str(path), root)
     except UnicodeDecodeError as error:
         raise StudyError([Problem(f"not UTF-8 at byte {error.start}", str(path), cure="save it as UTF-8")]) from None
 
@@ -74,7 +89,7 @@ def find(source: str | Path) -> Path:
     raise UserError(f"there is no study file {str(source)!r}{hint}\n  cure: give a path, or one of {', '.join(names)}")
 
 
-def loads(text: str, file: str = "<study>") -> StudyFile:
+def loads(text: str, file: str = "<study>", root: Path | None = None) -> StudyFile:
     """Read a study from text. Raises StudyError with all its problems."""
     text = text.replace("\r\n", "\n")
     try:
@@ -82,16 +97,47 @@ def loads(text: str, file: str = "<study>") -> StudyFile:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise StudyError([_toml_problem(error, text, file)]) from None
     report = _Report(text, file)
-    try:
-        study = StudyFile.model_validate(raw)
-    except ValidationError as error:
-        for item in error.errors():
-            _pydantic_problem(item, report)
-        raise StudyError(report.in_order()) from None
-    _check(study, report)
-    if report.problems:
+    study = _validate(raw, report)
+    if study is not None:
+        _check(study, report, root)
+    if study is None or report.problems:
         raise StudyError(report.in_order())
     return study
+
+
+def _validate(raw: dict[str, Any], report: _Report) -> StudyFile | None:
+    """The study as far as its keys and types are right, so that the rest is checked too; None if too little is left."""
+    try:
+        return StudyFile.model_validate(raw)
+    except ValidationError as error:
+        wrong = error.errors()
+    left_out = []
+    for item in wrong:
+        instead = _pydantic_problem(item, report)
+        gone = _leave_out(raw, tuple(item["loc"]), instead)
+        left_out += [] if instead else [gone]
+    report.left_out = left_out
+    try:
+        return StudyFile.model_validate(raw)
+    except ValidationError:
+        return None
+
+
+def _leave_out(tables: dict[str, Any], path: tuple[Any, ...], instead: str) -> tuple[str, ...]:
+    """Remove the key at ``path``, or the nearest above it that the file has; ``instead`` is what it was to be called."""
+    trail: list[tuple[dict[str, Any], Any]] = []
+    here: Any = tables
+    for part in path:
+        if not isinstance(here, dict) or part not in here:
+            break
+        trail.append((here, part))
+        here = here[part]
+    if trail:
+        table, key = trail[-1]
+        value = table.pop(key)
+        if instead:
+            table.setdefault(instead, value)
+    return tuple(map(str, path[: max(len(trail), 1)]))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -124,17 +170,16 @@ def _fields_at(path: tuple[str, ...]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def _pydantic_problem(item: Any, report: _Report) -> None:
+def _pydantic_problem(item: Any, report: _Report) -> str:
+    """Report it; returns the name that a mistyped key was to be."""
     path = tuple(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _fields_at(path[:-1])
-        report.add(
-            f"unknown key {path[-1]!r}",
-            *path,
-            suggestion=nearest(path[-1], known),
-            cure=f"remove it, or use one of {', '.join(known)}",
-        )
-    elif item["type"] == "missing":
+        meant = nearest(path[-1], known)
+        cure = f"remove it, or use one of {', '.join(known)}"
+        report.add(f"unknown key {path[-1]!r}", *path, suggestion=meant, cure=cure)
+        return meant
+    if item["type"] == "missing":
         report.add(f"{path[-1]!r} is missing", *path, cure=f"add {path[-1]} = ... here")
     else:
         value = item.get("input")
@@ -142,11 +187,13 @@ def _pydantic_problem(item: Any, report: _Report) -> None:
         known = re.findall(r"'([^']+)'", item["msg"]) if item["type"] == "literal_error" else []
         message = item["msg"][0].lower() + item["msg"][1:] + shown
         report.add(message, *path, suggestion=nearest(str(value), known), on_value=True)
+    return ""
 
 
-def _check(study: StudyFile, report: _Report) -> None:
+def _check(study: StudyFile, report: _Report, root: Path | None) -> None:
     """What types alone cannot say: names that refer to each other, intervals, targets, the task's own rules."""
     _check_space(study, report)
+    _check_bases(study, report, root)
     for name in study.objectives:
         if name == "gpu_ms" and study.cost is None:
             report.add("gpu_ms needs to know the GPU", "objectives", name, cure='[cost]\n  gpu = "H100"')
@@ -203,6 +250,31 @@ def _check_space(study: StudyFile, report: _Report) -> None:
             find_gpu(study.cost.gpu)
         except UserError:
             _unknown(report, "GPU", study.cost.gpu, GPUS, "cost", "gpu")
+
+
+def _check_bases(study: StudyFile, report: _Report, root: Path | None) -> None:
+    """Base specs and transforms that exist, of the study and of each choice."""
+    from dspace.spec.library import builtin_names
+    from dspace.spec.transforms import TRANSFORMS
+
+    patches: dict[tuple[str, ...], Patch] = {
+        ("axes", name, "choices", choice): patch
+        for name, axis in study.axes.items()
+        for choice, patch in (axis.choices or {}).items()
+    }
+    bases: dict[tuple[str, ...], str | None] = {("base",): study.base}
+    bases.update({(*path, "base"): patch.base for path, patch in patches.items()})
+    for path, base in bases.items():
+        if not base or Path(base).is_file():
+            continue
+        if base.endswith(".toml") or Path(base).name != base:
+            if root is not None and not (root / base).is_file():
+                report.add(f"there is no spec file {base!r}", *path, cure=f"a path from {root} on", on_value=True)
+        elif base not in builtin_names():
+            _unknown(report, "base spec", base, builtin_names(), *path)
+    for path, patch in patches.items():
+        if patch.transform is not None and patch.transform not in TRANSFORMS:
+            _unknown(report, "transform", patch.transform, TRANSFORMS, *path, "transform")
 
 
 def _unknown(report: _Report, what: str, name: str, known: Iterable[str], *path: str) -> None:

@@ -1,17 +1,16 @@
 """Storages on a server: PostgreSQL (or MySQL) reached directly, or through Optuna's gRPC proxy for many machines.
 
-Workers outlive a server that goes away: every call is repeated until it answers again, see :class:`Patient`. Signs of
+Workers outlive a server that goes away: every call is repeated until it answers again, see :mod:`dspace.study.patient`. Signs of
 life are an attribute of the running trial, because Optuna's own heartbeat does not pass its gRPC proxy.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,7 +89,9 @@ def open_database(url: str, threads: int = 1) -> Any:
         )
     except Exception as error:  # any driver may raise anything here
         raise StorageError(_unreachable(url, error)) from None
-    return optuna.storages.get_storage(database)  # with a cache of finished trials
+    from dspace.study.database import Database
+
+    return Database(database)
 
 
 def _unreachable(url: str, error: Exception) -> str:
@@ -101,12 +102,12 @@ def _unreachable(url: str, error: Exception) -> str:
 
 
 def open_proxy(url: str, patience: float) -> Any:
-    """Optuna's client for a proxy, once it answers."""
-    import optuna
-
+    """The client of a proxy, once it answers."""
     host, port = host_and_port(url)
     try:
-        client = optuna.storages.GrpcStorageProxy(host=host, port=port)
+        from dspace.study.proxy import Client
+
+        client = Client(host=host, port=port)
         client.wait_server_ready(timeout=max(patience, 1.0))
         return client
     except ImportError as error:
@@ -124,7 +125,9 @@ def connect_server(url: str, patience: float = 5.0) -> Any:
     while True:
         try:
             inner = open_proxy(url, patience) if url.startswith("grpc") else open_database(url)
-            return _patient_class()(inner, patience)
+            from dspace.study.patient import Patient
+
+            return Patient(inner, patience)
         except StorageError as error:
             if time.time() + 1 > end or "pip install" in str(error):
                 raise
@@ -140,71 +143,6 @@ def is_away(error: BaseException) -> bool:
     if callable(code):
         return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
     return isinstance(error, ConnectionError) or "closed channel" in str(error)
-
-
-class Patience:
-    """Repeats a call until the server answers, for at most ``seconds``."""
-
-    def __init__(self, inner: Any, seconds: float) -> None:
-        self.inner, self.seconds = inner, seconds
-
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """``inner.name(*args)``; a change that an unheard answer had confirmed is not an error."""
-        end, pause, unsure, read_again = time.monotonic() + self.seconds, 0.2, False, False
-        while True:
-            try:
-                return getattr(self.inner, name)(*args, **kwargs)
-            except Exception as error:
-                if unsure and type(error).__name__ == "UpdateFinishedTrialError" and self._done(name, *args, **kwargs):
-                    return True
-                if isinstance(error, KeyError) and name == "set_trial_param" and not read_again:
-                    # A proxy that was started again knows no trial until somebody has read the study's.
-                    read_again = True
-                    for study in self("get_all_studies"):
-                        self("get_all_trials", study._study_id, deepcopy=False)
-                    continue
-                if not is_away(error):
-                    raise
-                if time.monotonic() + pause > end:
-                    raise StorageError(
-                        f"the storage did not answer for {self.seconds:.0f} s: {hidden(str(error))[:300]}\n"
-                        "  cure: start the server again and give the same command: it goes on where it stopped"
-                    ) from None
-                if not unsure:
-                    print(f"the storage does not answer ({name}); waiting", file=sys.stderr, flush=True)
-                unsure = True
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)
-            if hasattr(self.inner, "_setup"):  # a new channel: the old one waits ever longer before it tries again
-                self.inner._setup()
-
-    def _done(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        """Whether a trial ended as this call, whose answer was lost, had asked."""
-        if name != "set_trial_state_values":
-            return False
-        bound = dict(zip(("trial_id", "state", "values"), args, strict=False)) | kwargs
-        trial = self.inner.get_trial(bound["trial_id"])
-        values = bound.get("values")
-        return trial.state == bound["state"] and (values is None or list(trial.values or []) == list(values))
-
-
-def _patient_class() -> type:
-    """A storage whose every method goes through :class:`Patience`; made late, because it inherits Optuna's."""
-    from optuna.storages import BaseStorage
-
-    def delegate(name: str) -> Callable[..., Any]:
-        return lambda self, *args, **kwargs: self._patience(name, *args, **kwargs)
-
-    def initialise(self: Any, inner: Any, patience: float) -> None:
-        self._patience = Patience(inner, patience)
-
-    # A new trial is asked for once: whether an unheard answer had made one, only the caller can find out.
-    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._patience.inner.create_new_trial(*args, **kwargs)
-
-    names = [n for n in dir(BaseStorage) if not n.startswith("_") and callable(getattr(BaseStorage, n))]
-    body: dict[str, Any] = {name: delegate(name) for name in names}
-    return type("Patient", (BaseStorage,), body | {"__init__": initialise, "create_new_trial": create})
 
 
 @contextmanager
@@ -260,14 +198,13 @@ def run_proxy(url: str | None, host: str, port: int, threads: int = 16) -> None:
 
     checked = check_proxied(url)
     try:
-        import grpc  # noqa: F401
-        import optuna
+        from dspace.study.proxy import serve
     except ImportError as error:
         raise StorageError(_unreachable(checked, error)) from None
     database = open_database(checked, threads)
     with ThreadPoolExecutor(max_workers=threads) as pool:
         try:
             warnings.simplefilter("ignore")  # it is experimental since Optuna 4.2
-            optuna.storages.run_grpc_proxy_server(database, host=host, port=port, thread_pool=pool)
+            serve(database, host, port, pool)
         except RuntimeError as error:
             raise StorageError(f"cannot serve at {host}:{port}: {error}\n  cure: another --host or --port") from None

@@ -13,6 +13,10 @@ from dspace.study.schema import Axis, StudyFile
 from dspace.study.storage import Home, connect, home_of
 
 
+class NoTrialsYet(UserError):
+    """The study was begun, and stopped before its first trial."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One trial."""
@@ -89,7 +93,7 @@ def collect(home: Home) -> Results:
     storage = connect(home)
     known = {s.study_name for s in storage.get_all_studies()}
     if study.name not in known:
-        raise UserError(f"{home.folder}: the study has no trials yet\n  cure: dspace study run {home.definition}")
+        raise NoTrialsYet(f"{home.folder}: the study has no trials yet\n  cure: dspace study run {home.definition}")
     search = optuna.load_study(study_name=study.name, storage=storage)
     found = search.get_trials(deepcopy=False)
     comparisons = {}

@@ -17,6 +17,8 @@ IGNORE = -100
 """The label of a position that asks nothing; loss and metrics skip it."""
 
 Seed = int | Sequence[int]
+Rule = tuple[bool, str, str]
+"""``(holds, rule, cure)``: what sizes must satisfy, and what to do where they do not."""
 Ints = NDArray[np.integer[Any]]
 
 
@@ -100,6 +102,34 @@ class Batch:
         )
 
 
+def asked_once(
+    task: str,
+    vocab_size: int,
+    settings: Mapping[str, Any],
+    inputs: Ints,
+    positions: Ints,
+    targets: Ints,
+    places: Ints,
+) -> Batch:
+    """A batch whose bindings never change: column ``i`` asks for the ``i``-th from the start.
+
+    ``positions``: where each question stands, ``places``: where its key was bound (or its token stood), both
+    ``[N, D]``; ``places`` may be ``[D]``, the same for every example.
+    """
+    return Batch(
+        task=task,
+        vocab_size=vocab_size,
+        settings=settings,
+        inputs=inputs,
+        positions=positions.astype(np.int32),
+        targets=targets,
+        ages=(positions - places).astype(np.int32),
+        order=np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape),
+        rebound=np.zeros(targets.shape, dtype=bool),
+        stale=np.full(targets.shape, -1, dtype=np.int32),
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """A task by name: how to make it, how to check its sizes, and what its numbers mean.
@@ -135,8 +165,8 @@ class Task:
         return self.make(num_examples=num_examples, seed=seed, **settings)
 
 
-def require(rules: Sequence[tuple[bool, str, str]], task: str) -> None:
-    """Raise one UserError that names every broken rule of ``(holds, rule, cure)``."""
+def require(rules: Sequence[Rule], task: str) -> None:
+    """Raise one UserError that names every broken rule."""
     broken = [f"  {rule}\n    cure: {cure}" for holds, rule, cure in rules if not holds]
     if broken:
         raise UserError(f"{task}: these sizes are impossible\n" + "\n".join(broken))

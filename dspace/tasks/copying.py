@@ -7,11 +7,9 @@ through an MLP of its own; here each is asked for by a token that names its plac
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from dspace.tasks.base import Batch, Ints, Seed, Task, require, require_integers
+from dspace.tasks.base import Batch, Seed, Task, asked_once, require, require_integers
 from dspace.tasks.sampling import distinct
 
 COPY, COMPRESS = "selective_copy", "compression"
@@ -53,7 +51,9 @@ def selective_copy(
     inputs[:, room:] = MARKER
     positions = np.broadcast_to(np.arange(room, input_seq_len, dtype=np.int32), tokens.shape)
     settings = {"vocab_size": vocab_size, "input_seq_len": input_seq_len, "num_tokens": num_tokens}
-    return _batch(COPY, vocab_size, {**settings, "num_examples": rows, "seed": seed}, inputs, positions, tokens, places)
+    return asked_once(
+        COPY, vocab_size, {**settings, "num_examples": rows, "seed": seed}, inputs, positions, tokens, places
+    )
 
 
 def check_compression(vocab_size: int, input_seq_len: int, num_tokens: int) -> None:
@@ -95,26 +95,8 @@ def compression(
     inputs[:, :count] = tokens
     np.put_along_axis(inputs, positions, places + 1, axis=1)
     settings = {"vocab_size": vocab_size, "input_seq_len": input_seq_len, "num_tokens": num_tokens}
-    return _batch(
+    return asked_once(
         COMPRESS, vocab_size, {**settings, "num_examples": rows, "seed": seed}, inputs, positions, tokens, places
-    )
-
-
-def _batch(
-    task: str, vocab_size: int, settings: dict[str, Any], inputs: Ints, positions: Ints, targets: Ints, places: Ints
-) -> Batch:
-    """A batch whose column ``i`` asks for the token that stood at ``places[:, i]``, the ``i``-th from the start."""
-    return Batch(
-        task=task,
-        vocab_size=vocab_size,
-        settings=settings,
-        inputs=inputs,
-        positions=positions,
-        targets=targets,
-        ages=(positions - places).astype(np.int32),
-        order=np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape),
-        rebound=np.zeros(targets.shape, dtype=bool),
-        stale=np.full(targets.shape, -1, dtype=np.int32),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspace.tasks.base import Batch, Seed
+from dspace.tasks.base import Batch, Seed, asked_once
 from dspace.tasks.mqar import check_mqar
 from dspace.tasks.sampling import power_law
 
@@ -39,19 +39,8 @@ class DeviceBatch:
     def to_batch(self) -> Batch:
         """The same examples as a batch of NumPy arrays, with ages and order, for metrics."""
         inputs, positions, targets = (t.cpu().numpy() for t in (self.inputs, self.positions, self.targets))
-        order = np.broadcast_to(np.arange(positions.shape[1], dtype=np.int32), positions.shape)
-        return Batch(
-            self.task,
-            self.vocab_size,
-            self.settings,
-            inputs,
-            positions,
-            targets,
-            ages=positions - 2 * order,
-            order=order,
-            rebound=np.zeros(positions.shape, dtype=bool),
-            stale=np.full(positions.shape, -1, dtype=np.int32),
-        )
+        places = 2 * np.arange(positions.shape[1], dtype=np.int32)
+        return asked_once(self.task, self.vocab_size, self.settings, inputs, positions, targets, places)
 
     @property
     def hash(self) -> str:

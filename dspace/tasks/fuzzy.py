@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dspace.tasks.base import Batch, Seed, Task, require, require_integers
+from dspace.tasks.base import Batch, Ints, Seed, Task, asked_once, require, require_integers
+from dspace.tasks.mqar import positive_power, some_pairs
 from dspace.tasks.sampling import distinct, power_law, weighted_distinct
 
 NAME = "fuzzy_recall"
@@ -38,7 +39,7 @@ def check_fuzzy_recall(
     width = key_length + value_length
     require(
         [
-            (num_kv_pairs >= 1, f"num_kv_pairs = {num_kv_pairs} must be at least 1", "ask for one pair or more"),
+            some_pairs(num_kv_pairs),
             (
                 min(key_length, value_length) >= 1,
                 f"key_length = {key_length}, value_length = {value_length} must be at least 1",
@@ -60,7 +61,7 @@ def check_fuzzy_recall(
                 f"vocab_size = {vocab_size} leaves no two values beside {key_vocab} key tokens and the blank",
                 f"vocab_size >= {key_vocab + 3}",
             ),
-            (power_a > 0, f"power_a = {power_a} must be positive", "the published value is 0.01"),
+            positive_power(power_a),
         ],
         NAME,
     )
@@ -100,31 +101,23 @@ def fuzzy_recall(
     written = np.concatenate([keys, values[:, :, :-1]], axis=2)
     for j in range(width - 1):
         np.put_along_axis(inputs, begins + j, written[:, :, j], axis=1)
-    asked = begins[:, :, None] + key_length - 1 + np.arange(value_length, dtype=np.int32)
-    bound = np.arange(pairs, dtype=np.int32)[:, None] * width + key_length - 1 + np.arange(value_length, dtype=np.int32)
+    answers: Ints = key_length - 1 + np.arange(value_length, dtype=np.int32)
+    asked = begins[:, :, None] + answers
+    bound = width * np.arange(pairs, dtype=np.int32)[:, None] + answers
     shape = (rows, pairs * value_length)
-    order = np.broadcast_to(np.arange(pairs * value_length, dtype=np.int32), shape)
-    return Batch(
-        task=NAME,
-        vocab_size=vocab_size,
-        settings={
-            "vocab_size": vocab_size,
-            "num_examples": num_examples,
-            "input_seq_len": input_seq_len,
-            "num_kv_pairs": num_kv_pairs,
-            "key_length": key_length,
-            "value_length": value_length,
-            "key_vocab": key_vocab,
-            "power_a": power_a,
-            "seed": seed,
-        },
-        inputs=inputs,
-        positions=asked.reshape(shape).astype(np.int32),
-        targets=values.reshape(shape),
-        ages=(asked - bound).reshape(shape).astype(np.int32),
-        order=order,
-        rebound=np.zeros(shape, dtype=bool),
-        stale=np.full(shape, -1, dtype=np.int32),
+    settings = {
+        "vocab_size": vocab_size,
+        "num_examples": num_examples,
+        "input_seq_len": input_seq_len,
+        "num_kv_pairs": num_kv_pairs,
+        "key_length": key_length,
+        "value_length": value_length,
+        "key_vocab": key_vocab,
+        "power_a": power_a,
+        "seed": seed,
+    }
+    return asked_once(
+        NAME, vocab_size, settings, inputs, asked.reshape(shape), values.reshape(shape), bound.reshape(-1)
     )
 
 

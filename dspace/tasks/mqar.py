@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dspace.tasks.base import Batch, Ints, Seed, Task, require, require_integers
+from dspace.tasks.base import Batch, Ints, Rule, Seed, Task, asked_once, require, require_integers
 from dspace.tasks.sampling import distinct, power_law, weighted_distinct
 
 
@@ -26,7 +26,17 @@ def check_mqar(
     )
 
 
-def fits(input_seq_len: int, num_kv_pairs: int) -> tuple[bool, str, str]:
+def some_pairs(num_kv_pairs: int) -> Rule:
+    """The rule that there is something to recall."""
+    return num_kv_pairs >= 1, f"num_kv_pairs = {num_kv_pairs} must be at least 1", "ask for one pair or more"
+
+
+def positive_power(power_a: float) -> Rule:
+    """The rule that the gaps have a power law."""
+    return power_a > 0, f"power_a = {power_a} must be positive", "the published value is 0.01"
+
+
+def fits(input_seq_len: int, num_kv_pairs: int) -> Rule:
     """The rule that the pairs and as many query slots fit into the sequence."""
     return (
         4 * num_kv_pairs <= input_seq_len,
@@ -36,11 +46,11 @@ def fits(input_seq_len: int, num_kv_pairs: int) -> tuple[bool, str, str]:
     )
 
 
-def common_rules(vocab_size: int, input_seq_len: int, num_kv_pairs: int, power_a: float) -> list[tuple[bool, str, str]]:
-    """Rules shared by the recall tasks, as ``(holds, rule, cure)``."""
+def common_rules(vocab_size: int, input_seq_len: int, num_kv_pairs: int, power_a: float) -> list[Rule]:
+    """Rules shared by the tasks whose context is all pairs."""
     keys = vocab_size // 2 - 1
     return [
-        (num_kv_pairs >= 1, f"num_kv_pairs = {num_kv_pairs} must be at least 1", "ask for one pair or more"),
+        some_pairs(num_kv_pairs),
         (input_seq_len % 2 == 0, f"input_seq_len = {input_seq_len} must be even", f"use {input_seq_len + 1}"),
         (
             vocab_size > input_seq_len,
@@ -52,7 +62,7 @@ def common_rules(vocab_size: int, input_seq_len: int, num_kv_pairs: int, power_a
             f"vocab_size = {vocab_size} has {keys} keys (1 .. vocab_size/2 - 1) for {num_kv_pairs} distinct ones",
             f"vocab_size >= {2 * num_kv_pairs + 2}",
         ),
-        (power_a > 0, f"power_a = {power_a} must be positive", "the published value is 0.01"),
+        positive_power(power_a),
     ]
 
 
@@ -84,27 +94,17 @@ def mqar(
     context = np.empty((num_examples, 2 * pairs), dtype=np.int32)
     context[:, 0::2], context[:, 1::2] = keys, values
     inputs, positions = place_queries(rng, context, keys, input_seq_len, power_a, random_non_queries, vocab_size)
-    order = np.broadcast_to(np.arange(pairs, dtype=np.int32), keys.shape)
-    return Batch(
-        task="mqar",
-        vocab_size=vocab_size,
-        settings={
-            "vocab_size": vocab_size,
-            "num_examples": num_examples,
-            "input_seq_len": input_seq_len,
-            "num_kv_pairs": num_kv_pairs,
-            "power_a": power_a,
-            "random_non_queries": random_non_queries,
-            "seed": seed,
-        },
-        inputs=inputs,
-        positions=positions,
-        targets=values,
-        ages=positions - 2 * order,
-        order=order,
-        rebound=np.zeros(keys.shape, dtype=bool),
-        stale=np.full(keys.shape, -1, dtype=np.int32),
-    )
+    settings = {
+        "vocab_size": vocab_size,
+        "num_examples": num_examples,
+        "input_seq_len": input_seq_len,
+        "num_kv_pairs": num_kv_pairs,
+        "power_a": power_a,
+        "random_non_queries": random_non_queries,
+        "seed": seed,
+    }
+    places = 2 * np.arange(pairs, dtype=np.int32)
+    return asked_once("mqar", vocab_size, settings, inputs, positions, values, places)
 
 
 def place_queries(

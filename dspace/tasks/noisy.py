@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dspace.tasks.base import Batch, Seed, Task, require, require_integers
-from dspace.tasks.mqar import place_queries
+from dspace.tasks.base import Batch, Seed, Task, asked_once, require, require_integers
+from dspace.tasks.mqar import place_queries, positive_power, some_pairs
 from dspace.tasks.sampling import distinct
 
 NAME = "noisy_recall"
@@ -31,7 +31,7 @@ def check_noisy_recall(
     values = vocab_size - noise_vocab - vocab_size // 2
     require(
         [
-            (num_kv_pairs >= 1, f"num_kv_pairs = {num_kv_pairs} must be at least 1", "ask for one pair or more"),
+            some_pairs(num_kv_pairs),
             (num_noise >= 0, f"num_noise = {num_noise} must not be negative", "0 gives plain recall"),
             (noise_vocab >= 1, f"noise_vocab = {noise_vocab} must be at least 1", "16 as in MAD"),
             (
@@ -44,7 +44,7 @@ def check_noisy_recall(
                 f"vocab_size = {vocab_size} has {vocab_size // 2 - 1} keys and {values} values for {num_kv_pairs} distinct ones",
                 f"vocab_size >= {2 * (num_kv_pairs + noise_vocab + 1)}",
             ),
-            (power_a > 0, f"power_a = {power_a} must be positive", "the published value is 0.01"),
+            positive_power(power_a),
         ],
         NAME,
     )
@@ -78,27 +78,17 @@ def noisy_recall(
     np.put_along_axis(context, begins, keys, axis=1)
     np.put_along_axis(context, begins + 1, values, axis=1)
     inputs, positions = place_queries(rng, context, keys, input_seq_len, power_a, False, vocab_size)
-    return Batch(
-        task=NAME,
-        vocab_size=vocab_size,
-        settings={
-            "vocab_size": vocab_size,
-            "num_examples": num_examples,
-            "input_seq_len": input_seq_len,
-            "num_kv_pairs": num_kv_pairs,
-            "num_noise": num_noise,
-            "noise_vocab": noise_vocab,
-            "power_a": power_a,
-            "seed": seed,
-        },
-        inputs=inputs,
-        positions=positions,
-        targets=values,
-        ages=(positions - begins).astype(np.int32),
-        order=np.broadcast_to(np.arange(pairs, dtype=np.int32), keys.shape),
-        rebound=np.zeros(keys.shape, dtype=bool),
-        stale=np.full(keys.shape, -1, dtype=np.int32),
-    )
+    settings = {
+        "vocab_size": vocab_size,
+        "num_examples": num_examples,
+        "input_seq_len": input_seq_len,
+        "num_kv_pairs": num_kv_pairs,
+        "num_noise": num_noise,
+        "noise_vocab": noise_vocab,
+        "power_a": power_a,
+        "seed": seed,
+    }
+    return asked_once(NAME, vocab_size, settings, inputs, positions, values, begins)
 
 
 NOISY_RECALL = Task(

@@ -136,6 +136,32 @@ def test_a_whole_model_is_converted_and_the_old_one_left_alone(without_kernels):
     assert torch.equal(copy.deepcopy(made)(tokens), model(tokens))
 
 
+def test_weight_decay_leaves_the_same_parameters_alone(without_kernels):
+    from dspace.nn.parameters import copy_of
+    from dspace.nn.training import _groups
+
+    model = Model("simple_gla", vocab_size=11, num_layers=2, mlp_ratio=2.0, skip=True, **SIZES)
+    marked = [p for n, p in model.named_parameters() if n.endswith(("norm.weight", "project.weight"))]
+    assert len(marked) >= 3
+    for parameter in marked:  # as many training recipes do by hand
+        parameter.no_weight_decay = True
+    atom = next(p for n, p in model.named_parameters() if ".atoms." in n)
+    atom.no_weight_decay = False
+    made = convert(model)
+
+    def groups(of):
+        names = {id(p): n for n, p in of.named_parameters()}
+        return [{names[id(p)] for p in group["params"]} for group in _groups(of, 0.1)]
+
+    shared = {n for n, _ in model.named_parameters()}
+    assert [g & shared for g in groups(made)] == groups(model)
+    assert all(groups(model)) and set.union(*groups(model)) == shared == shared & {
+        n for n, _ in made.named_parameters()
+    }
+    twin = copy_of(model)
+    assert groups(twin) == groups(model) and groups(copy.deepcopy(model)) != groups(model), "what a plain copy forgets"
+
+
 def test_what_cannot_be_converted_is_refused(without_kernels):
     with pytest.raises(UserError, match="does not know 'per_channel'"):
         convert(trained("simple_gla"), "per_channel")

@@ -86,7 +86,7 @@ def start(toy: Path, objective: str, jobs: int = 2) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.time() + seconds
     while time.time() < end:
         try:
@@ -98,19 +98,23 @@ def wait_for(condition, seconds: float = 30.0) -> None:
     raise AssertionError("it did not happen in time")
 
 
+def two_complete_and_two_running() -> bool:
+    found = states(trials_of())
+    return found.count("COMPLETE") == found.count("RUNNING") == 2
+
+
 def workers_of(engine: subprocess.Popen) -> list[int]:
     found = subprocess.run(["pgrep", "-f", f"runs/toy --id .*{engine.pid}-"], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
 def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
-    engine = start(toy, "toys:slow")
-    wait_for(lambda: states(trials_of()).count("COMPLETE") >= 2 and "RUNNING" in states(trials_of()))
+    engine = start(toy, "toys:held")
+    wait_for(two_complete_and_two_running)
     workers = [int(p.stem.split("-")[-2]) for p in Path("runs/toy/workers").glob("*.lock") if p.stem != "claim"]
     assert workers and set(workers) == {engine.pid}
-    engine.send_signal(
-        signal.SIGSTOP
-    )  # or it would replace its workers, and they give their trials back once it is gone
+    # Stopped, or it would replace its workers; killed first, it would have them give their trials back.
+    engine.send_signal(signal.SIGSTOP)
     pids = workers_of(engine)
     assert pids
     for pid in pids:
@@ -120,7 +124,7 @@ def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
     wait_for(lambda: not workers_of(engine))
     before = {t.number: (t.state.name, t.values) for t in trials_of()}
     running = [n for n, (state, _) in before.items() if state == "RUNNING"]
-    assert running
+    assert len(running) == 2
     summary = run(toy, jobs=2, objective="toys:quick", quiet=True)
     trials = trials_of()
     assert sorted(h.number for h in summary.healed) == running
@@ -134,19 +138,22 @@ def test_kill_of_everything_loses_only_what_was_running(toy: Path) -> None:
 
 
 def test_a_lock_left_by_a_killed_writer_holds_nobody_up(toy: Path) -> None:
+    begin = time.time()
     run(toy, jobs=1, objective="toys:quick", quiet=True, trials=2)
+    usual = time.time() - begin
     journal = open_home("toy").journal
     os.symlink(journal.resolve(), str(journal) + ".lock")
     begin = time.time()
     run(toy, jobs=1, objective="toys:quick", quiet=True, trials=3)
-    assert time.time() - begin < 20 and len(trials_of()) == 3
+    assert time.time() - begin < usual + 25, "Optuna by itself waits for 30 s"
+    assert len(trials_of()) == 3
 
 
 def test_ctrl_c_gives_running_trials_back(toy: Path) -> None:
-    engine = start(toy, "toys:slow")
-    wait_for(lambda: states(trials_of()).count("COMPLETE") >= 2 and "RUNNING" in states(trials_of()))
+    engine = start(toy, "toys:held")
+    wait_for(two_complete_and_two_running)
     engine.send_signal(signal.SIGINT)
-    assert engine.wait(30) == 130
+    assert engine.wait(120) == 130
     assert engine.stderr is not None and "Traceback" not in engine.stderr.read()
     trials = trials_of()
     assert "RUNNING" not in states(trials) and find_damage(Path("runs/toy/journal.log")) is None

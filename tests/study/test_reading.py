@@ -65,6 +65,34 @@ def test_all_problems_are_told_at_once() -> None:
     assert said.index("trails") < said.index("hihg"), "in the order of the file"
 
 
+def test_a_mistyped_base_is_told_with_the_other_problems(tmp_path: Path) -> None:
+    wrong = TOY.replace("low = 0.0", "low = 2.0").replace("trials = 8", "trails = 8")
+    said = problems(wrong.replace('"linear_attention"', '"linear_atention"'))
+    assert said.startswith("3 problems") and "toy.toml:5:9: base: unknown base spec 'linear_atention'" in said
+    assert "did you mean 'linear_attention'" in said and "trails" in said and "above high" in said
+    said = problems(wrong.replace("base =", "bsae ="))
+    assert said.startswith("3 problems") and "did you mean 'base'" in said and "is missing" not in said
+    said = problems(wrong.replace('base = "linear_attention"', "base = 3"))
+    assert said.startswith("3 problems") and "valid string" in said and "is missing" not in said
+    said = problems(
+        TOY.replace('doc = "better"', 'base = "glaa"\ntransform = "metaplastik"').replace("low = 0.0", "low = 2.0")
+    )
+    assert said.startswith("3 problems") and "did you mean 'gla'" in said and "did you mean 'metaplastic'" in said
+    with pytest.raises(StudyError) as caught:
+        loads(wrong.replace('"linear_attention"', '"specs/mine.toml"'), "toy.toml", tmp_path)
+    assert str(caught.value).startswith("3 problems") and "no spec file 'specs/mine.toml'" in str(caught.value)
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs/mine.toml").write_text("")
+    assert loads(TOY.replace('"linear_attention"', '"specs/mine.toml"'), "toy.toml", tmp_path).base == "specs/mine.toml"
+
+
+def test_what_follows_from_a_key_of_the_wrong_type_is_no_problem_of_its_own() -> None:
+    said = problems(TOY.replace("low = 0.0", 'low = "none"').replace('on = "accuracy"', 'on = "acuracy"'))
+    assert said.startswith("2 problems") and "valid number" in said and "did you mean 'accuracy'" in said
+    said = problems(TOY.replace("[axes.shape.choices.flat]", "[axes.shape]\nchoices.flat = 3"))
+    assert said.startswith("1 problem\n")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no study file"):
         load(tmp_path / "absent.toml")

@@ -24,11 +24,12 @@ def quick(job: Job) -> Outcome:
     return _outcome(job)
 
 
-def slow(job: Job) -> Outcome:
-    for step in range(1, 11):
-        time.sleep(0.05)
-        job.report(step, 10, {"accuracy": float(job.params.get("x", 0.5)) * step / 10})
-    return _outcome(job)
+def held(job: Job) -> Outcome:
+    """The first two trials are quick; the others run until they are stopped or killed."""
+    while job.number >= 2:
+        time.sleep(0.02)
+        job.check()
+    return quick(job)
 
 
 def suicidal(job: Job) -> Outcome:
@@ -69,3 +70,12 @@ def counted(job: Job) -> Outcome:
 
 
 counted.composes = True  # type: ignore[attr-defined]
+
+
+def bare(job: Job) -> Outcome:
+    """Leaves no file."""
+    for step in (1, 2, 3):
+        job.report(step, 3, {"accuracy": 0.1 * step})
+    outcome = _outcome(job)
+    outcome.files.clear()
+    return outcome
