@@ -44,6 +44,21 @@ def test_emission_is_deterministic():
     assert emit(Identity("coupled"), analysis) == emit(Identity("coupled"), analysis)
 
 
+def test_words_of_the_spec_are_quoted(tmp_path):
+    """Quotes, backslashes and line breaks in docs end no docstring of the module."""
+    said = 'three """ quotes,\na \\N{name}, an end "'
+    r = RECURRENCES["ratio"]
+    r = r.replace(
+        title=said,
+        inputs=tuple(replace(v, doc=said) for v in r.inputs),
+        parameters=tuple(replace(p, doc=said) for p in r.parameters),
+        states=tuple(replace(s, doc=said) for s in r.states),
+    )
+    made = load(emit(Identity("ratio"), analysis_of(r), targets=[section]), tmp_path / "quoted_words.py")
+    assert made.SPEC["inputs"][0]["doc"] == said
+    assert "three ''' quotes, a \\N{name}" in made.chunk_ratio.__doc__
+
+
 def test_awkward_names(tmp_path):
     """Inputs called like keywords, modules, internals and arguments of the generated functions."""
     r = build(
