@@ -153,7 +153,24 @@ update = "exp(next_0) * carry + I * N**2"
 output = "scale * sum_k(B * W / (grid + carry))"
 """
 
+# A start that fades: a state to which no token adds anything.
+FADING = """
+name = "fading"
+[inputs]
+q = "k"
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+start = { axes = "kv", init = 0.1 }
+[state.S]
+axes = "kv"
+init = "start"
+update = "exp(g) * S"
+[readout]
+output = "scale * sum_k(S * q)"
+"""
+
 CASES = [
+    (FADING, 75, ODD, True),
     (NAMED, 20, {"k": 8, "v": 4}, False),
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
@@ -176,7 +193,7 @@ CASES = [
     ("palimpsa_folded", 75, {"k": 40, "v": 16}, False, WHOLE),
     ("normalized_linear_attention", 40, ODD, False, SHORT),
 ]
-NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several"}
+NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several", FADING: "fading"}
 
 
 def identity(case: tuple) -> str:
