@@ -129,6 +129,19 @@ def test_zero_tokens(native):
     for form in ("chunk", "recurrent", "reference"):
         o, (M, _) = getattr(module, f"{form}_ratio")(*a, *b, initial_state=tuple(s), output_final_state=True)
         assert o.shape == (2, 0, 2, 4) and torch.equal(M, s[0])
+        leaves = [x.clone().requires_grad_() for x in (*a, *b)]
+        o, _ = getattr(module, f"{form}_ratio")(*leaves)
+        found = torch.autograd.grad(o.sum(), leaves)
+        assert all(d.shape == x.shape and not d.any() for d, x in zip(found, leaves, strict=True))
+
+
+def test_second_derivatives_are_referred_to_the_reference(native):
+    a, b, _ = arguments(RECURRENCES["ratio"], steps=3)
+    leaves = [x.requires_grad_() for x in (*a, *b)]
+    o, _ = native("ratio").chunk_ratio(*leaves)
+    (first,) = torch.autograd.grad(o.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="reference_ratio"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(
