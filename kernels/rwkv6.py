@@ -250,7 +250,8 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     else:
         states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
     if steps == 0 or batch == 0:
-        o = first.new_zeros(batch, steps, heads, size_v)
+        nothing = sum([t[:0].sum().to(first.dtype) for t in (*inputs, *parameters)])  # whose gradients are zeros
+        o = first.new_zeros(batch, steps, heads, size_v) + nothing
         return o, o, states
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
     if lean:
@@ -722,7 +723,12 @@ def _native_gradient(ctx, d_o, d_variance, *d_rest):
     return *gradients, None, None, None, None
 
 
+def _native_twice(ctx, *cotangents):
+    raise NotImplementedError(f"{_NAME}: second derivatives go through reference_{_NAME}")
+
+
 _native_forward_op.register_autograd(_native_gradient, setup_context=_native_save)
+_native_backward_op.register_autograd(_native_twice)
 
 
 def _native_plain(tensors):

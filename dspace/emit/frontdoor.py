@@ -194,7 +194,8 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     else:
         states = _initial_states(*parameters, sequences, heads, size_k, size_v, work, first.device)
     if steps == 0 or batch == 0:
-        o = first.new_zeros(batch, steps, heads, size_v)
+        nothing = sum([t[:0].sum().to(first.dtype) for t in (*inputs, *parameters)])  # whose gradients are zeros
+        o = first.new_zeros(batch, steps, heads, size_v) + nothing
         return o, o, states
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
     if lean:

@@ -44,6 +44,15 @@ def _comment(text: str, width: int = 116) -> list[str]:
     return lines
 
 
+def _quotable(text: str) -> str:
+    """``text`` as it stands in a docstring."""
+    return text.replace("\\", "\\\\").replace('"""', "'''")
+
+
+def _line(text: str) -> str:
+    return _quotable(" ".join(text.split()))
+
+
 def formulas(recurrence: Recurrence) -> list[str]:
     """The normal form, one line a formula: what a token does to each state, and what is read."""
     rows = [(f"{s.name}[{','.join(s.axes)}]", s) for s in recurrence.states]
@@ -71,8 +80,7 @@ def header(spec: Identity, analysis: Analysis) -> str:
     lines += _comment(c.reason)
     lines += ["", f"Generated from the spec {spec.name!r}, hash {spec.hash[:16]}, by emitter {EMITTER_VERSION}."]
     lines += ["Made by a program: change the spec and generate again rather than editing this file."]
-    text = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
-    return f'"""{text}\n"""\n'
+    return f'"""{_quotable(chr(10).join(lines))}\n"""\n'
 
 
 def spec_table(spec: Identity, analysis: Analysis, targets: dict[str, str]) -> dict[str, Any]:
@@ -128,10 +136,10 @@ def public_function(form: str, recurrence: Recurrence) -> str:
     lines += [f'    """{summary}', "", "    Args:"]
     for v in recurrence.inputs:
         domain = "" if v.domain == "real" else f", {v.domain}"
-        lines += [f"        {names[v.name]}: ``{_shape(v.axes, 'input')}``{domain}. {v.doc}".rstrip()]
+        lines += [f"        {names[v.name]}: ``{_shape(v.axes, 'input')}``{domain}. {_line(v.doc)}".rstrip()]
     for v in recurrence.parameters:
         domain = "" if v.domain == "real" else f", {v.domain}"
-        lines += [f"        {names[v.name]}: ``{_shape(v.axes, 'parameter')}``{domain}. {v.doc}".rstrip()]
+        lines += [f"        {names[v.name]}: ``{_shape(v.axes, 'parameter')}``{domain}. {_line(v.doc)}".rstrip()]
     held = ", ".join(f"{s.name} ``{_shape(s.axes, 'state')}``" for s in recurrence.states)
     several = "a tuple: " if len(recurrence.states) != 1 else ""
     lines += [

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from dspace.errors import UserError
 from dspace.math.intervals import sign_domain
 from dspace.math.ir import Recurrence, State, Variable, axes_of
 
@@ -30,7 +29,7 @@ STRUCTURES: dict[str, str | None] = {"constant": None, "scalar": "", "key": "k",
 def lower(spec: Spec) -> Recurrence:
     """The recurrence that ``spec`` states, in its own coordinates.
 
-    Raises UserError, with a cure, for a posterior that has no finite elementwise state.
+    Raises SpecError for a posterior that has no finite elementwise state.
     """
     inputs, parameters = spec.input_variables, spec.parameter_variables
     states = _posterior(spec, (*inputs, *parameters)) if spec.is_posterior else _stated(spec)
@@ -61,9 +60,10 @@ def _stated(spec: Spec) -> tuple[State, ...]:
 def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]:
     structure = spec.structure
     if structure not in STRUCTURES:
-        raise UserError(
-            f"{spec.name}: precision.structure = {structure!r} has a state on two key axes, which this language cannot state\n"
-            f"  cure: use one of {', '.join(STRUCTURES)}"
+        raise spec.error(
+            "precision.structure",
+            f"structure = {structure!r} keeps a matrix over two key channels, and the states that can be compiled have one",
+            f"write one of {', '.join(STRUCTURES)}; 'key' is its diagonal",
         )
     retain = spec.expr("forgetting.retain")
     to_prior = spec.forgetting is None or spec.forgetting.target == "prior"
@@ -80,9 +80,10 @@ def _posterior(spec: Spec, variables: tuple[Variable, ...]) -> tuple[State, ...]
     table = {v.symbol: v.axes for v in variables} | {precision: axes}
     found = axes_of(precision_new, table)
     if set(found) - set(axes):
-        raise UserError(
-            f"{spec.name}: the precision has structure {structure!r} (axes {axes!r}) but what is added to it has axes {found!r}\n"
-            f"  cure: contract the evidence with sum_k or sum_v, or choose a structure with axes {found!r}"
+        raise spec.error(
+            "precision.evidence",
+            f"the precision has structure {structure!r} (axes {axes!r}), but what is added to it has axes {found!r}",
+            f"contract the evidence with sum_k or sum_v, or choose a structure with axes {found!r}",
         )
     mean_new = retain * precision * mean + returned * prior_precision * prior_mean + evidence
     return (

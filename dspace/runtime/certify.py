@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ import torch
 
 from dspace.errors import UserError
 from dspace.runtime import versions
-from dspace.runtime.budgets import ROUNDING, SAMPLES, Kind, budget, gates
+from dspace.runtime.budgets import ROUNDING, Kind, budget, gates
 from dspace.runtime.cases import Arguments, Case, draw_arguments, full_cases, quick_cases
-from dspace.runtime.compare import Check, compare, relative_error
+from dspace.runtime.compare import Check, compare
+from dspace.runtime.narrow import Narrow
 from dspace.runtime.oracle import Coordinates, evaluate
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Examiner:
                 accepted = budget(dtype, self._kind(quantity), form, self.letter)
                 error, status, note = compare(reference, found.get(quantity), accepted, dtype)
                 if status == "failed" and error == error and dtype != "float64":
-                    rounding = narrow.rounding(quantity, reference)
+                    rounding = narrow.rounding(quantity, reference, form)
                     if error <= ROUNDING * rounding:
                         status, note = "ok", f"evaluated in float32, the recurrence itself errs by {rounding:.1e}"
                 elif status == "failed" and quantity in found and narrow.overflows(quantity, found[quantity].dtype):
@@ -330,54 +330,6 @@ class Examiner:
             states = (state,) if len(self.state_names) == 1 else state
             results |= {f"state {n}": s for n, s in zip(self.state_names, states, strict=True)}
         return results
-
-
-class Narrow:
-    """What float32 makes of the recurrence itself in one case: the standard for a kernel that misses its budget.
-
-    Kernels accumulate in float32 whatever the dtype of their inputs, so it is the standard for 16-bit inputs too.
-    """
-
-    def __init__(self, examiner: Examiner, case: Case, arguments: Arguments, seed: int) -> None:
-        self.examiner, self.case, self.arguments, self.seed = examiner, case, arguments, seed
-
-    @functools.cached_property
-    def evaluated(self) -> Results:
-        """Token by token in float32."""
-        return self.examiner._oracle(self.case, self.arguments, self.seed, torch.float32)[0]
-
-    @functools.cached_property
-    def samples(self) -> list[Results]:
-        """The same from arguments that differ in their last float32 digit, so that every rounding falls otherwise."""
-        return [self.evaluated, *(self.evaluated_near(n) for n in range(SAMPLES))]
-
-    def evaluated_near(self, number: int) -> Results:
-        generator = torch.Generator().manual_seed(self.seed + 15485863 * (number + 1))
-
-        def moved(x: Tensor) -> Tensor:
-            step = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2.0**-24
-            return (x.detach().double() * (1 + step.to(x.device))).requires_grad_()
-
-        given = self.arguments
-        near = replace(
-            given,
-            inputs={n: moved(x) for n, x in given.inputs.items()},
-            parameters={n: moved(x) for n, x in given.parameters.items()},
-            states=None if given.states is None else tuple(moved(x) for x in given.states),
-        )
-        # The cotangents are those of the kernel: drawn by the seed, in the dtype of the original inputs.
-        return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments)[0]
-
-    def rounding(self, quantity: str, reference: Tensor) -> float:
-        """Relative error of ``quantity`` that no float32 kernel can be blamed for.
-
-        The largest of a few samples: rounding errors may happen to cancel in one of them.
-        """
-        return max((e for r in self.samples if (e := relative_error(reference, r[quantity])) == e), default=0.0)
-
-    def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
-        """Whether ``quantity``, evaluated in float32 and returned in ``dtype``, is not finite."""
-        return not bool(self.evaluated[quantity].to(dtype).isfinite().all())
 
 
 def _with_gradients(results: Results, cotangents: Results, arguments: Arguments) -> Results:

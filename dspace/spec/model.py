@@ -7,12 +7,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sympy
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from dspace.errors import Problem, SpecError
 from dspace.math.ir import ALL_AXES, Axes, State, Variable, join_axes
 
 if TYPE_CHECKING:
@@ -154,6 +156,17 @@ class Spec(_Table):
         from dspace.spec.check import check
 
         return check(self)
+
+    @functools.cached_property
+    def locate(self) -> Callable[[str, int | None], dict[str, Any]]:
+        """Where a dotted place stands in the file that the spec was read from, as fields of a Problem."""
+        from dspace.spec.reader import Source, locator
+
+        return locator([Source(f"<{self.name}>")])
+
+    def error(self, place: str, message: str, cure: str) -> SpecError:
+        """What to raise where a later pass cannot go on because of what the file says at ``place``."""
+        return SpecError([Problem(message, where=place, cure=cure, **self.locate(place, 1))])
 
     @functools.cached_property
     def variables(self) -> dict[str, Variable]:

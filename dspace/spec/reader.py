@@ -164,6 +164,7 @@ def build(tables: dict[str, Any], sources: list[Source], *, prune: bool = False)
     if prune:
         spec = validate(pruned(spec, report), report)
     spec.__dict__["meanings"] = check(spec, report)
+    spec.__dict__["locate"] = report.locate
     return spec
 
 
@@ -254,13 +255,17 @@ def pruned(spec: Spec, report: Report) -> dict[str, Any]:
     return tables
 
 
-def locator(sources: list[Source]):
+@dataclass(frozen=True)
+class Locator:
     """Places of dotted paths: in the first source that has the key, else at the nearest key above it."""
 
-    def locate(place: str, column: int | None) -> dict[str, Any]:
+    sources: tuple[Source, ...]
+
+    def __call__(self, place: str, column: int | None) -> dict[str, Any]:
+        """The fields of a Problem that say where ``place`` stands; ``column`` counts the characters of its value."""
         path = tuple(place.split(".")) if place else ()
         while path:
-            for source in sources:
+            for source in self.sources:
                 positions = source.positions
                 at = positions and (positions.key(path) if column is None else positions.character(path, column))
                 if positions and at:
@@ -271,9 +276,11 @@ def locator(sources: list[Source]):
                         "source": positions.line_text(at[0])[:200],
                     }
             path, column = path[:-1], None
-        return {"file": sources[0].file}
+        return {"file": self.sources[0].file}
 
-    return locate
+
+def locator(sources: list[Source]) -> Locator:
+    return Locator(tuple(sources))
 
 
 _TABLES: dict[str, type[BaseModel]] = {

@@ -44,6 +44,21 @@ def test_emission_is_deterministic():
     assert emit(Identity("coupled"), analysis) == emit(Identity("coupled"), analysis)
 
 
+def test_words_of_the_spec_are_quoted(tmp_path):
+    """Quotes, backslashes and line breaks in docs end no docstring of the module."""
+    said = 'three """ quotes,\na \\N{name}, an end "'
+    r = RECURRENCES["ratio"]
+    r = r.replace(
+        title=said,
+        inputs=tuple(replace(v, doc=said) for v in r.inputs),
+        parameters=tuple(replace(p, doc=said) for p in r.parameters),
+        states=tuple(replace(s, doc=said) for s in r.states),
+    )
+    made = load(emit(Identity("ratio"), analysis_of(r), targets=[section]), tmp_path / "quoted_words.py")
+    assert made.SPEC["inputs"][0]["doc"] == said
+    assert "three ''' quotes, a \\N{name}" in made.chunk_ratio.__doc__
+
+
 def test_awkward_names(tmp_path):
     """Inputs called like keywords, modules, internals and arguments of the generated functions."""
     r = build(
@@ -114,6 +129,19 @@ def test_zero_tokens(native):
     for form in ("chunk", "recurrent", "reference"):
         o, (M, _) = getattr(module, f"{form}_ratio")(*a, *b, initial_state=tuple(s), output_final_state=True)
         assert o.shape == (2, 0, 2, 4) and torch.equal(M, s[0])
+        leaves = [x.clone().requires_grad_() for x in (*a, *b)]
+        o, _ = getattr(module, f"{form}_ratio")(*leaves)
+        found = torch.autograd.grad(o.sum(), leaves)
+        assert all(d.shape == x.shape and not d.any() for d, x in zip(found, leaves, strict=True))
+
+
+def test_second_derivatives_are_referred_to_the_reference(native):
+    a, b, _ = arguments(RECURRENCES["ratio"], steps=3)
+    leaves = [x.requires_grad_() for x in (*a, *b)]
+    o, _ = native("ratio").chunk_ratio(*leaves)
+    (first,) = torch.autograd.grad(o.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="reference_ratio"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,24 @@ update = "exp(next_0) * carry + I * N**2"
 output = "scale * sum_k(B * W / (grid + carry))"
 """
 
+# A start that fades: a state to which no token adds anything.
+FADING = """
+name = "fading"
+[inputs]
+q = "k"
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+start = { axes = "kv", init = 0.1 }
+[state.S]
+axes = "kv"
+init = "start"
+update = "exp(g) * S"
+[readout]
+output = "scale * sum_k(S * q)"
+"""
+
 CASES = [
+    (FADING, 75, ODD, True),
     (NAMED, 20, {"k": 8, "v": 4}, False),
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
@@ -180,7 +197,7 @@ CASES = [
 ]
 LEAN = [CASES[1], CASES[3], CASES[8], CASES[11]]
 """Cases that are run without initial and final states too, and with nothing kept for the backward pass."""
-NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several"}
+NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several", FADING: "fading"}
 
 
 def identity(case: tuple) -> str:

@@ -77,9 +77,23 @@ KEY_DECAY = build(
 )
 
 
+MOMENTS = build(
+    "moments",
+    inputs(q="k", k="k", v="v"),
+    (),
+    {
+        "m": ("kv", "0", "0.9*m + 0.1*v*k"),
+        "s": ("kv", "0", "0.99*s + 0.01*(v*k)**2"),
+        "S": ("kv", "0", "S + m/sqrt(s + 0.1)"),
+    },
+    "sum_k(S*q)",
+)
+MORE = {r.name: r for r in (KEY_DECAY, MOMENTS)}
+
+
 def launches(name: str, shape: tuple[int, ...], folder: Path) -> list[offline.Launch]:
     """Forward and backward of one recurrence on bfloat16 inputs of ``(B, T, H, K, V)``."""
-    r = KEY_DECAY if name == KEY_DECAY.name else RECURRENCES[name]
+    r = MORE[name] if name in MORE else RECURRENCES[name]
     made = load(emit(Identity(name), analysis_of(r), targets=[sequential.section]), folder / f"offline_{name}.py")
     B, T, H, K, V = shape
     of = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
@@ -102,6 +116,14 @@ def test_kernels_compile_for_every_target_without_spills(target: str, tmp_path: 
     reports = [offline.build(x, target) for x in launches("erase", (4, 512, 8, 32, 32), tmp_path)]
     assert {b.name for b in reports} == {"_sequential_kernel", "_sequential_backward_kernel"}
     assert [b for b in reports if b.spilled > 64] == []
+
+
+@pytest.mark.parametrize("size", [1, 16, 64, 256])
+def test_warps_are_a_power_of_two_with_three_states(size: int, tmp_path: Path) -> None:
+    found = launches("moments", (1, 20, 1, size, size), tmp_path)
+    assert {x.options["num_warps"].bit_count() for x in found} == {1}
+    if size == 16:
+        assert all(offline.build(x, "sm_90").spilled == 0 for x in found)
 
 
 def test_one_token_moves_states_in_wide_pieces(tmp_path: Path) -> None:

@@ -64,11 +64,23 @@ def test_states_of_the_metaplastic_posterior():
     ]
 
 
-def test_a_full_precision_is_refused_with_a_cure():
-    tables = dspace.spec.load("palimpsa").to_dict()
-    tables["precision"] = {"structure": "full", "evidence": "1"}
-    del tables["readout"]["variance"], tables["inputs"]["b"]
-    tables["layer"].pop("b", None)
+def test_a_full_precision_is_refused_with_place_and_cure(tmp_path):
+    path = tmp_path / "full.toml"
+    path.write_text(
+        """name = "full"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+[precision]
+evidence = "1"
+structure = "full"
+[mean]
+evidence = "v * k"
+[readout]
+output = "scale * sum_k(mean * q)"
+"""
+    )
     with pytest.raises(UserError) as refused:
-        analyse(dspace.spec.from_dict(tables))
-    assert "key_value" in str(refused.value)
+        analyse(dspace.spec.load(path))
+    assert "full.toml:8:14: precision.structure" in str(refused.value) and "key_value" in str(refused.value)

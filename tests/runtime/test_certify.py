@@ -51,6 +51,25 @@ def test_right_module_passes_and_is_recorded(affine_file: Path, own_cache: Path)
     assert len(list((own_cache / "certificates").iterdir())) == 1
 
 
+def test_chunkwise_form_is_not_blamed_for_the_digits_of_sums_of_shut_gates(ratio_file: Path):
+    """A decay that is a difference of sums of log gates of -40 has fewer digits; token by token it has them all."""
+    spec = specs.load(ratio_file)
+    module = planted(ratio_file, "$", "", "summed_gates")
+    native, place = module._CORES["cpu", "recurrent"], [n for n, _ in module._INPUTS].index("g")
+
+    def summed(*args):
+        total = args[place].clamp(min=-40.0).cumsum(1)
+        changed = torch.diff(total, dim=1, prepend=torch.zeros_like(total[:, :1])) - args[place]
+        return native(*args[:place], args[place] + changed.detach(), *args[place + 1 :])
+
+    case = (Case("mixed", Shape(1, 16, 1, 1, 3, 2), draw="gates mixed"),)
+    for form in ("chunk", "recurrent"):
+        module._CORES["cpu", form] = summed
+    certificate = certify_module(spec, module, cases=case, dtypes=("float32",), seed=21)
+    assert {c.form for c in certificate.failures()} == {"recurrent"}
+    assert all(c.error < 5e-5 for c in certificate.failures())
+
+
 def test_planted_gradient_is_refused(ratio_file: Path):
     spec = specs.load(ratio_file)
     module = planted(ratio_file, r"(d_v_t\[j\] = )(.*)", r"\1real(1.01) * (\2)", "wrong_gradient")

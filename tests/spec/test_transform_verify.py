@@ -59,6 +59,7 @@ def mathematics(spec: Spec) -> str:
         ("palimpsa forget_to_zero", "simple_gla metaplastic forget_to_zero"),
         ("palimpsa prior_mean", "simple_gla metaplastic prior_mean"),
         ("palimpsa variance_readout", "simple_gla metaplastic variance_readout"),
+        ("palimpsa prior_mean variance_readout", "simple_gla metaplastic variance_readout prior_mean"),
     ],
 )
 def test_paths_that_meet(path, same):

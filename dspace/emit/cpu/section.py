@@ -255,7 +255,12 @@ def _native_gradient(ctx, d_o, d_variance, *d_rest):
     return *gradients, None, None, None, None
 
 
+def _native_twice(ctx, *cotangents):
+    raise NotImplementedError(f"{_NAME}: second derivatives go through reference_{_NAME}")
+
+
 _native_forward_op.register_autograd(_native_gradient, setup_context=_native_save)
+_native_backward_op.register_autograd(_native_twice)
 
 
 def _native_plain(tensors):

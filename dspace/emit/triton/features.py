@@ -17,7 +17,7 @@ from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
 from dspace.math.functions import Softplus
-from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, axes_of
+from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
 from dspace.plan.affine import AffinePlan, affine_plan
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
@@ -258,14 +258,15 @@ class _Core:
         reads = [r for r in self.plan.readout.reads if r.queries is not None and state.name in r.queries]
         decay = "" if tag == "none" else f"{self._decay(state, len(state.writes) * max(1, len(reads)))}, "
         self.scaled = self._scale_of_reads()
-        added = " + ".join(f"({w.key}) ({w.value})" for w in state.writes)
+        writes = state.writes or (Write(sympy.S.Zero, sympy.S.Zero),)  # the kernels write something
+        added = " + ".join(f"({w.key}) ({w.value})" for w in writes)
         write("")
         write(f"    # {state.name}_t = {state.decay} * {state.name}_(t-1) + {added}")
         if decay:
             write(f"    {name}_decay = {decay[:-2]}")
             decay = f"{name}_decay, "
-        for i, w in enumerate(state.writes):
-            suffix = f"_{i}" if len(state.writes) > 1 else ""
+        for i, w in enumerate(writes):
+            suffix = f"_{i}" if len(writes) > 1 else ""
             key, value = f"{name}_key{suffix}", f"{name}_value{suffix}"
             write(f"    {key} = {self._feature(w.key, 'k', 'dtype')}")
             write(f"    {value} = {self._feature(w.value, 'v', 'dtype')}")

@@ -189,6 +189,11 @@ def _recurrent_triton_core(*arguments):
 '''
 
 
+def _power_of_two(count: int) -> int:
+    """``count``, rounded up to what a number of warps may be a multiple of."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
 def host_source(r: Recurrence, splits: bool) -> str:
     """Launches, operators and ``_recurrent_triton_core`` of the recurrence ``r``."""
     counts = (len(r.inputs), len(r.parameters), len(r.states))
@@ -198,7 +203,7 @@ def host_source(r: Recurrence, splits: bool) -> str:
     replacements = {
         "SPLITS": str(splits),
         "COUNTS": str(counts),
-        "TILES": str(sum(s.axes == "kv" for s in r.states)),
+        "TILES": str(_power_of_two(sum(s.axes == "kv" for s in r.states))),
         "KERNEL": kernel,
         "TENSORS": ", ".join(f"Tensor x{i}" for i in range(sum(counts))),
         "RESULTS": ", ".join(["Tensor"] * (2 + counts[2])),

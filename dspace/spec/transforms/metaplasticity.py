@@ -171,8 +171,17 @@ def _coupled(spec: Spec, name: str, importance: str, read: sympy.Expr, total: sy
         return False
     if sympy.simplify(sympy.diff(update, s) - sympy.diff(growth, x)) != 0:
         return False
-    ratio = sympy.Dummy(real=True)
-    return total not in read.xreplace({s: ratio * total}).free_symbols
+    return _in_ratio(read, s, total)
+
+
+def _in_ratio(read: sympy.Expr, state: sympy.Symbol, total: sympy.Symbol) -> bool:
+    """Whether the state is read over ``total`` only; what has no state in it may read ``total`` too, as a variance does."""
+    swap = {state: sympy.Dummy(real=True) * total}
+    if total not in read.xreplace(swap).free_symbols:
+        return True
+    sums = [n for n in read.atoms(SumK, SumV) if state in n.free_symbols]
+    rest = read.xreplace({n: sympy.Dummy(real=True) for n in sums})
+    return state not in rest.free_symbols and not any(total in n.xreplace(swap).free_symbols for n in sums)
 
 
 def non_metaplastic(spec: Spec) -> Spec:

@@ -1,0 +1,96 @@
+"""The digits that a case leaves to float32: the standard for a kernel that misses its budget."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dspace.runtime.budgets import SAMPLES
+from dspace.runtime.compare import relative_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dspace.runtime.cases import Arguments, Case
+    from dspace.runtime.certify import Examiner, Results
+
+CHUNK = 16
+"""Tokens over which every chunkwise form sums log decays, at least."""
+
+LEAST = 40.0
+"""Kernels take no log decay to be below minus this: nothing is left of a state then."""
+
+
+class Narrow:
+    """What float32 makes of the recurrence itself in one case.
+
+    Kernels accumulate in float32 whatever the dtype of their inputs, so it is the standard for 16-bit inputs too.
+    """
+
+    def __init__(self, examiner: Examiner, case: Case, arguments: Arguments, seed: int) -> None:
+        self.examiner, self.case, self.arguments, self.seed = examiner, case, arguments, seed
+
+    @functools.cached_property
+    def evaluated(self) -> Results:
+        """Token by token in float32."""
+        return self.examiner._oracle(self.case, self.arguments, self.seed, torch.float32)[0]
+
+    @functools.cached_property
+    def samples(self) -> list[Results]:
+        """The same from arguments that differ in their last float32 digit, so that every rounding falls otherwise."""
+        return [self.evaluated, *(self.evaluated_near(n) for n in range(SAMPLES))]
+
+    @functools.cached_property
+    def summed(self) -> list[Results]:
+        """From gates that have the digits which are left of them once the log gates of a chunk are summed."""
+        return [self.evaluated_near(n, summed=True) for n in range(SAMPLES)]
+
+    def evaluated_near(self, number: int, summed: bool = False) -> Results:
+        generator = torch.Generator().manual_seed(self.seed + 15485863 * (number + 1))
+
+        def moved(x: Tensor, size: Tensor | None = None) -> Tensor:
+            step = (torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2.0**-24).to(x.device)
+            exact = x.detach().double()
+            return (exact + step * (exact if size is None else size)).requires_grad_()
+
+        given = self.arguments
+        sizes = _summed_sizes(self.examiner, given.inputs) if summed else {}
+        near = replace(
+            given,
+            inputs={n: moved(x, sizes.get(n)) for n, x in given.inputs.items()},
+            parameters={n: moved(x) for n, x in given.parameters.items()},
+            states=None if given.states is None else tuple(moved(x) for x in given.states),
+        )
+        # The cotangents are those of the kernel: drawn by the seed, in the dtype of the original inputs.
+        return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments)[0]
+
+    def rounding(self, quantity: str, reference: Tensor, form: str) -> float:
+        """Relative error of ``quantity`` that no float32 kernel of ``form`` can be blamed for.
+
+        The largest of a few samples: rounding errors may happen to cancel in one of them. A chunkwise form takes a
+        decay between two tokens as a difference of sums of log gates; where gates are shut these sums are large, and
+        the difference has the digits of the sums.
+        """
+        found = self.samples + (self.summed if form == "chunk" else [])
+        return max((e for r in found if (e := relative_error(reference, r[quantity])) == e), default=0.0)
+
+    def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
+        """Whether ``quantity``, evaluated in float32 and returned in ``dtype``, is not finite."""
+        return not bool(self.evaluated[quantity].to(dtype).isfinite().all())
+
+
+def _summed_sizes(examiner: Examiner, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By gate: how much a step of one in the last digit of a chunk's sum of log gates changes its value."""
+    found = {}
+    for variable in examiner.recurrence.inputs:
+        if variable.name not in examiner.gates or variable.domain not in ("nonpositive", "negative", "unit"):
+            continue
+        value = inputs[variable.name].detach().double()
+        logarithm = value.log() if variable.domain == "unit" else value
+        total = logarithm.clamp(-LEAST, 0.0).abs().cumsum(1)
+        window = total - torch.nn.functional.pad(total, (*(0, 0) * (total.dim() - 2), CHUNK, 0))[:, : total.shape[1]]
+        found[variable.name] = window * value if variable.domain == "unit" else window
+    return found
