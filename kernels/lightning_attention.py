@@ -241,7 +241,7 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
     parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
     core = _CORES.get((first.device.type, form), _reference_core)
-    lean = not double and steps and batch and not torch.compiler.is_compiling() and getattr(core, "lean", False)
+    lean = not (double or torch.compiler.is_compiling()) and steps and batch and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
     elif lean and _STARTS_AT_ZERO:
