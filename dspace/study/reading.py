@@ -255,7 +255,6 @@ def _check_space(study: StudyFile, report: _Report) -> None:
 def _check_bases(study: StudyFile, report: _Report, root: Path | None) -> None:
     """Base specs and transforms that exist, of the study and of each choice."""
     from dspace.spec.library import builtin_names
-    from dspace.spec.transforms import TRANSFORMS
 
     patches: dict[tuple[str, ...], Patch] = {
         ("axes", name, "choices", choice): patch
@@ -273,7 +272,11 @@ def _check_bases(study: StudyFile, report: _Report, root: Path | None) -> None:
         elif base not in builtin_names():
             _unknown(report, "base spec", base, builtin_names(), *path)
     for path, patch in patches.items():
-        if patch.transform is not None and patch.transform not in TRANSFORMS:
+        if patch.transform is None:
+            continue
+        from dspace.spec.transforms import TRANSFORMS  # SymPy loads with it
+
+        if patch.transform not in TRANSFORMS:
             _unknown(report, "transform", patch.transform, TRANSFORMS, *path, "transform")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,13 @@ def test_shipped_studies_are_found_by_name_and_are_valid() -> None:
     for path in sorted(find("quickstart").parent.glob("*.toml")):
         study = load(path)
         assert study.budget.trials >= 1 and study.name == path.stem
+
+
+def test_a_study_is_read_without_the_heavy_libraries(toy: Path) -> None:
+    """Every worker reads it, and `dspace study list` reads all."""
+    code = f"import sys; from dspace.study.reading import load; load({str(toy)!r}); print(*{{'sympy', 'torch', 'optuna'}} & set(sys.modules))"
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
