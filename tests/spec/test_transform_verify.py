@@ -147,3 +147,13 @@ def test_a_mean_follows_the_precision_that_it_is_divided_by():
     scattered = MOMENTS.replace("/ new", "/ (exp(g) * P + b * k**2 + I_p * (1 - exp(g)) + 0 * I_p**2 + 1)")
     with pytest.raises(TransformError, match="the start of P in it"):
         TRANSFORMS["forget_to_zero"](loads(scattered))
+
+
+def test_a_prior_that_forget_to_zero_does_not_know_is_not_called_forgotten():
+    spec = load("simple_gla")
+    for name in ("metaplastic", "prior_mean"):
+        spec = TRANSFORMS[name](spec)
+    with pytest.raises(TransformError, match="the readout adds I_p, mu_p to a state"):
+        TRANSFORMS["forget_to_zero"](spec)
+    with pytest.raises(TransformError, match="forgotten to zero already"):
+        TRANSFORMS["forget_to_zero"](load("simple_gla"))

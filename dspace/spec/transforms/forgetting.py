@@ -140,11 +140,39 @@ def forget_to_zero(spec: Spec) -> Spec:
                 tables["readout"] = {**tables["readout"], key: formula(read)}
         changed = True
     if not changed:
+        _refuse_what_is_not_seen(spec)
+    if not changed:
         raise TransformError(
             "no state returns to a start other than zero: what is forgotten is forgotten to zero already",
             "remove the transform, or apply prior_mean or metaplastic before",
         )
     return rebuild(spec, tables)
+
+
+def _refuse_what_is_not_seen(spec: Spec) -> None:
+    """Raises TransformError where a prior may well be there, but not in a form that forget_to_zero knows."""
+    cure = "apply forget_to_zero before the transforms that brought the prior in (prior_mean, for one)"
+    for name in spec.state:
+        start, update = spec.expr(f"state.{name}.init"), spec.expr(f"state.{name}.update")
+        if start.free_symbols & update.free_symbols:
+            raise TransformError(
+                f"state {name} starts at {formula(start)}, and what its update gives back of that is not to be told from "
+                "the rest",
+                cure,
+            )
+    output, states = spec.expr("readout.output"), set(spec.state_symbols.values())
+    added = {
+        p.name
+        for term in output.atoms(sympy.Add)
+        if term.free_symbols & states
+        for p in spec.parameter_variables
+        for part in term.args
+        if p.symbol in part.free_symbols and not part.free_symbols & states
+    }
+    if added:
+        raise TransformError(
+            f"the readout adds {', '.join(sorted(added))} to a state in a way that is not known as a prior", cure
+        )
 
 
 def forget_to_prior(spec: Spec) -> Spec:
