@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal 1, outer product of -beta*k and k,
     both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'delta_net', hash 1f9f70e0a304ac4b, by emitter 3.
+Generated from the spec 'delta_net', hash 1f9f70e0a304ac4b, by emitter 4.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -24,8 +24,10 @@ import math
 import numpy
 import os
 import queue
+import sys
 import threading
 import torch
+import types
 import weakref
 
 
@@ -54,8 +56,24 @@ SPEC = {'name': 'delta_net',
            'k': 'l2norm(silu(conv(linear)))',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)'},
- 'versions': {'emitter': '3'}}
-_OPS = 'dspace_delta_net_1f9f70e0'  # namespace of this module's PyTorch operators
+ 'versions': {'emitter': '4'}}
+_ID = 'dspace_delta_net_1f9f70e0'  # by which its operators and tuned configurations are known
+
+
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
 
 
 _NAME = 'delta_net'
@@ -510,6 +528,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code
@@ -1058,7 +1080,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

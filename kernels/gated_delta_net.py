@@ -12,7 +12,7 @@ Class d: affine, rank-one transition.
 S is affine and its transition is a diagonal plus one outer product (diagonal exp(g), outer product of
     -beta*k*exp(g) and k, both free of v); runs on the sequential plan for now (its chunkwise plan comes later)
 
-Generated from the spec 'gated_delta_net', hash 7f29db58b84abd1e, by emitter 3.
+Generated from the spec 'gated_delta_net', hash 7f29db58b84abd1e, by emitter 4.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -24,8 +24,10 @@ import math
 import numpy
 import os
 import queue
+import sys
 import threading
 import torch
+import types
 import weakref
 
 
@@ -57,8 +59,24 @@ SPEC = {'name': 'gated_delta_net',
            'v': 'silu(conv(linear))',
            'beta': 'sigmoid(linear)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '3'}}
-_OPS = 'dspace_gated_delta_net_7f29db58'  # namespace of this module's PyTorch operators
+ 'versions': {'emitter': '4'}}
+_ID = 'dspace_gated_delta_net_7f29db58'  # by which its operators and tuned configurations are known
+
+
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
 
 
 _NAME = 'gated_delta_net'
@@ -532,6 +550,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code
@@ -1098,7 +1120,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

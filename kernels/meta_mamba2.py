@@ -15,7 +15,7 @@ Class c: ratio: nonlinear readout of affine states.
 every state is affine, but the readout divides one by another inside the sum over k, and the divisor varies along
     both axes: it can fold neither into the query nor into the output
 
-Generated from the spec 'meta_mamba2', hash 2147f93753615335, by emitter 3.
+Generated from the spec 'meta_mamba2', hash 2147f93753615335, by emitter 4.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -27,8 +27,10 @@ import math
 import numpy
 import os
 import queue
+import sys
 import threading
 import torch
+import types
 import weakref
 
 
@@ -65,8 +67,24 @@ SPEC = {'name': 'meta_mamba2',
            'v': 'dt * silu(conv(linear))',
            'g': '-dt * exp(A_log)',
            'b': 'dt * sigmoid(low_rank) * softplus(head_scale)'},
- 'versions': {'emitter': '3'}}
-_OPS = 'dspace_meta_mamba2_2147f937'  # namespace of this module's PyTorch operators
+ 'versions': {'emitter': '4'}}
+_ID = 'dspace_meta_mamba2_2147f937'  # by which its operators and tuned configurations are known
+
+
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
 
 
 _NAME = 'meta_mamba2'
@@ -761,6 +779,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code
@@ -2624,7 +2646,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

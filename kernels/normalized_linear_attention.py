@@ -14,7 +14,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; z varies only along k, so it divides the output and what remains is
     class a
 
-Generated from the spec 'normalized_linear_attention', hash 4ee4f1a3606382fa, by emitter 3.
+Generated from the spec 'normalized_linear_attention', hash 4ee4f1a3606382fa, by emitter 4.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -27,8 +27,10 @@ import math
 import numpy
 import os
 import queue
+import sys
 import threading
 import torch
+import types
 import weakref
 
 
@@ -58,8 +60,24 @@ SPEC = {'name': 'normalized_linear_attention',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'softplus(conv(linear))', 'k': 'softplus(conv(linear))', 'v': 'conv(linear)'},
- 'versions': {'emitter': '3'}}
-_OPS = 'dspace_normalized_linear_attention_4ee4f1a3'  # namespace of this module's PyTorch operators
+ 'versions': {'emitter': '4'}}
+_ID = 'dspace_normalized_linear_attention_4ee4f1a3'  # by which its operators and tuned configurations are known
+
+
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
 
 
 _NAME = 'normalized_linear_attention'
@@ -508,6 +526,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code
@@ -1397,7 +1419,7 @@ def _vector_k_options(inputs, like, W, T, B, offsets, backward):
     """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
     N, H = like.shape[:2]
     dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_k) if wide), torch.float32)
-    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _OPS, W, dtype)
+    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _ID, W, dtype)
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
     fast = _fast(like)
@@ -2248,7 +2270,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

@@ -15,7 +15,7 @@ Class fold: affine, small states fold into the readout.
 all states are affine and the decay is a scalar; Ibar varies only along k, so it divides the query and variance and
     what remains is class a
 
-Generated from the spec 'palimpsa_folded', hash 7a6b861700dcaeac, by emitter 3.
+Generated from the spec 'palimpsa_folded', hash 7a6b861700dcaeac, by emitter 4.
 Made by a program: change the spec and generate again rather than editing this file.
 """
 
@@ -28,8 +28,10 @@ import math
 import numpy
 import os
 import queue
+import sys
 import threading
 import torch
+import types
 import weakref
 
 
@@ -61,8 +63,24 @@ SPEC = {'name': 'palimpsa_folded',
            'v': 'write_gate * silu(conv(linear))',
            'b': 'write_gate * sigmoid(linear) * softplus(head_scale)',
            'g': '-softplus(linear + dt_bias) * exp(A_log)'},
- 'versions': {'emitter': '3'}}
-_OPS = 'dspace_palimpsa_folded_7a6b8617'  # namespace of this module's PyTorch operators
+ 'versions': {'emitter': '4'}}
+_ID = 'dspace_palimpsa_folded_7a6b8617'  # by which its operators and tuned configurations are known
+
+
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
 
 
 _NAME = 'palimpsa_folded'
@@ -750,6 +768,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code
@@ -1699,7 +1721,7 @@ def _vector_k_options(inputs, like, W, T, B, offsets, backward):
     """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
     N, H = like.shape[:2]
     dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_k) if wide), torch.float32)
-    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _OPS, W, dtype)
+    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _ID, W, dtype)
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
     fast = _fast(like)
@@ -2822,7 +2844,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from dspace.math.ir import Analysis
 
-EMITTER_VERSION = "3"
+EMITTER_VERSION = "4"
 """Part of every module's identity: raise it when emitted code changes meaning, so that caches and certificates expire."""
 
 LEAN = """

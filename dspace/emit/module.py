@@ -24,6 +24,24 @@ device the later one wins a form that both have."""
 _LEAD = {"input": "B, T, H", "parameter": "HV", "state": "N, HV"}
 
 
+NAMESPACE = '''
+def _namespace(wish):
+    """``wish`` for the PyTorch operators of this module, with a number behind if a copy that was loaded before has it.
+
+    To register them by the same names again would take them away from that copy. All copies see ``sys.modules``.
+    """
+    name, copies = wish, 1
+    while name in sys.modules:
+        copies += 1
+        name = f"{wish}_{copies}"
+    sys.modules[name] = types.ModuleType(name, "Name of the PyTorch operators of a generated module.")
+    return name
+
+
+_OPS = _namespace(_ID)
+'''
+
+
 class Identity(Protocol):
     """What assembly needs of a spec."""
 
@@ -212,7 +230,10 @@ def emit(spec: Identity, analysis: Analysis, targets: list[Target] | None = None
     for device in {d for d, _ in cores}:
         if (device, "recurrent") in cores:
             cores.setdefault((device, "chunk"), cores[device, "recurrent"])
-    imports = sorted({line for s in sections for line in s.imports} | {"import torch", "import weakref"})
+    imports = sorted(
+        {line for s in sections for line in s.imports}
+        | {"import sys", "import torch", "import types", "import weakref"}
+    )
     choice = []
     native = cores.get(("cpu", "recurrent"))
     if native is not None and cores["cpu", "chunk"] != native:
@@ -225,7 +246,8 @@ def emit(spec: Identity, analysis: Analysis, targets: list[Target] | None = None
     parts = [
         header(spec, analysis),
         "from __future__ import annotations\n\n" + "\n".join(imports),
-        f"SPEC = {table}\n_OPS = {operators(spec)!r}  # namespace of this module's PyTorch operators",
+        f"SPEC = {table}\n_ID = {operators(spec)!r}  # by which its operators and tuned configurations are known",
+        NAMESPACE,
         frontdoor.section(recurrence),
         reference.section(recurrence),
         *(s.code for s in sections),

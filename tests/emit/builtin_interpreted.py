@@ -36,7 +36,7 @@ def certificate(order: dict[str, Any], folder: Path) -> dict[str, Any]:
         text, made = re.subn(pattern, replacement, text, count=count)
         assert made, f"{pattern} is not in the emitted text any more: plant the mistake elsewhere"
     name = f"{spec.name}_{len(list(folder.iterdir()))}"
-    text = re.sub(r"(_OPS = 'dspace_\w+)'", rf"\1_{name}'", text)
+    text = re.sub(r"(_ID = 'dspace_\w+)'", rf"\1_{name}'", text)
     path = folder / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     module = load_file(path, name)

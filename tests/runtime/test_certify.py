@@ -29,7 +29,7 @@ def planted(path: Path, pattern: str, replacement: str, name: str) -> ModuleType
     """The module of a spec with its text changed by ``pattern``, in operators of its own."""
     text, count = re.subn(pattern, replacement, module_text(path))
     assert count, f"{pattern} is not in the emitted text any more: plant the mistake elsewhere"
-    text = re.sub(r"(_OPS = 'dspace_\w+)'", rf"\1_{name}'", text)
+    text = re.sub(r"(_ID = 'dspace_\w+)'", rf"\1_{name}'", text)
     target = path.with_name(f"{name}.py")
     target.write_text(text, encoding="utf-8")
     return load_file(target, name)
@@ -99,7 +99,7 @@ def test_compile_refuses_and_names_the_reason(affine_file: Path, monkeypatch: py
     real = module_text
 
     def wrong(source: object) -> str:
-        text = re.sub(r"(_OPS = 'dspace_\w+)'", r"\1_refused'", real(source))
+        text = re.sub(r"(_ID = 'dspace_\w+)'", r"\1_refused'", real(source))
         return text.replace("return o, state", "return 2 * o, state")
 
     monkeypatch.setattr(compiler, "module_text", wrong)

@@ -27,6 +27,10 @@ def _native(loop):
         "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
         "pipeline_class": DistinctArrays,
     }
+    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
+    # has in the next process: so the module is one that is always there.
+    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # nowhere to keep the compiled code

@@ -33,7 +33,7 @@ def _sequential_proposals(K, V, few, backward):
 
 def _sequential_config(K, V, steps, backward):
     """``steps`` is the mean length of a sequence; four or fewer are few."""
-    return _chosen(_sequential_proposals, "sequential " + _OPS, K, V, steps <= 4, backward)
+    return _chosen(_sequential_proposals, "sequential " + _ID, K, V, steps <= 4, backward)
 
 
 def _sequential_sizes(inputs, parameters, states, offsets):

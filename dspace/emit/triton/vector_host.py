@@ -63,7 +63,7 @@ def _vector_{tag}_options(inputs, like, W, T, B, offsets, backward):
     """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
     N, H = like.shape[:2]
     dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_{tag}) if wide), torch.float32)
-    C, BW, *warps, stages = _chosen(_vector_{tag}_proposals, "vector_{tag} " + _OPS, W, dtype)
+    C, BW, *warps, stages = _chosen(_vector_{tag}_proposals, "vector_{tag} " + _ID, W, dtype)
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
     fast = _fast(like)
