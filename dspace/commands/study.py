@@ -80,13 +80,16 @@ def work(
     import os
 
     from dspace.study.storage import home_of
-    from dspace.study.worker import main
+    from dspace.study.worker import STOPPED, main
 
     home = home_of(name, folder, storage)
     if storage is None or not home.on_server:
         raise UserError("joining needs the study's server\n  cure: --storage grpc://HOST:PORT or postgresql://...")
     worker = f"{os.uname().nodename}-{os.getpid()}-0"
     code = main(["--dir", str(home.folder), "--url", storage, "--id", worker, "--alone"])
+    if code == STOPPED:
+        show("stopped; the trial that was running will run again")
+        raise typer.Exit(INTERRUPTED)
     if code:
         raise typer.Exit(code)
 

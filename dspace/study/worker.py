@@ -255,15 +255,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--comparison")
     parser.add_argument("--objective", default=DEFAULT_OBJECTIVE)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the engine, which asks its workers to stop
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _work(args)
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not from Python
+                signal.signal(number, handler)
+
+
+def _work(args: argparse.Namespace) -> int:
+    if not args.alone:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the engine, which asks its workers to stop
     home = Home(Path(args.dir), args.url)
     try:
         fetch_definition(home)
         with worker_lock(home, args.id):
             phase = Phase(load(home.definition), args.comparison)
             worker = Worker(home, phase, args.id, find_objective(args.objective), args.root, args.jobs)
-            worker.parent = None if args.alone else worker.parent
             signal.signal(signal.SIGTERM, worker.stop)
+            if args.alone:
+                worker.parent = None
+                signal.signal(signal.SIGINT, worker.stop)
             return worker.run(args.deadline)
     except OSError as error:
         problem: DspaceError = explain(error, home)

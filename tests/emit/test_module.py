@@ -24,7 +24,7 @@ def test_module_stands_alone_and_says_what_it_is(native):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])
     }
-    allowed = {"__future__", "functools", "itertools", "math", "os", "queue", "threading", "weakref"}
+    allowed = {"__future__", "functools", "itertools", "math", "os", "queue", "sys", "threading", "types", "weakref"}
     allowed |= {"numba", "numpy", "torch"}
     assert imported <= allowed
     assert "Ibar" in native("ratio").__doc__ and "hash" in native("ratio").__doc__

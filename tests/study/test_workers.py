@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 
 from dspace.errors import DspaceError, UserError
 from dspace.study import engine, ledger, queue, remote
+from dspace.study import worker as worker_module
 from dspace.study.engine import heal, run
 from dspace.study.ledger import Phase, open_study
 from dspace.study.reading import load
@@ -24,6 +26,7 @@ from dspace.study.storage import Home, StorageError, connect, home_of, prepare
 from dspace.study.trial import derive_seed
 from tests.study.servers import Postgres, Proxy, wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = """
 [workers]
 heartbeat = 0.5
@@ -227,6 +230,23 @@ def test_a_worker_joins_from_elsewhere_and_brings_nothing(
     assert main([*arguments, "--objective", "toys:quick"]) == 0
     account(trials_at(many, postgres.url), 8)
     assert (elsewhere / "study.toml").read_text() == many.read_text()
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN, "what calls a worker can be interrupted afterwards"
+
+
+def test_a_worker_that_joined_from_a_terminal_heeds_ctrl_c(postgres: Postgres, many: Path, tmp_path: Path) -> None:
+    phase = Phase(load(many))
+    optuna_study = open_study(phase, connect(Home(Path("x"), postgres.url)))
+    queue.remember(optuna_study, many.read_text())
+    queue.top_up(phase, optuna_study, 16)
+    arguments = ["--dir", str(tmp_path / "elsewhere" / phase.name), "--url", postgres.url, "--id", "far-1-0", "--alone"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "study")])}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "dspace.study.worker", *arguments, "--objective", "toys:held"], env=environment
+    )
+    wait_until(lambda: "RUNNING" in [t.state.name for t in trials_at(many, postgres.url)])
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(60) == worker_module.STOPPED
+    assert "RUNNING" not in [t.state.name for t in trials_at(many, postgres.url)]
 
 
 def test_a_lost_trial_of_another_machine_is_healed_after_its_grace(postgres: Postgres, many: Path) -> None:
