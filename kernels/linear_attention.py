@@ -1243,16 +1243,14 @@ def _config_proposals_none(K, V, dtype):
     if dtype != torch.bfloat16:  # float32 operands take twice the shared memory, and three products each
         return [(32, (_tile(K, 32), _tile(V, 64), 4, 2), (_tile(K, 32), _tile(V, 64), 4, 1), (_tile(K, 32), _tile(V, 32), 4, 1))]
     k, v = _tile(K, 64), _tile(V, 64)
-    # Two warps keep to the older matrix instructions: with operands narrower than 64, Triton 3.6 miscompiles the
-    # gradients for the warp-group ones. So do chunks of 32.
-    narrow = min(k, v) < 64
-    warps = 2 if narrow else 4
-    first = 64, (k, v, warps, 3), (k, _tile(V, 128), warps, 2), (k, v, warps, 1)
-    if narrow:
-        small = [(32, (k, v, w, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (2, 4)]
-        return [first, *small]
-    deep = first[0], (k, v, warps, 4), first[2], first[3]
-    wide = first[0], (k, _tile(V, 128), warps, 2), first[2], first[3]
+    if min(k, v) < 64:
+        # Chunks of 32, or two warps, keep to the older matrix instructions: with operands narrower than 64, Triton 3.6
+        # miscompiles the gradients for the warp-group ones. Two warps hold a chunk of 64 by spilling kilobytes.
+        four, two = ((32, (k, v, 2, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (4, 2))
+        return [four, two, (64, (k, v, 2, 3), (k, _tile(V, 128), 2, 1), (k, v, 2, 1))]
+    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 1)
+    deep = first[0], (k, v, 4, 4), first[2], first[3]
+    wide = first[0], (k, _tile(V, 128), 4, 2), first[2], first[3]
     return [first, deep, wide]
 
 

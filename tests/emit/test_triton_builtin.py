@@ -41,15 +41,11 @@ SPILLED = {
     "_vector_": 256,
 }
 NARROW = {
-    "_keys_": 7168,
-    "_gradients_": 1024,
-    "_scores_": 2560,
     "_local_kernel": 1024,
     "_states_kernel": 256,
     "_vector_": 512,
 }
-"""Bytes a thread that the largest kernels may spill, the others 64: at K = V = 64, and at 32, where the chunkwise
-kernels have two warps only, for Hopper's sake."""
+"""Bytes a thread that the largest kernels may spill, the others 64: at K = V = 64, and at 32."""
 
 
 def certified(orders: list[dict]) -> list[dict]:
