@@ -131,15 +131,20 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 @_kernel
 def _pick(x, i_g, FAST: tl.constexpr):
-    """What the lanes of row i_g hold, in the lanes of every row."""
+    """What the lanes of row i_g hold, in the lanes of every row, float32. Numbers of 16 bits travel in pairs."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
     if FAST:
         x, source = tl.broadcast(x, 4 * i_g + lane % 4)
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
-        )
+        if x.dtype.primitive_bitwidth == 16:
+            return tl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
+            ).to(tl.float32)
+        else:
+            return tl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
+            )
     else:
-        return _sum_rows(tl.where(lane // 4 == i_g, x, 0.0), FAST)
+        return _sum_rows(tl.where(lane // 4 == i_g, x.to(tl.float32), 0.0), FAST)
 
 
 @_kernel
@@ -197,4 +202,21 @@ def _sum_columns(x, FAST: tl.constexpr):
     else:
         x = tl.sum(tl.reshape(x, [1, 1, 2, 1, 8, 4]), 5, keep_dims=True)
         return tl.reshape(tl.broadcast_to(x, [1, 1, 2, 1, 8, 4]), [1, 1, 2, 1, 32])
+
+
+@_kernel
+def _sum_columns_of_two(x, y, FAST: tl.constexpr):
+    """As _sum_columns, of x in the lanes of the lower four columns of a half and of y in the others: one exchange less."""
+    high = tl.arange(0, 32)[None, None, None, None, :] % 4 >= 2
+    if FAST:
+        x = tl.sum(tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+        y = tl.sum(tl.sum(tl.sum(y, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+        return tl.inline_asm_elementwise(
+            """{{ .reg .f32 t;
+            shfl.sync.bfly.b32 t, $1, 2, 31, 0xffffffff; add.f32 $0, $2, t;
+            shfl.sync.bfly.b32 t, $0, 1, 31, 0xffffffff; add.f32 $0, $0, t; }}""",
+            "=&f,f,f", [tl.where(high, x, y), tl.where(high, y, x)], dtype=tl.float32, is_pure=True, pack=1,
+        )
+    else:
+        return tl.where(high, _sum_columns(y, FAST), _sum_columns(x, FAST))
 '''

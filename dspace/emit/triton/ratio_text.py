@@ -337,7 +337,8 @@ def octet(words: Words, names: Iterable[str], indent: int) -> list[str]:
         # the constant factor of a read's body is applied to its cotangent
         of_read = [words.coefficient(j) for j, r in enumerate(words.plan.reads) if n == f"d_{r.name}"]
         times = f" * ({RatioPrinter()(of_read[0])})" if of_read and of_read[0] != 1 else ""
-        lines.append(f"{' ' * indent}{n}_8 = _get({n}_in + {at}, {mask}).to(tl.float32){times}")
+        raw = f"_get({n}_in + {at}, {mask})"
+        lines.append(f"{' ' * indent}{n}_8 = {raw}{'.to(tl.float32)' if times else ''}{times}")
     return lines
 
 
