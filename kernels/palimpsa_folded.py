@@ -2379,6 +2379,124 @@ def _linear_scalar(*arguments):
     return _forward_scalar(*tensors, scale, offsets, want_final)
 
 
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _fold_kernel(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, keys_in, values_in, sums_in, states_in, out_at, spans,
+    scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+):
+    """o_t = scale (sum_s (x_t exp(G_t - G_s) k_s) v_s + (x_t exp(G_t)) S) with x = q/(I_p + Ibar)."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_h = (pid // NV) % H
+    i_c = pid // (NV * H)
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_border = i_c.to(tl.int64) * H + i_h
+        o_v = (pid % NV) * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        causal = o_c[:, None] >= o_c[None, :]
+        b_row = tl.load(b_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        b = b_row[:, None]
+        g_row = tl.load(g_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        g = g_row[:, None]
+        I_p = tl.load(I_p_in + i_h).to(tl.float32)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_gap = tl.exp2(tl.where(causal, tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], 0.0), -float('inf')))
+        Ibar_since = tl.exp2(Ibar_sums)[:, None]
+        scores = tl.zeros([C, C], dtype=tl.float32)
+        out = tl.zeros([C, BV], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            q = tl.load(q_in + corner * K + (at[:, None] * K + o_k[None, :]), mask=m_ck, other=0.0).to(tl.float32)
+            k = tl.load(k_in + corner * K + (at[:, None] * K + o_k[None, :]), mask=m_ck, other=0.0).to(tl.float32)
+            write = b * k * k
+            write = tl.where(m_ck, write, 0.0)
+            Ibar_start = tl.load(Ibar_border + at_border * K + o_k, mask=m_k, other=0.0)
+            Ibar = Ibar_since * Ibar_start[None, :]
+            Ibar = tl.dot(Ibar_gap.to(OT), write.to(OT), Ibar, input_precision=PRECISION)
+            inverse_0 = _reciprocal(I_p + Ibar, FAST)
+            query = inverse_0 * q
+            query = tl.where(m_ck, query, 0.0).to(OT)
+            tile = o_k[:, None] * V + o_v[None, :]
+            S = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            key = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
+            scores = tl.dot(query, key.to(OT), scores, input_precision=PRECISION)
+            out = tl.dot(query, S.to(OT), out, input_precision=PRECISION)
+        value = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
+        seen = tl.load(sums_in + corner + at, mask=live, other=0.0)
+        out = out * tl.exp(seen)[:, None]
+        gap = tl.minimum(seen[:, None] - seen[None, :], 0.0)
+        scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
+        out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
+        tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
+
+
+
+def _fold_proposals(K, V, dtype):
+    """(k tile, v tile, warps, stages); the first, by default, is that of the outputs without a fold."""
+    first = _config_scalar(K, V, dtype)[2]
+    if dtype != torch.bfloat16 or min(K, V) < 64:
+        return [first]
+    return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
+
+
+def _fold(q, k, b, g, I_p, Ibar, key, value, decay, initial, scale, offsets, want_final):
+    """The read of every token and the final states, the matrix state's first; nothing is kept for a backward pass."""
+    leaves, starts = ([t.contiguous() for t in x] for x in ([q, k, b, g, I_p], [Ibar]))
+    key, value = key.contiguous(), value.contiguous()
+    B, T, H, K = key.shape
+    V = value.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
+    config = _config_scalar(K, V, key.dtype)
+    C = config[0]
+    BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
+    packed, fast = offsets is not None, _fast(key)
+    BW = _tile(K, 64)
+    tiles, sizes = _cdiv(K, BW), (T, NT, H, C)
+    total, local, borders = ([torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts] for _ in range(3))
+    ends = [torch.empty_like(t) for t in starts]
+    _launch(
+        _vector_k_sums_kernel, (tiles * H * chunks, 1, 1), (*leaves, *total, *local, spans), (scale, *sizes), (),
+        W=K, C=C, BW=BW, SINGLE=False, PRECISION="ieee", STAGES=1, FAST=fast, PACKED=packed, num_warps=4,
+    )
+    for state in zip(total, local, starts, borders, ends):
+        _launch(
+            _carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (),
+            W=K, BW=BW, BN=16, PACKED=packed, REVERSE=False, num_warps=1,
+        )
+    sums = _decay_sums_scalar(decay.contiguous(), spans, T, NT, chunks, C)
+    states, final = _states_scalar(
+        key, value, sums, None if initial is None else initial.contiguous(), offsets, bases, NT, chunks, config, N, want_final
+    )
+    o = torch.empty_like(value)
+    OT, precision = _operands(key.dtype)
+    _launch(
+        _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
+        (*leaves, *borders, key, value, sums, states, o, spans), (scale, T, NT, H), (),
+        K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed, num_warps=warps, num_stages=stages,
+    )
+    return o, final, *ends
+
+
+def _kept_by_nobody(*tensors):
+    """Whether no gradient of these will be asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]))
+
+
 def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance, want_final=True):
     """Features of every token, then matmuls over chunks with the states at their borders."""
     if q.dtype == torch.float64:  # no tensor cores for it
@@ -2388,6 +2506,14 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     dtype = torch.promote_types(k.dtype, v.dtype)  # operands of the matmuls
     if Ibar is None:
         Ibar = torch.zeros(batch if offsets is None else offsets.shape[0] - 1, heads, size_k, device=q.device)
+
+    if not want_variance and _kept_by_nobody(q, k, v, b, g, I_p, M, Ibar):
+        # q/(I_p + Ibar) inside the kernel of the outputs
+        read_0_M, M_final, Ibar_final = _fold(
+            q, k, b, g, I_p, Ibar, k.to(dtype), v.to(dtype), g, M, scale, offsets, want_final
+        )
+        output = (read_0_M).to(q.dtype)
+        return output, None, M_final, Ibar_final
 
     # Ibar_t = exp(g) * Ibar_(t-1) + b*k**2, at every token
     # k_feature_0 = q/(I_p + Ibar)

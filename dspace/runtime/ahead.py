@@ -53,13 +53,15 @@ def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> 
 
 
 def certificate_calls(examiner: Any, cases: Sequence[Case], dtypes: Sequence[str]) -> list[Callable[[], object]]:
-    """The calls of a certificate: every case, dtype and form, forward and backward, with states of zeros."""
+    """The calls of a certificate: every case, dtype and form, with and without gradients, with states of zeros."""
     import torch
 
     from dspace.runtime.certify import FORMS
 
     def one(case: Case, dtype: str, form: str) -> None:
         arguments = examiner.blank_arguments(case, getattr(torch, dtype))
+        with torch.no_grad():
+            examiner.call(form, case, arguments)
         results = examiner.call(form, case, arguments)
         outputs = [r for r in results.values() if r.requires_grad]
         if outputs:

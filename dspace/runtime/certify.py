@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FORMS = ("chunk", "recurrent", "reference")
 """The public functions of a generated module, by prefix."""
 
+PLAIN = " without gradients"
+"""Ends the names of results that differ where nothing is differentiated."""
+
 DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 """What a full certificate tries unless told otherwise; a quick one takes the first, on a GPU the first two."""
 
@@ -212,16 +215,18 @@ class Examiner:
             if isinstance(found, str):
                 yield Check(form, str(case), dtype, "call", float("nan"), 0.0, "failed", found)
                 continue
-            for quantity, reference in expected.items():
+            for label in (*expected, *(n for n in found if n.endswith(PLAIN))):
+                quantity = label.removesuffix(PLAIN)
+                reference = expected[quantity]
                 accepted = budget(dtype, self._kind(quantity), form, self.letter)
-                error, status, note = compare(reference, found.get(quantity), accepted, dtype)
+                error, status, note = compare(reference, found.get(label), accepted, dtype)
                 if status == "failed" and error == error and dtype != "float64":
                     rounding = narrow.rounding(quantity, reference, form)
                     if error <= ROUNDING * rounding:
                         status, note = "ok", f"evaluated in float32, the recurrence itself errs by {rounding:.1e}"
-                elif status == "failed" and quantity in found and narrow.overflows(quantity, found[quantity].dtype):
+                elif status == "failed" and label in found and narrow.overflows(quantity, found[label].dtype):
                     status, note = "undefined", "the recurrence itself overflows here"
-                yield Check(form, str(case), dtype, quantity, error, accepted, status, note)
+                yield Check(form, str(case), dtype, label, error, accepted, status, note)
 
     def _kind(self, quantity: str) -> Kind:
         if not quantity.startswith("d "):
@@ -280,9 +285,16 @@ class Examiner:
         return _with_gradients(results, cotangents, arguments), cotangents
 
     def _run(self, form: str, case: Case, arguments: Arguments, cotangents: Results) -> Results | str:
-        """The same quantities from the module, or the error that it raised, in one line."""
+        """The same quantities from the module, or the error that it raised, in one line.
+
+        A form may go another way where nothing is differentiated: results that differ then are added, with PLAIN.
+        """
         try:
-            return _with_gradients(self.call(form, case, arguments), cotangents, arguments)
+            results = self.call(form, case, arguments)
+            with torch.no_grad():
+                plain = self.call(form, case, arguments)
+            apart = {n + PLAIN: x for n, x in plain.items() if not torch.equal(x, results[n])}
+            return _with_gradients(results, cotangents, arguments) | apart
         except Exception as error:  # whatever a kernel raises is a finding, not a crash of the examiner
             if isinstance(error, torch.OutOfMemoryError):
                 raise

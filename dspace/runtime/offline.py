@@ -154,7 +154,13 @@ def launches_of(
     for leaf in leaves:
         leaf.requires_grad_(backward)
     with elsewhere(module, target):
-        return record(module, call)
+        launches = record(module, call)
+        if backward:  # kernels of a call that nothing is differentiated in
+            with torch.no_grad():
+                backward = False
+                plain = record(module, call)
+            launches += [launch for launch in plain if launch.name not in {other.name for other in launches}]
+    return launches
 
 
 def build(launch: Launch, target: str) -> Build:

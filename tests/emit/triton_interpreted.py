@@ -101,7 +101,10 @@ def errors(
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
         results.append([t.detach().double() for t in (*outputs, *grads)])
     names = [f"result {i}" for i in range(len(weights))] + [f"d {name}" for name in tensors]
-    pairs = zip(names[: len(results[0])], *results, strict=True)
+    pairs = list(zip(names[: len(results[0])], *results, strict=True))
+    with torch.no_grad():  # a core may go another way where nothing is differentiated
+        leaves = [t.to(torch.float32) for n, t in tensors.items()]
+        pairs.append(("result without gradients", results[0][0], chunk(*leaves, 0.4, offsets, False)[0].double()))
     return {n: float((a - b).norm() / a.norm().clamp(min=1e-12)) for n, a, b in pairs}
 
 

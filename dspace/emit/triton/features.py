@@ -14,7 +14,7 @@ import sympy
 from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
-from dspace.emit.triton import boundary, channel, chunkwise, host, launching, vector, vector_host
+from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
@@ -79,7 +79,7 @@ class _Core:
     def __init__(self, recurrence: Recurrence, plan: AffinePlan) -> None:
         self.recurrence = recurrence
         self.plan = plan
-        reserved = INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"}
+        reserved = INTERNAL | _LOCAL | fold.LOCAL | set(dir(builtins)) | {"scale"}
         self.names = internal_names(recurrence, KernelNamer(reserved))
         self.table = recurrence.axes_table() | {r.symbol: "v" for r in plan.readout.reads}
         aligned = {v.name: f"{self.names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
@@ -92,6 +92,8 @@ class _Core:
         self.groups: list[vector.VectorGroup] = []
         self.features: dict[sympy.Expr, str] = {}
         self.out: list[str] = []
+        self.folded: sympy.Expr | None = None
+        """The query that needs no tensor of its own where nothing is differentiated."""
 
     def parts(self) -> list[str]:
         """Everything but the core function, in order."""
@@ -103,7 +105,10 @@ class _Core:
                 parts.append(vector.BEFORE)
         kernel_names = dict(self.names)
         parts += [vector.source(group, kernel_names) for group in self.groups]
-        return [p.strip("\n") + "\n" for p in (*parts, *(core_source(k, self.plan.exclusive) for k in kinds))]
+        parts += [core_source(k, self.plan.exclusive) for k in kinds]
+        if self.folded is not None:
+            parts.append(fold.source(self.groups[0], kernel_names, self.folded, kinds[0]))
+        return [p.strip("\n") + "\n" for p in parts]
 
     def lines(self) -> list[str]:
         write = self.out.append
@@ -122,10 +127,14 @@ class _Core:
             shape = f"batch if offsets is None else offsets.shape[0] - 1, heads{_SHAPE[s.axes]}"
             write(f"    if {names[s.name]} is None:")
             write(f"        {names[s.name]} = torch.zeros({shape}, device={like}.device)")
+        first = len(self.out)
         self._vector_states()
         for state in plan.matrix_states:
             self._matrix_state(state)
         self._results(like)
+        self.folded = self._foldable()
+        if self.folded is not None:
+            self.out[first:first] = self._fold(like)
         # Aligned float32 copies, only of what expressions mention, and where only the variance does, with it.
         asked = next((i for i, line in enumerate(self.out) if line == _WANTED), len(self.out))
         always = _words("\n".join([*self.out[body:asked], *self.out[asked + 2 :]]))
@@ -251,6 +260,48 @@ class _Core:
             if plan.exclusive:
                 value = f"_before({value}, {state}, offsets)"
             write(f"    {guard}{state}_all = {value}{align}")
+
+    def _foldable(self) -> sympy.Expr | None:
+        """The only query, if it and nothing else needs the vector states, which are products on its axis."""
+        plan, reads = self.plan, self.plan.readout.reads
+        if len(self.groups) != 1 or len(plan.matrix_states) != 1 or len(reads) != 1 or plan.exclusive:
+            return None
+        group, state = self.groups[0], plan.matrix_states[0]
+        query = (reads[0].queries or {}).get(state.name)
+        if group.axes != "k" or not group.products or list(group.features.values()) != [query]:
+            return None
+        if len(state.writes) != 1 or kind(state) == "key" or len(reads[0].queries or {}) != 1:
+            return None
+        others = (state.log_decay, state.writes[0].key, state.writes[0].value, plan.readout.output)
+        return None if any(sympy.sympify(e).free_symbols & self.vector_symbols for e in others) else query
+
+    def _fold(self, like: str) -> list[str]:
+        """Lines that leave the core where nothing is differentiated."""
+        names, group, state = self.names, self.groups[0], self.plan.matrix_states[0]
+        leaves = [names[v.name] for v in (*group.inputs, *group.parameters)]
+        states = [names[s.name] for s in group.states]
+        read = f"{self.plan.readout.reads[0].symbol}_{names[state.name]}"
+        before = self.out
+        self.out = []
+        self._results(like)
+        outputs = self.out[: self.out.index("    variance = None")]
+        self.out = before
+        decay = "" if kind(state) == "none" else f"{self._decay(state, 1)}, "
+        (write,) = state.writes
+        key, value = self._feature(write.key, "k", "dtype"), self._feature(write.value, "v", "dtype")
+        every = [names[v.name] for v in (*self.recurrence.inputs, *self.recurrence.parameters)]
+        every += [names[s.name] for s in self.recurrence.states]
+        final = [f"{names[s.name]}_final" for s in self.recurrence.states]
+        return [
+            "",
+            f"    if not want_variance and _kept_by_nobody({', '.join(every)}):",
+            f"        # {self.folded} inside the kernel of the outputs",
+            f"        {read}, {names[state.name]}_final, {', '.join(f'{s}_final' for s in states)} = _fold(",
+            f"            {', '.join([*leaves, *states])}, {key}, {value}, {decay}{names[state.name]}, {self.scaled}, offsets, want_final",
+            "        )",
+            *(f"    {line}" for line in outputs if line),
+            f"        return output, None, {', '.join(final)}",
+        ]
 
     def _matrix_state(self, state: AffineState) -> None:
         names, write = self.names, self.out.append

@@ -252,7 +252,7 @@ class Kernels:
             else:
                 lines.append(f"        {s}_start = tl.sum(tl.where(o_c[:, None] == C - 1, {s}, 0.0), axis=0)[None, :]")
                 lines.append(f"        {s}_start += tl.zeros([C, BW], dtype=tl.float32)")
-        features, inverse = _inverses({f"{f}_now": e for f, e in group.features.items()})
+        features, inverse = inverses_of({f"{f}_now": e for f, e in group.features.items()})
         lines += [*self.inverses(inverse, self.names), *self.statements(features, self.names)]
         for f in group.features:
             lines.append(
@@ -299,7 +299,7 @@ class Kernels:
             for s in group.states
         }
         gradients = self.gradients(cotangent) if whole else {}
-        together, inverse = _inverses({**inside, **gradients})
+        together, inverse = inverses_of({**inside, **gradients})
         needed = [*inside.values(), *gradients.values(), *(e for s in group.states for e in (s.decay, group.write(s)))]
         lines += self.loop(self.used(needed), True, starts=True)
         for state in group.states:
@@ -402,7 +402,7 @@ class Kernels:
         return lines
 
 
-def _inverses(exprs: Mapping[str, sympy.Expr]) -> tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]:
+def inverses_of(exprs: Mapping[str, sympy.Expr]) -> tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]:
     """``exprs`` with factors in place of divisions, and what they are the reciprocals of: one division for all."""
     found: dict[sympy.Expr, sympy.Symbol] = {}
 
