@@ -27,8 +27,9 @@ ABSOLUTE = 1e-6
 """A quantity whose largest deviation is below this is right whatever its relative error."""
 
 ROUNDING = 4.0
-"""A kernel, which accumulates in float32, may also err this many times as much as the recurrence itself does when it is merely evaluated in
-float32, token by token: no kernel can be asked for digits that the problem does not have."""
+"""A kernel may also err this many times as much as the recurrence itself does when it is merely evaluated in float32,
+token by token, or, of 16-bit operands, from inputs rounded once more: no kernel can be asked for digits that the problem
+does not have."""
 
 SAMPLES = 3
 """So many more times the recurrence is evaluated for that, from arguments that differ in their last digit."""

@@ -223,7 +223,10 @@ class Examiner:
                 if status == "failed" and error == error and dtype != "float64":
                     rounding = narrow.rounding(quantity, reference, form)
                     if error <= ROUNDING * rounding:
-                        status, note = "ok", f"evaluated in float32, the recurrence itself errs by {rounding:.1e}"
+                        status, note = (
+                            "ok",
+                            f"merely evaluated at this precision, the recurrence itself errs by {rounding:.1e}",
+                        )
                 elif status == "failed" and label in found and narrow.overflows(quantity, found[label].dtype):
                     status, note = "undefined", "the recurrence itself overflows here"
                 yield Check(form, str(case), dtype, label, error, accepted, status, note)

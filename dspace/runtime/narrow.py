@@ -1,4 +1,4 @@
-"""The digits that a case leaves to float32: the standard for a kernel that misses its budget."""
+"""The digits that a case leaves to a kernel: the standard for one that misses its budget."""
 
 from __future__ import annotations
 
@@ -48,19 +48,32 @@ class Narrow:
         """From gates that have the digits which are left of them once the log gates of a chunk are summed."""
         return [self.evaluated_near(n, summed=True) for n in range(SAMPLES)]
 
-    def evaluated_near(self, number: int, summed: bool = False) -> Results:
+    @functools.cached_property
+    def rounded(self) -> list[Results]:
+        """From inputs that are rounded once more, as the operands of a matrix unit are: a divided query, a score.
+
+        Where one token's few products nearly cancel, such a rounding is no longer small beside their sum.
+        """
+        kind = next(iter(self.arguments.inputs.values())).dtype
+        if kind not in (torch.bfloat16, torch.float16):
+            return []
+        return [self.evaluated_near(n, digit=torch.finfo(kind).eps) for n in range(SAMPLES + 1)]
+
+    def evaluated_near(self, number: int, summed: bool = False, digit: float = 0.0) -> Results:
         generator = torch.Generator().manual_seed(self.seed + 15485863 * (number + 1))
 
-        def moved(x: Tensor, size: Tensor | None = None) -> Tensor:
-            step = (torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2.0**-24).to(x.device)
-            exact = x.detach().double()
+        def moved(x: Tensor, size: Tensor | None = None, gate: bool = False) -> Tensor:
+            step = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2.0**-24
+            if digit and not gate and x.dtype in (torch.bfloat16, torch.float16):
+                step = (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5) * digit
+            step, exact = step.to(x.device), x.detach().double()
             return (exact + step * (exact if size is None else size)).requires_grad_()
 
         given = self.arguments
         sizes = _summed_sizes(self.examiner, given.inputs) if summed else {}
         near = replace(
             given,
-            inputs={n: moved(x, sizes.get(n)) for n, x in given.inputs.items()},
+            inputs={n: moved(x, sizes.get(n), n in self.examiner.gates) for n, x in given.inputs.items()},
             parameters={n: moved(x) for n, x in given.parameters.items()},
             states=None if given.states is None else tuple(moved(x) for x in given.states),
         )
@@ -68,13 +81,13 @@ class Narrow:
         return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments)[0]
 
     def rounding(self, quantity: str, reference: Tensor, form: str) -> float:
-        """Relative error of ``quantity`` that no float32 kernel of ``form`` can be blamed for.
+        """Relative error of ``quantity`` that no kernel of ``form`` can be blamed for.
 
         The largest of a few samples: rounding errors may happen to cancel in one of them. A chunkwise form takes a
         decay between two tokens as a difference of sums of log gates; where gates are shut these sums are large, and
-        the difference has the digits of the sums.
+        the difference has the digits of the sums. It also rounds operands of products to the type of the inputs.
         """
-        found = self.samples + (self.summed if form == "chunk" else [])
+        found = self.samples + ([*self.summed, *self.rounded] if form == "chunk" else [])
         return max((e for r in found if (e := relative_error(reference, r[quantity])) == e), default=0.0)
 
     def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
