@@ -1333,15 +1333,20 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 @_kernel
 def _pick(x, i_g, FAST: tl.constexpr):
-    """What the lanes of row i_g hold, in the lanes of every row."""
+    """What the lanes of row i_g hold, in the lanes of every row, float32. Numbers of 16 bits travel in pairs."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
     if FAST:
         x, source = tl.broadcast(x, 4 * i_g + lane % 4)
-        return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
-        )
+        if x.dtype.primitive_bitwidth == 16:
+            return tl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
+            ).to(tl.float32)
+        else:
+            return tl.inline_asm_elementwise(
+                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
+            )
     else:
-        return _sum_rows(tl.where(lane // 4 == i_g, x, 0.0), FAST)
+        return _sum_rows(tl.where(lane // 4 == i_g, x.to(tl.float32), 0.0), FAST)
 
 
 @_kernel
@@ -1399,6 +1404,23 @@ def _sum_columns(x, FAST: tl.constexpr):
     else:
         x = tl.sum(tl.reshape(x, [1, 1, 2, 1, 8, 4]), 5, keep_dims=True)
         return tl.reshape(tl.broadcast_to(x, [1, 1, 2, 1, 8, 4]), [1, 1, 2, 1, 32])
+
+
+@_kernel
+def _sum_columns_of_two(x, y, FAST: tl.constexpr):
+    """As _sum_columns, of x in the lanes of the lower four columns of a half and of y in the others: one exchange less."""
+    high = tl.arange(0, 32)[None, None, None, None, :] % 4 >= 2
+    if FAST:
+        x = tl.sum(tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+        y = tl.sum(tl.sum(tl.sum(y, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+            shfl.sync.bfly.b32 t, $1, 2, 31, 0xffffffff; add.f32 $0, $2, t;
+            shfl.sync.bfly.b32 t, $0, 1, 31, 0xffffffff; add.f32 $0, $0, t; }""",
+            "=&f,f,f", [tl.where(high, x, y), tl.where(high, y, x)], dtype=tl.float32, is_pure=True, pack=1,
+        )
+    else:
+        return tl.where(high, _sum_columns(y, FAST), _sum_columns(x, FAST))
 
 
 @_kernel
@@ -1577,11 +1599,13 @@ def _reads_kernel(
                 S_importance_0 = S_importance_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
             for i_o in range(2):
                 first_g = first_v + 8 * i_o
-                v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
-                b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
-                for i_u in range(0, tl.minimum(8, V - first_g), UNROLL):
-                    for i_j in tl.static_range(UNROLL):
-                        i_g = i_u + i_j
+                v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                for i_u in range(0, tl.minimum(8 // UNROLL, V - first_g)):
+                    totals_read_0 = ()
+                    totals_read_1 = ()
+                    for i_j in tl.static_range(UNROLL):  # 1; columns 2 i and 2 i + 1; these and the ones 4 later
+                        i_g = (2 if UNROLL > 1 else 1) * i_u + i_j % 2 + i_j // 2 * 4
                         v = _pick(v_8, i_g, FAST)
                         b = _pick(b_8, i_g, FAST)
                         value_0 = v
@@ -1603,9 +1627,24 @@ def _reads_kernel(
                                 if K % (16 * I) != 0:
                                     y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
                                 total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
-                        sum_read_0 = tl.where((half == i_o) & (column_8 == i_g), sum_read_0 + _sum_columns(total_read_0, FAST), sum_read_0)
+                        totals_read_0 = totals_read_0 + (total_read_0,)
                         if VARIANCE:
-                            sum_read_1 = tl.where((half == i_o) & (column_8 == i_g), sum_read_1 + _sum_columns(total_read_1, FAST), sum_read_1)
+                            totals_read_1 = totals_read_1 + (total_read_1,)
+                    for i_e in tl.static_range(2 if UNROLL > 1 else 1):
+                        own = column_8 == (2 if UNROLL > 1 else 1) * i_u + i_e
+                        if UNROLL == 4:
+                            own = column_8 % 4 == 2 * i_u + i_e
+                        if UNROLL == 4:
+                            read_0 = _sum_columns_of_two(totals_read_0[i_e], totals_read_0[i_e + 2], FAST)
+                        else:
+                            read_0 = _sum_columns(totals_read_0[i_e], FAST)
+                        sum_read_0 = tl.where((half == i_o) & own, sum_read_0 + read_0, sum_read_0)
+                        if VARIANCE:
+                            if UNROLL == 4:
+                                read_1 = _sum_columns_of_two(totals_read_1[i_e], totals_read_1[i_e + 2], FAST)
+                            else:
+                                read_1 = _sum_columns(totals_read_1[i_e], FAST)
+                            sum_read_1 = tl.where((half == i_o) & own, sum_read_1 + read_1, sum_read_1)
         at_v = start * V + row * H * V + first_v + column
         m_out = live_row & (first_v + column < V)
         _put(read_0_out + at_v, sum_read_0, m_out)
@@ -1679,11 +1718,11 @@ def _local_kernel(
             S_importance_0 = S_importance_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
         for i_o in tl.static_range(2):
             first_g = first_v + 8 * i_o
-            v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
-            b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
-            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+            v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+            b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
             if VARIANCE:
-                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32)
+                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
             all_d_value_0_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
             all_d_value_1_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
             for i_g in range(0, tl.minimum(8, V - first_g)):
@@ -1918,10 +1957,11 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 1, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    unroll = 2 if V % 2 == 0 and N <= 4 else 1
+    unroll = 2 if V % 8 == 0 and N <= 4 else 1
     first = (2, N // 2, 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
     others = [(1, N, 1, 0)] if N <= 4 else []
-    others += [(1, 3, 2, 168)] if tiles > 3 and V % 2 == 0 else []
+    others += [(1, N, 4, 168 if N < 4 else 0)] if unroll == 2 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 and V % 8 == 0 else []
     others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
@@ -1954,11 +1994,11 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 5 instead of 2: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 6 instead of 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
-    size = max(256, share * 134217728 // 2 // max(1, bytes_a_token))
+    size = max(256, share * 109051904 // 2 // max(1, bytes_a_token))
     size = -(-T // -(-T // size)) if T else size  # no short one at the end
     turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
     size = -(-(-(-size // turn) * turn if size > turn > 0 else size) // 16) * 16
@@ -2002,7 +2042,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 5, N * H, device)
+    bounds = _windows(T, bytes_a_token, 6, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)

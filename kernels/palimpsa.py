@@ -1994,11 +1994,11 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 5 instead of 2: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 6 instead of 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
-    size = max(256, share * 134217728 // 2 // max(1, bytes_a_token))
+    size = max(256, share * 109051904 // 2 // max(1, bytes_a_token))
     size = -(-T // -(-T // size)) if T else size  # no short one at the end
     turn = 16 * 8 * _multiprocessors(device) // warps_a_chunk
     size = -(-(-(-size // turn) * turn if size > turn > 0 else size) // 16) * 16
@@ -2042,7 +2042,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}
     bytes_a_token = 2 * B * H * K * V * kept.itemsize // 16
-    bounds = _windows(T, bytes_a_token, 5, N * H, device)
+    bounds = _windows(T, bytes_a_token, 6, N * H, device)
     longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
     most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window
     read_0 = torch.empty((B, T, H, V), dtype=dtype, device=device)

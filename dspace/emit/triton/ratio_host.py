@@ -11,7 +11,7 @@ from dspace.emit.triton.ratio_backward import k_gradient, kept_sums
 from dspace.emit.triton.ratio_text import Words
 from dspace.plan.ratio import RatioPlan
 
-BUDGET = 128 * 2**20
+BUDGET = 104 * 2**20
 """Bytes that states and adjoints at chunk starts may take: sets the tokens of a window, never fewer than 256."""
 
 
@@ -65,7 +65,7 @@ def _multiprocessors(device):
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):
-    """Bounds of the windows of time; forward, ``share`` is 5 instead of 2: gradients do not yet take memory then.
+    """Bounds of the windows of time; forward, ``share`` is 6 instead of 2: gradients do not yet take memory then.
 
     A window's warps fill the GPU, 8 to a multiprocessor, a whole number of times: else its last turn would idle.
     """
@@ -137,7 +137,7 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
         "    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32",
         "    common = {'OT': OT, 'PRECISION': precision, 'PACKED': offsets is not None}",
         f"    bytes_a_token = {adjoints * count} * B * H * K * V * kept.itemsize // 16",
-        f"    bounds = _windows(T, bytes_a_token, {5 if adjoints == 1 else 2}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
+        f"    bounds = _windows(T, bytes_a_token, {6 if adjoints == 1 else 2}, {'slabs_here * ' if adjoints > 1 else ''}N * H, device)",
         *(["    if given:", "        bounds = [0, T]"] if adjoints > 1 else []),
         "    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:]))",
         "    most = N * -(-longest // 16) if offsets is None else longest // 16 + N  # chunks of a window",
