@@ -27,6 +27,7 @@ STEPS: dict[str, tuple[int, str]] = {
     "decode": (90, "benchmarks/decode_gpu.py --json"),
     "host": (120, "benchmarks/host_time.py --json {out}/host.json"),
     "train": (240, "benchmarks/train_gpu.py --trials 1 8 --engine auto graph --profile --json {out}/train.json"),
+    "smalltrain": (150, "benchmarks/train_gpu.py --trials 1 8 --batch 8 --json {out}/smalltrain.json"),
     "cold": (240, "benchmarks/cold_start_gpu.py palimpsa simple_gla gla palimpsa_folded kda --json {out}/cold.json"),
     "sanitize": (
         420,
