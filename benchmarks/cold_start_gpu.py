@@ -66,7 +66,7 @@ def main() -> int:
             caches = {
                 "DSPACE_CACHE": f"{folder}/dspace",
                 "TRITON_CACHE_DIR": f"{folder}/triton",
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }
             command = [sys.executable, "-W", "ignore", "-c", PROGRAM, name, str(asked.keys), str(asked.values)]
             done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True)
