@@ -50,9 +50,9 @@ class Narrow:
 
     @functools.cached_property
     def rounded(self) -> list[Results]:
-        """From inputs that are rounded once more, as the operands of a matrix unit are: a divided query, a score.
+        """From inputs that are rounded once more, as a divided query or a score is for a matrix unit.
 
-        Where one token's few products nearly cancel, such a rounding is no longer small beside their sum.
+        Where few terms nearly cancel (one token's products, two heads' gradients) that is not small beside their sum.
         """
         kind = next(iter(self.arguments.inputs.values())).dtype
         if kind not in (torch.bfloat16, torch.float16):
@@ -85,9 +85,10 @@ class Narrow:
 
         The largest of a few samples: rounding errors may happen to cancel in one of them. A chunkwise form takes a
         decay between two tokens as a difference of sums of log gates; where gates are shut these sums are large, and
-        the difference has the digits of the sums. It also rounds operands of products to the type of the inputs.
+        the difference has the digits of the sums. It also rounds operands of products to the type of the inputs, and
+        every form rounds gradients of grouped heads to it before they are added.
         """
-        found = self.samples + ([*self.summed, *self.rounded] if form == "chunk" else [])
+        found = [*self.samples, *self.rounded, *(self.summed if form == "chunk" else [])]
         return max((e for r in found if (e := relative_error(reference, r[quantity])) == e), default=0.0)
 
     def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
