@@ -52,8 +52,8 @@ def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> 
             launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
 
 
-def certificate_calls(examiner: Any, cases: Sequence[Case], dtypes: Sequence[str]) -> list[Callable[[], object]]:
-    """The calls of a certificate: every case, dtype and form, with and without gradients, with states of zeros."""
+def certificate_calls(examiner: Any, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:
+    """The calls of a certificate: every (case, dtype) and form, with and without gradients, with states of zeros."""
     import torch
 
     from dspace.runtime.certify import FORMS
@@ -69,4 +69,4 @@ def certificate_calls(examiner: Any, cases: Sequence[Case], dtypes: Sequence[str
             torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
 
     forms = [f for f in FORMS if f != "reference"]
-    return [functools.partial(one, c, d, f) for c in cases if c.shape.T for d in dtypes for f in forms]
+    return [functools.partial(one, c, d, f) for c, d in runs if c.shape.T for f in forms]

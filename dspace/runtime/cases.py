@@ -74,7 +74,7 @@ def quick_cases(device: str) -> tuple[Case, ...]:
         Case("packed", packed, lengths=(17, 0, 1, 30)),
         Case("split", base, splits=(1, 18)),
         Case("gates mixed", corner, draw="gates mixed"),
-        Case("no gain", corner, draw="no gain", initial=False),
+        Case("no gain", corner, draw="no gain"),
     )
 
 

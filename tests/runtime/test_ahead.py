@@ -32,7 +32,7 @@ path.write_text(module_text("simple_gla"))
 module = load_file(path, "ahead_simple_gla")
 examiner = Examiner(spec.load("simple_gla"), module, "cpu")
 with offline.elsewhere(module):
-    calls = ahead.certificate_calls(examiner, quick_cases("cuda")[:1], ("bfloat16",))
+    calls = ahead.certificate_calls(examiner, [(quick_cases("cuda")[0], "bfloat16")])
     warnings.filterwarnings("error", message="kernels were not compiled ahead")
     count = ahead.compile_calls(module, calls, workers=2)
     compiled = {
