@@ -28,8 +28,18 @@ ABSOLUTE = 1e-6
 
 ROUNDING = 4.0
 """A kernel may also err this many times as much as the recurrence itself does when it is merely evaluated in float32,
-token by token, or, of 16-bit operands, from inputs rounded once more: no kernel can be asked for digits that the problem
-does not have."""
+token by token: no kernel can be asked for digits that the problem does not have."""
+
+FEW = 16
+"""A 16-bit quantity of so few vectors (tensors without their last axis) may err ROUNDING times as much as the recurrence
+from inputs that are rounded once more: few rounding errors do not average, and a few sums may all nearly cancel."""
+
+ORDINARY = 0.6
+"""What the recurrence errs so where nothing cancels, in units of the last digit (products of three rounded numbers:
+0.5). Quantities of many vectors have their budgets, times as much as they are worse than that."""
+
+MOST = 0.25
+"""But no rounding to 16 bits excuses more than this."""
 
 SAMPLES = 3
 """So many more times the recurrence is evaluated for that, from arguments that differ in their last digit."""

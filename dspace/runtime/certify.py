@@ -14,7 +14,7 @@ import torch
 
 from dspace.errors import UserError
 from dspace.runtime import versions
-from dspace.runtime.budgets import ROUNDING, Kind, budget, gates
+from dspace.runtime.budgets import Kind, budget, gates
 from dspace.runtime.cases import Arguments, Case, draw_arguments, full_cases, quick_cases
 from dspace.runtime.compare import Check, compare
 from dspace.runtime.narrow import Narrow
@@ -224,12 +224,10 @@ class Examiner:
                 accepted = budget(dtype, self._kind(quantity), form, self.letter)
                 error, status, note = compare(reference, found.get(label), accepted, dtype)
                 if status == "failed" and error == error and dtype != "float64":
-                    rounding = narrow.rounding(quantity, reference, form)
-                    if error <= ROUNDING * rounding:
-                        status, note = (
-                            "ok",
-                            f"merely evaluated at this precision, the recurrence itself errs by {rounding:.1e}",
-                        )
+                    allowed, errs = narrow.allowed(quantity, reference, form, accepted)
+                    if error <= allowed:
+                        note = f"merely evaluated at this precision, the recurrence itself errs by {errs:.1e}"
+                        status = "ok"
                 elif status == "failed" and label in found and narrow.overflows(quantity, found[label].dtype):
                     status, note = "undefined", "the recurrence itself overflows here"
                 yield Check(form, str(case), dtype, label, error, accepted, status, note)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dspace.runtime.budgets import SAMPLES
+from dspace.runtime.budgets import FEW, MOST, ORDINARY, ROUNDING, SAMPLES
 from dspace.runtime.compare import relative_error
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Narrow:
 
     def __init__(self, examiner: Examiner, case: Case, arguments: Arguments, seed: int) -> None:
         self.examiner, self.case, self.arguments, self.seed = examiner, case, arguments, seed
+        self.kind = next(iter(arguments.inputs.values())).dtype
 
     @functools.cached_property
     def evaluated(self) -> Results:
@@ -54,10 +55,9 @@ class Narrow:
 
         Where few terms nearly cancel (one token's products, two heads' gradients) that is not small beside their sum.
         """
-        kind = next(iter(self.arguments.inputs.values())).dtype
-        if kind not in (torch.bfloat16, torch.float16):
+        if self.kind not in (torch.bfloat16, torch.float16):
             return []
-        return [self.evaluated_near(n, digit=torch.finfo(kind).eps) for n in range(SAMPLES + 1)]
+        return [self.evaluated_near(n, digit=torch.finfo(self.kind).eps) for n in range(SAMPLES + 1)]
 
     def evaluated_near(self, number: int, summed: bool = False, digit: float = 0.0) -> Results:
         generator = torch.Generator().manual_seed(self.seed + 15485863 * (number + 1))
@@ -80,20 +80,32 @@ class Narrow:
         # The cotangents are those of the kernel: drawn by the seed, in the dtype of the original inputs.
         return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments)[0]
 
-    def rounding(self, quantity: str, reference: Tensor, form: str) -> float:
-        """Relative error of ``quantity`` that no kernel of ``form`` can be blamed for.
+    def allowed(self, quantity: str, reference: Tensor, form: str, budget: float) -> tuple[float, float]:
+        """Relative error of ``quantity`` that no kernel of ``form`` can be blamed for, and what the recurrence errs.
 
-        The largest of a few samples: rounding errors may happen to cancel in one of them. A chunkwise form takes a
-        decay between two tokens as a difference of sums of log gates; where gates are shut these sums are large, and
-        the difference has the digits of the sums. It also rounds operands of products to the type of the inputs, and
-        every form rounds gradients of grouped heads to it before they are added.
+        A chunkwise form takes a decay between two tokens as a difference of sums of log gates; where gates are shut
+        these sums are large, and the difference has the digits of the sums. It also rounds operands of products to the
+        type of the inputs, and every form rounds gradients of grouped heads to it before they are added; ``budget`` has
+        room for that, save where terms nearly cancel or are too few to average.
         """
-        found = [*self.samples, *self.rounded, *(self.summed if form == "chunk" else [])]
-        return max((e for r in found if (e := relative_error(reference, r[quantity])) == e), default=0.0)
+        errs = _largest([*self.samples, *(self.summed if form == "chunk" else [])], quantity, reference)
+        allowed = ROUNDING * errs
+        if self.rounded:
+            rounded = _largest(self.rounded, quantity, reference)
+            ordinary = ORDINARY * torch.finfo(self.kind).eps
+            few = reference.numel() <= FEW * reference.shape[-1]
+            excused = min(ROUNDING * rounded if few else budget * rounded / ordinary, MOST)
+            allowed, errs = max(allowed, excused), max(errs, rounded)
+        return allowed, errs
 
     def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
         """Whether ``quantity``, evaluated in float32 and returned in ``dtype``, is not finite."""
         return not bool(self.evaluated[quantity].to(dtype).isfinite().all())
+
+
+def _largest(samples: list[Results], quantity: str, reference: Tensor) -> float:
+    """The largest error of a few samples: rounding errors may happen to cancel in one of them."""
+    return max((e for r in samples if (e := relative_error(reference, r[quantity])) == e), default=0.0)
 
 
 def _summed_sizes(examiner: Examiner, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

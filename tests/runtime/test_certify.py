@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -15,12 +16,13 @@ from dspace import spec as specs
 from dspace.errors import CertificationError, UserError
 from dspace.math import analyse
 from dspace.runtime import compiler
-from dspace.runtime.budgets import budget, gates
+from dspace.runtime.budgets import MOST, budget, gates
 from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
-from dspace.runtime.certify import certify_module, verify
+from dspace.runtime.certify import Examiner, certify_module, verify
 from dspace.runtime.compare import compare
 from dspace.runtime.compiler import compile, module_text
 from dspace.runtime.load import load_file
+from dspace.runtime.narrow import Narrow
 
 ONE = (Case("plain", Shape(2, 9, 1, 2, 4, 3), variance=False),)
 
@@ -86,6 +88,55 @@ def test_few_terms_that_nearly_cancel_do_not_refuse_a_right_module(affine_file: 
     for seed in range(10):
         found = certify_module(specs.load(affine_file), module, cases=[token], dtypes=["bfloat16"], seed=seed)
         assert {"o", "d q"} <= {c.quantity for c in found.failures() if c.form == "reference"}
+
+
+def _wrong_output(right, q, k, v, *rest, **options):
+    o, *others = right(q, k, v, *rest, **options)
+    return o * 1.012, *others
+
+
+def _wrong_channel(right, q, k, v, *rest, **options):
+    o, *others = right(q, k, v, *rest, **options)
+    return o * torch.tensor([1.05] + [1.0] * (v.shape[-1] - 1), dtype=o.dtype), *others
+
+
+def _wrong_state(right, q, k, v, *rest, **options):
+    o, state = right(q, k, v, *rest, **options)
+    return o, state if state is None else state * 1.012
+
+
+def _wrong_gradient(right, q, k, v, *rest, **options):
+    return right(q, k, v + 0.02 * (v - v.detach()), *rest, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "quantity"),
+    [(_wrong_output, "o"), (_wrong_channel, "o"), (_wrong_state, "state S"), (_wrong_gradient, "d v"), (None, None)],
+)
+def test_faults_of_the_size_of_a_16_bit_budget_are_refused(affine_file: Path, wrong, quantity: str | None):
+    """What excuses rounding where few terms nearly cancel is no excuse where many rounding errors average."""
+    module = planted(affine_file, "$", "", f"averaged{getattr(wrong, '__name__', '')}")
+    name = module.SPEC["name"]
+    if wrong is not None:
+        setattr(module, f"reference_{name}", functools.partial(wrong, getattr(module, f"reference_{name}")))
+    case = Case("many", Shape(2, 17, 1, 2, 20, 18))
+    for seed in range(4):
+        found = certify_module(specs.load(affine_file), module, cases=[case], dtypes=["bfloat16"], seed=seed)
+        failed = {c.quantity for c in found.failures() if c.form == "reference" and c.dtype == "bfloat16"}
+        assert (quantity in failed) if wrong else found.passed, (seed, [c.describe() for c in found.failures()])
+
+
+def test_no_rounding_to_16_bits_excuses_a_result_without_digits(affine_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """However badly terms cancel: here the recurrence itself is made to err by its own size."""
+    spec = specs.load(affine_file)
+    module, case = compile(spec, certify=False), Case("one token", Shape(1, 1, 1, 1, 4, 3), initial=False)
+    examiner = Examiner(spec, module, "cpu")
+    arguments = examiner._arguments(case, torch.bfloat16, 1)
+    expected = examiner._oracle(case, arguments, 1)[0]
+    narrow = Narrow(examiner, case, arguments, 1)
+    monkeypatch.setattr(narrow, "rounded", [{n: 2 * x for n, x in expected.items()}], raising=False)
+    allowed, errs = narrow.allowed("o", expected["o"], "chunk", 5e-3)
+    assert allowed == MOST and errs == pytest.approx(1.0)
 
 
 def test_planted_gradient_is_refused(ratio_file: Path):
