@@ -139,6 +139,14 @@ def test_no_rounding_to_16_bits_excuses_a_result_without_digits(affine_file: Pat
     assert allowed == MOST and errs == pytest.approx(1.0)
 
 
+def test_a_certificate_leaves_the_random_numbers_of_its_caller_alone(affine_file: Path):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    verify(affine_file, quick=True)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_planted_gradient_is_refused(ratio_file: Path):
     spec = specs.load(ratio_file)
     module = planted(ratio_file, r"(d_v_t\[j\] = )(.*)", r"\1real(1.01) * (\2)", "wrong_gradient")
