@@ -2429,16 +2429,16 @@ def _fold_kernel(
             query = inverse_0 * q
             query = tl.where(m_ck, query, 0.0).to(OT)
             tile = o_k[:, None] * V + o_v[None, :]
-            S = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
-            key = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
-            scores = tl.dot(query, key.to(OT), scores, input_precision=PRECISION)
-            out = tl.dot(query, S.to(OT), out, input_precision=PRECISION)
-        value = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
+            matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
+            scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
+            out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
+        value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
         seen = tl.load(sums_in + corner + at, mask=live, other=0.0)
         out = out * tl.exp(seen)[:, None]
         gap = tl.minimum(seen[:, None] - seen[None, :], 0.0)
         scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
-        out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
+        out = tl.dot(scores.to(OT), value_tile.to(OT), out, input_precision=PRECISION) * scale
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
@@ -2451,10 +2451,10 @@ def _fold_proposals(K, V, dtype):
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
 
 
-def _fold(q, k, b, g, I_p, Ibar, key, value, decay, initial, scale, offsets, want_final):
+def _fold(q, k, b, g, I_p, Ibar, of_key, of_value, of_decay, of_start, scale, offsets, want_final):
     """The read of every token and the final states, the matrix state's first; nothing is kept for a backward pass."""
     leaves, starts = ([t.contiguous() for t in x] for x in ([q, k, b, g, I_p], [Ibar]))
-    key, value = key.contiguous(), value.contiguous()
+    key, value = of_key.contiguous(), of_value.contiguous()
     B, T, H, K = key.shape
     V = value.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
@@ -2476,9 +2476,9 @@ def _fold(q, k, b, g, I_p, Ibar, key, value, decay, initial, scale, offsets, wan
             _carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (),
             W=K, BW=BW, BN=16, PACKED=packed, REVERSE=False, num_warps=1,
         )
-    sums = _decay_sums_scalar(decay.contiguous(), spans, T, NT, chunks, C)
+    sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C)
     states, final = _states_scalar(
-        key, value, sums, None if initial is None else initial.contiguous(), offsets, bases, NT, chunks, config, N, want_final
+        key, value, sums, None if of_start is None else of_start.contiguous(), offsets, bases, NT, chunks, config, N, want_final
     )
     o = torch.empty_like(value)
     OT, precision = _operands(key.dtype)

@@ -155,6 +155,30 @@ update = "exp(next_0) * carry + I * N**2"
 output = "scale * sum_k(B * W / (grid + carry))"
 """
 
+# Two precisions and a prior of each channel divide the query; names of the kernel in which they do.
+DIVIDED = """
+name = "divided"
+[inputs]
+query = "k"
+value = "k"
+tile = "v"
+key = { axes = "", domain = "nonnegative" }
+matrix = { axes = "", domain = "nonpositive" }
+[parameters]
+out = { axes = "k", domain = "positive", init = 1.0 }
+[state.scores]
+axes = "kv"
+update = "exp(matrix) * scores + tile * value"
+[state.S]
+axes = "k"
+update = "exp(matrix) * S + key * value**2"
+[state.decay]
+axes = "k"
+update = "exp(2 * matrix) * decay + key * value**2"
+[readout]
+output = "scale * sum_k(scores * query / (out + S + 2 * decay))"
+"""
+
 # A start that fades: a state to which no token adds anything.
 FADING = """
 name = "fading"
@@ -174,6 +198,7 @@ output = "scale * sum_k(S * q)"
 CASES = [
     (FADING, 75, ODD, True),
     (NAMED, 20, {"k": 8, "v": 4}, False),
+    (DIVIDED, 70, {"k": 48, "v": 40}, False),
     ("simple_gla", 75, ODD, True),
     ("simple_gla", 1, {"k": 16, "v": 40}, False),
     ("gla", 75, ODD, True),
@@ -198,6 +223,7 @@ CASES = [
 LEAN = [c for c in CASES if c[0] in ("simple_gla", "gla", "palimpsa_folded", MANY) and c[3] and len(c) == 4]
 """Cases that are run without initial and final states too, and with nothing kept for the backward pass."""
 NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several", FADING: "fading"}
+NAMES |= {NAMED: "named", DIVIDED: "divided"}
 
 
 def identity(case: tuple) -> str:

@@ -16,7 +16,7 @@ from dspace.emit.triton.vector import VectorGroup
 from dspace.emit.triton.vector_kernels import Kernels, inverses_of
 
 LOCAL = frozenset(
-    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen".split()
+    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final".split()
 )
 """Names of the kernel that no variable of a spec may have."""
 
@@ -103,11 +103,11 @@ def _fold_kernel(
     lines += """
             query = tl.where(m_ck, query, 0.0).to(OT)
             tile = o_k[:, None] * V + o_v[None, :]
-            S = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
-            key = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
-            scores = tl.dot(query, key.to(OT), scores, input_precision=PRECISION)
-            out = tl.dot(query, S.to(OT), out, input_precision=PRECISION)
-        value = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
+            matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
+            scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
+            out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
+        value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
 """.strip("\n").splitlines()
     if not decays:
         lines.append("        scores = tl.where(causal, scores, 0.0)")
@@ -119,7 +119,7 @@ def _fold_kernel(
         scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
 """.strip("\n").splitlines()
     lines += """
-        out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
+        out = tl.dot(scores.to(OT), value_tile.to(OT), out, input_precision=PRECISION) * scale
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 """.strip("\n").splitlines()
     return "\n".join(lines) + "\n"
@@ -139,10 +139,10 @@ def _fold_proposals(K, V, dtype):
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
 
 
-def _fold({", ".join([*leaves, *states])}, key, value, {"decay, " if scalar else ""}initial, scale, offsets, want_final):
+def _fold({", ".join([*leaves, *states])}, of_key, of_value, {"of_decay, " if scalar else ""}of_start, scale, offsets, want_final):
     """The read of every token and the final states, the matrix state's first; nothing is kept for a backward pass."""
     leaves, starts = ([t.contiguous() for t in x] for x in ({lists[0]}, {lists[1]}))
-    key, value = key.contiguous(), value.contiguous()
+    key, value = of_key.contiguous(), of_value.contiguous()
     B, T, H, K = key.shape
     V = value.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
@@ -164,8 +164,8 @@ def _fold({", ".join([*leaves, *states])}, key, value, {"decay, " if scalar else
             _carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (),
             W=K, BW=BW, BN=16, PACKED=packed, REVERSE=False, num_warps=1,
         )
-    {f"sums = _decay_sums_scalar(decay.contiguous(), spans, T, NT, chunks, C){chr(10)}    " if scalar else ""}states, final = _states_{decay}(
-        key, value, {"sums, " if scalar else ""}None if initial is None else initial.contiguous(), offsets, bases, NT, chunks, config, N, want_final
+    {f"sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C){chr(10)}    " if scalar else ""}states, final = _states_{decay}(
+        key, value, {"sums, " if scalar else ""}None if of_start is None else of_start.contiguous(), offsets, bases, NT, chunks, config, N, want_final
     )
     o = torch.empty_like(value)
     OT, precision = _operands(key.dtype)
