@@ -55,8 +55,9 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def peak(module: ModuleType, shape: tuple[int, int, int, int, int]) -> float:
-    """MiB that live at most during one forward and backward pass of the chunk form, bf16 inputs of ``shape``."""
+def peak(module: ModuleType, shape: tuple[int, int, int, int, int]) -> tuple[float, float, list[torch.Tensor]]:
+    """One forward and backward pass of the chunk form, bf16 inputs of ``shape``: MiB that live at most, those of the
+    inputs and the cotangent among them, and the leaves."""
     B, T, H, K, V = shape
     sizes = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
     changed = {"_launch": lambda *_, **__: None, "_multiprocessors": lambda _: 132}
@@ -67,14 +68,14 @@ def peak(module: ModuleType, shape: tuple[int, int, int, int, int]) -> float:
             inputs = [torch.empty(B, T, H, *sizes[x["axes"]], dtype=torch.bfloat16) for x in module.SPEC["inputs"]]
             inputs += [torch.empty(H, *sizes[x["axes"]]) for x in module.SPEC["parameters"]]
             cotangent = torch.empty(B, T, H, V, dtype=torch.bfloat16)
-            leaves = [x.requires_grad_() for x in inputs]
+            given, leaves = live.now, [x.requires_grad_() for x in inputs]
             getattr(module, f"chunk_{module.SPEC['name']}")(*leaves)[0].backward(cotangent)
     finally:
         vars(module).update(own)
-    return live.peak / 2**20
+    return live.peak / 2**20, given / 2**20, leaves
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["palimpsa"]:
         module = dspace.compile(name, certify=False)
-        print(name, *(f"{label} {peak(module, shape):.1f} MiB" for label, shape in SHAPES.items()), sep="  ")
+        print(name, *(f"{label} {peak(module, shape)[0]:.1f} MiB" for label, shape in SHAPES.items()), sep="  ")

@@ -139,7 +139,7 @@ def launches_of(
     leaves = [*inputs, *parameters, *states]
     function = getattr(module, f"{form}_{table['name']}")
 
-    def call() -> None:
+    def call(gradients: bool) -> None:
         *results, final = function(
             *inputs,
             *parameters,
@@ -148,17 +148,16 @@ def launches_of(
             output_variance=variance,
         )
         results += [final] if isinstance(final, torch.Tensor) else final or ()
-        if backward:
+        if gradients:
             torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
 
     for leaf in leaves:
         leaf.requires_grad_(backward)
     with elsewhere(module, target):
-        launches = record(module, call)
+        launches = record(module, lambda: call(backward))
         if backward:  # kernels of a call that nothing is differentiated in
             with torch.no_grad():
-                backward = False
-                plain = record(module, call)
+                plain = record(module, lambda: call(False))
             launches += [launch for launch in plain if launch.name not in {other.name for other in launches}]
     return launches
 

@@ -281,11 +281,6 @@ class _Core:
         leaves = [names[v.name] for v in (*group.inputs, *group.parameters)]
         states = [names[s.name] for s in group.states]
         read = f"{self.plan.readout.reads[0].symbol}_{names[state.name]}"
-        before = self.out
-        self.out = []
-        self._results(like)
-        outputs = self.out[: self.out.index("    variance = None")]
-        self.out = before
         decay = "" if kind(state) == "none" else f"{self._decay(state, 1)}, "
         (write,) = state.writes
         key, value = self._feature(write.key, "k", "dtype"), self._feature(write.value, "v", "dtype")
@@ -299,7 +294,7 @@ class _Core:
             f"        {read}, {names[state.name]}_final, {', '.join(f'{s}_final' for s in states)} = _fold(",
             f"            {', '.join([*leaves, *states])}, {key}, {value}, {decay}{names[state.name]}, {self.scaled}, offsets, want_final",
             "        )",
-            *(f"    {line}" for line in outputs if line),
+            *(f"    {line}" for line in self._output(like)),
             f"        return output, None, {', '.join(final)}",
         ]
 
@@ -360,9 +355,9 @@ class _Core:
     def _in_variance(self, symbol: sympy.Symbol) -> bool:
         return self.plan.readout.variance is not None and symbol in self.plan.readout.variance.free_symbols
 
-    def _results(self, like: str) -> None:
-        write, plan, names = self.out.append, self.plan, self.names
-        write("")
+    def _output(self, like: str) -> list[str]:
+        """Lines that make the output of what was read."""
+        plan, names, lines = self.plan, self.names, []
         direct = self.scaled != "1.0" or (
             len(plan.readout.reads) == 1 and plan.readout.output == plan.readout.reads[0].symbol
         )
@@ -370,11 +365,16 @@ class _Core:
         for read in plan.readout.reads:
             sums[read.symbol.name] = " + ".join(f"{read.symbol.name}_{names[s]}" for s in read.queries or {})
         if direct:
-            write(f"    output = ({sums[plan.readout.reads[0].symbol.name]}).to({like}.dtype)")
-        else:
-            for read in plan.readout.reads:
-                write(f"    {read.symbol.name} = ({sums[read.symbol.name]}).float()[..., None, :]  # sum_k {read.body}")
-            write(f"    output = {self._feature(plan.readout.output, 'v', f'{like}.dtype')}")
+            return [f"    output = ({sums[plan.readout.reads[0].symbol.name]}).to({like}.dtype)"]
+        for read in plan.readout.reads:
+            lines.append(
+                f"    {read.symbol.name} = ({sums[read.symbol.name]}).float()[..., None, :]  # sum_k {read.body}"
+            )
+        return [*lines, f"    output = {self._feature(plan.readout.output, 'v', f'{like}.dtype')}"]
+
+    def _results(self, like: str) -> None:
+        write, plan, names = self.out.append, self.plan, self.names
+        self.out += ["", *self._output(like)]
         write("    variance = None")
         if plan.readout.variance is not None:
             write(_WANTED)

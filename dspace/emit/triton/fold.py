@@ -12,8 +12,9 @@ from collections.abc import Mapping
 
 import sympy
 
+from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector import VectorGroup
-from dspace.emit.triton.vector_kernels import Kernels, inverses_of
+from dspace.emit.triton.vector_kernels import Kernels
 
 LOCAL = frozenset(
     "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final".split()
@@ -64,7 +65,7 @@ def _fold_kernel(
             lines.append(f"        {name}_row = tl.load({name}_in + corner + at, mask=live, other=0.0).to(tl.float32)")
             lines.append(f"        {name} = {name}_row[:, None]")
     for state, s in zip(group.states, writer.states, strict=True):
-        lines += [line for line in writer.decays(state) if not line.strip().startswith((f"{s}_past", f"{s}_until"))]
+        lines += writer.decay_sums(state)
         lines.append(
             f"        {s}_gap = tl.exp2(tl.where(causal, tl.minimum({s}_sums[:, None] - {s}_sums[None, :], 0.0), -float('inf')))"
         )

@@ -73,3 +73,18 @@ def specialise(text: str, flags: Mapping[str, bool]) -> str:
     if stack:
         raise CompilerBug("a kernel text has an #if without #endif")
     return "".join(kept)
+
+
+def inverses_of(exprs: Mapping[str, sympy.Expr]) -> tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]:
+    """``exprs`` with factors in place of divisions, and what they are the reciprocals of: one division for all."""
+    found: dict[sympy.Expr, sympy.Symbol] = {}
+
+    def inverse(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+        symbol = found.setdefault(base, sympy.Symbol(f"inverse_{len(found)}", real=True))
+        return symbol**-exponent
+
+    def divides(e: sympy.Expr) -> bool:
+        return e.is_Pow and e.exp.is_Integer and e.exp.is_negative
+
+    changed = {n: e.replace(divides, lambda e: inverse(e.base, e.exp)) for n, e in exprs.items()}
+    return changed, {symbol.name: base for base, symbol in found.items()}

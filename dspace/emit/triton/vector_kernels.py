@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from dspace.emit.triton.printer import TritonPrinter
+from dspace.emit.triton.printer import TritonPrinter, inverses_of
 from dspace.math.ir import AffineState, Variable
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ class Kernels:
             lines.append(f"        {name}{suffix} = {load}")
         return lines
 
-    def decays(self, state: AffineState) -> list[str]:
-        """Of a decay per token: its sums inside the chunk, what is left of the start at each token, and so on."""
+    def decay_sums(self, state: AffineState) -> list[str]:
+        """Of a decay per token: its sums inside the chunk."""
         rows = {**self.names, **{v.name: f"{self.names[v.name]}_row" for v in self.narrow}}
         assert state.log_decay is not None
         step, s = TritonPrinter(rows)(state.log_decay), self.names[state.name]
@@ -158,6 +158,13 @@ class Kernels:
             if state.log_decay.free_symbols
             else "        step = tl.zeros([C], dtype=tl.float32)",
             f"        {s}_sums = tl.cumsum(step, axis=0)",
+        ]
+
+    def decays(self, state: AffineState) -> list[str]:
+        """The sums of a decay, that of the whole chunk, and what is left of each write at its end."""
+        s = self.names[state.name]
+        return [
+            *self.decay_sums(state),
             f"        {s}_past = tl.sum(step, axis=0)",
             f"        {s}_until = tl.exp2(tl.minimum({s}_past - {s}_sums, 0.0))",
         ]
@@ -400,18 +407,3 @@ class Kernels:
             row = f"tl.sum(tl.where(o_c[:, None] == 0, {s}_carry, 0.0), axis=0)"
             lines.append(f"        tl.store(d_{s}_initial + at_border, {row}, mask=m_w)")
         return lines
-
-
-def inverses_of(exprs: Mapping[str, sympy.Expr]) -> tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]:
-    """``exprs`` with factors in place of divisions, and what they are the reciprocals of: one division for all."""
-    found: dict[sympy.Expr, sympy.Symbol] = {}
-
-    def inverse(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
-        symbol = found.setdefault(base, sympy.Symbol(f"inverse_{len(found)}", real=True))
-        return symbol**-exponent
-
-    def divides(e: sympy.Expr) -> bool:
-        return e.is_Pow and e.exp.is_Integer and e.exp.is_negative
-
-    changed = {n: e.replace(divides, lambda e: inverse(e.base, e.exp)) for n, e in exprs.items()}
-    return changed, {symbol.name: base for base, symbol in found.items()}
