@@ -20,16 +20,16 @@ class Launched:
 
 
 class AbsentGPU:
-    """A driver of Triton for an NVIDIA GPU of capability ``capability`` (sm_90 by default).
+    """A driver of Triton for a GPU of the given target (an NVIDIA one, sm_90, by default).
 
     >>> gpu = AbsentGPU.install()                       # in a process of its own: it stays
     >>> gpu.launched                                    # everything launched since
     """
 
-    def __init__(self, capability: int = 90) -> None:
+    def __init__(self, target: Any = None) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", capability, 32)
+        self.target = target or GPUTarget("cuda", 90, 32)
         self.launched: list[Launched] = []
         self.recording = True
         self.utils = _Utilities()

@@ -1,14 +1,18 @@
 """Compile the kernels of some calls ahead of them, all at once: Triton alone compiles one after another.
 
 The calls are made with every kernel replaced by a recorder, so that nothing runs; what they would have launched is
-compiled by threads, which lets go of the interpreter's lock for most of the time, and lies in Triton's caches when
-the calls are made in earnest.
+compiled by forked processes, since half of Triton's work holds the interpreter's lock, and lies in Triton's caches
+when the calls are made in earnest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import os
+import struct
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,14 +46,80 @@ def compile_calls(module: ModuleType, calls: Iterable[Callable[[], object]], wor
 
 
 def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> None:
-    """Compile recorded launches into Triton's caches, in ``workers`` threads (as many as there are cores)."""
+    """Compile recorded launches into Triton's caches, by ``workers`` processes (as many as there are cores, at most 16).
+
+    Processes write what they compiled to Triton's cache on disk, from which this one then loads it. What they did not
+    compile, for whatever reason, is compiled here in threads, and its errors are raised.
+    """
     import triton
 
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max(1, workers)) as pool, triton.AsyncCompileMode(pool):
+    workers = min(workers or _cores(), 16)
+    if len(launches) > 2 and workers > 1 and hasattr(os, "fork"):
+        compile_in_processes(launches, min(workers, len(launches)))
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
         for launch in launches:
             launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+
+
+def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float = 300.0) -> None:
+    """Compile ``launches`` into Triton's cache on disk by forked processes, which are stopped after ``limit`` seconds."""
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    longest_first = sorted(range(len(launches)), key=lambda i: -len(launches[i].kernel.src))
+    tickets, fill = os.pipe()  # a read of two bytes takes the next launch, whichever process makes it
+    os.write(fill, struct.pack(f"={len(launches)}H", *longest_first))
+    os.close(fill)
+    children: set[int] = set()
+    try:
+        for _ in range(workers):
+            with warnings.catch_warnings():  # forking beside threads: the children call neither them nor the GPU
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if child == 0:
+                _work(launches, tickets, target)
+            children.add(child)
+        end = time.monotonic() + limit
+        while children and time.monotonic() < end:
+            ended = {child for child in children if _ended(child)}
+            children -= ended
+            if not ended:
+                time.sleep(0.005)
+    finally:
+        os.close(tickets)
+        for child in children:
+            with contextlib.suppress(OSError):
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+
+
+def _work(launches: Sequence[Launch], tickets: int, target: Any) -> None:
+    """What a forked process does; it never returns. The GPU's driver must not be used after a fork: a stand-in is."""
+    try:
+        gc.disable()  # no tensor of the parent is freed here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what cannot be compiled is told once, by the parent
+        from triton.runtime import driver
+
+        from dspace.runtime.absent import AbsentGPU
+
+        driver.set_active(AbsentGPU(target))  # type: ignore[arg-type]
+        while ticket := os.read(tickets, 2):
+            launch = launches[struct.unpack("=H", ticket)[0]]
+            with contextlib.suppress(Exception):
+                launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+    finally:
+        os._exit(0)
+
+
+def _ended(child: int) -> bool:
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == child
+    except ChildProcessError:  # somebody else waited for it
+        return True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def certificate_calls(examiner: Any, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:

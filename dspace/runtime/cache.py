@@ -149,6 +149,14 @@ class Cache:
         data = json.dumps(certificate, indent=1).encode()
         return self._write(lambda root: _replace(root / "certificates" / f"{key}.json", data))
 
+    def was_called(self, key: str) -> bool:
+        """Whether the first call of a form was seen to (:mod:`dspace.runtime.first`)."""
+        return any((root / "calls" / key).is_file() for root in self._roots())
+
+    def store_called(self, key: str) -> Path:
+        """Note that the first call of a form was seen to."""
+        return self._write(lambda root: _replace(root / "calls" / key, b""))
+
     def tuning(self, key: str) -> dict[str, Any]:
         """Configurations by key; empty where nothing was tuned or the file is damaged."""
         known: dict[str, Any] = {}

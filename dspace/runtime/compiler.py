@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import sharing, sources, versions
+from dspace.runtime import first, sharing, sources, versions
 from dspace.runtime.cache import Cache, Entry, digest
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def compile(source: Any, *, certify: bool = True, cache_dir: str | Path | None =
         entry, module = _module(source, cache)
         if certify:
             _certify(source, entry, module, cache)
+        if default_device() == "cuda":
+            first.arm(module, cache)
         return module
 
 
@@ -142,6 +144,7 @@ def _certify(source: Any, entry: Entry, module: ModuleType, cache: Cache) -> Non
         with cache.lock(key):
             known = cache.certificate(key)
             if known is None or not known["passed"]:
+                first.disarm(module)
                 certificate = _run_certificate(source, module, device)
                 cache.store_certificate(key, certificate.as_dict())
                 if not certificate.passed:

@@ -58,3 +58,21 @@ def test_kernels_of_a_certificate_are_compiled_together(tmp_path: Path) -> None:
     assert found["count"] == sum(found["compiled"].values()) >= 8
     assert {"_states_scalar_kernel", "_gradients_scalar_kernel", "_sequential_kernel"} <= set(found["compiled"])
     assert found["broken"] == 0 and "ZeroDivisionError" in found["warning"]
+
+
+def test_a_first_call_compiles_its_backward_pass_too_in_other_processes(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path / "c")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "first_call.py"), str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["armed"] == ["chunk", "recurrent"]
+    assert found["left"] == ["recurrent"]
+    assert found["here"] == [], "compiled by this process"
+    assert {"_states_scalar_kernel", "_gradients_scalar_kernel"} <= set(found["launched"])
+    once, twice = found["counts"]
+    assert [2 * x for x in once] == twice, "the recording launched kernels, or its saved tensors were seen"
+    assert found["noted"] == 1 and found["disarmed"]
