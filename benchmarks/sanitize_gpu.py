@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -264,6 +265,42 @@ def contract(
     return rows
 
 
+Result = tuple[tuple[str, int, int, str, bool], int, Found]
+
+
+def settled(orders: list[Any], jobs: int, journal: Path | None, seconds: float) -> tuple[list[Result], int]:
+    """Results of ``orders``, those of the journal and new ones, and how many orders the time did not suffice for."""
+    results: list[Result] = []
+    if journal is not None and journal.exists():
+        known = [json.loads(line) for line in journal.read_text().splitlines()]
+        results = [(tuple(o), n, {k: tuple(w) for k, w in f.items()}) for o, n, f in known if tuple(o) in set(orders)]
+    end = time.perf_counter() + seconds
+    todo = [o for o in orders if o not in {r[0] for r in results}]
+
+    def keep(result: Result) -> None:
+        results.append(result)
+        if journal is not None:
+            with journal.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+    if jobs == 1:
+        for order in todo:
+            if time.perf_counter() < end:
+                keep(examine(order))
+        return results, len(orders) - len(results)
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    futures = [pool.submit(examine, order) for order in todo]
+    with contextlib.suppress(concurrent.futures.TimeoutError):
+        for future in concurrent.futures.as_completed(futures, timeout=None if seconds == float("inf") else seconds):
+            keep(future.result())
+    workers = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    if len(results) < len(orders):  # what is under way is not waited for
+        for worker in workers:
+            worker.terminate()
+    return results, len(orders) - len(results)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", default=SPECS)
@@ -274,6 +311,8 @@ def main() -> int:
     )
     parser.add_argument("--no-matrix", action="store_true", help="bad input only")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--journal", type=Path, help="keeps what was examined; what is in it is not examined again")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing more is begun after these")
     asked = parser.parse_args()
     begin = time.perf_counter()
     specs = asked.specs.split(",")
@@ -284,12 +323,7 @@ def main() -> int:
         (s, k, v, d, asked.reduced) for k, v in sorted(pairs, key=lambda p: -p[0] * p[1]) for s in specs for d in dtypes
     ]
     orders = [] if asked.no_matrix else orders
-    if asked.jobs > 1:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(asked.jobs, mp_context=context) as pool:
-            results = list(pool.map(examine, orders))
-    else:
-        results = [examine(order) for order in orders]
+    results, left = settled(orders, asked.jobs, asked.journal, asked.seconds)
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'interpreted'}, torch {torch.__version__}, classes with "
           f"matmul budgets: {', '.join(MATMUL_CLASSES)}; {sum(n for _, n, _ in results)} checks")  # fmt: skip
     rows, failed = [], 0
@@ -313,10 +347,11 @@ def main() -> int:
         print(
             f"{spec:28} bad input and contract: {sum(r.get('spec') == spec and r.get('verdict') == 'ok' for r in rows)} ok"
         )
-    print(f"{'FAILED: ' + str(failed) if failed else 'all within budget'}, {time.perf_counter() - begin:.0f} s")
+    verdict = f"FAILED: {failed}" if failed else "all within budget"
+    print(f"{verdict}, {left} of {len(orders)} not examined, {time.perf_counter() - begin:.0f} s")
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1))
-    return 1 if failed else 0
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

@@ -1332,20 +1332,25 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 
 @_kernel
+def _picked(x, i_g):
+    x, source = tl.broadcast(x, 4 * i_g + tl.arange(0, 32)[None, None, None, None, :] % 4)
+    if x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@_kernel
 def _pick(x, i_g, FAST: tl.constexpr):
     """What the lanes of row i_g hold, in the lanes of every row, float32. Numbers of 16 bits travel in pairs."""
-    lane = tl.arange(0, 32)[None, None, None, None, :]
     if FAST:
-        x, source = tl.broadcast(x, 4 * i_g + lane % 4)
-        if x.dtype.primitive_bitwidth == 16:
-            return tl.inline_asm_elementwise(
-                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
-            ).to(tl.float32)
-        else:
-            return tl.inline_asm_elementwise(
-                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
-            )
+        return _picked(x, i_g).to(tl.float32)
     else:
+        lane = tl.arange(0, 32)[None, None, None, None, :]
         return _sum_rows(tl.where(lane // 4 == i_g, x.to(tl.float32), 0.0), FAST)
 
 
@@ -1407,20 +1412,58 @@ def _sum_columns(x, FAST: tl.constexpr):
 
 
 @_kernel
-def _sum_columns_of_two(x, y, FAST: tl.constexpr):
-    """As _sum_columns, of x in the lanes of the lower four columns of a half and of y in the others: one exchange less."""
-    high = tl.arange(0, 32)[None, None, None, None, :] % 4 >= 2
-    if FAST:
-        x = tl.sum(tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
-        y = tl.sum(tl.sum(tl.sum(y, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
+    """z, with the sums over the tiles and columns of x added in column 8 i_o + i_g."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    half, column_8 = _tile_columns()
+    if FAST and OT == tl.bfloat16:  # operands of 16 bits are good enough: a product with a column of ones sums them
+        ones = tl.where(8 * half + lane // 4 == 8 * i_o + i_g, 0x3F803F80, 0)
+        x, ones = tl.broadcast(tl.sum(x, 0, keep_dims=True), ones)
         return tl.inline_asm_elementwise(
-            """{ .reg .f32 t;
-            shfl.sync.bfly.b32 t, $1, 2, 31, 0xffffffff; add.f32 $0, $2, t;
-            shfl.sync.bfly.b32 t, $0, 1, 31, 0xffffffff; add.f32 $0, $0, t; }""",
-            "=&f,f,f", [tl.where(high, x, y), tl.where(high, y, x)], dtype=tl.float32, is_pure=True, pack=1,
+            """{
+            .reg .b32 a<4>;
+            cvt.rn.bf16x2.f32 a0, $17, $16;
+            cvt.rn.bf16x2.f32 a1, $19, $18;
+            cvt.rn.bf16x2.f32 a2, $21, $20;
+            cvt.rn.bf16x2.f32 a3, $23, $22;
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {a0, a1, a2, a3}, {$24, $24}, {$8, $9, $10, $11};
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {a0, a1, a2, a3}, {$28, $28}, {$12, $13, $14, $15};
+            }""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [z, x, ones],
+            dtype=tl.float32, is_pure=True, pack=8,
         )
     else:
-        return tl.where(high, _sum_columns(y, FAST), _sum_columns(x, FAST))
+        return tl.where((half == i_o) & (column_8 == i_g), z + _sum_columns(x, FAST), z)
+
+
+@_kernel
+def _rows(within, rounded, x, i_g, FAST: tl.constexpr):
+    """within times what the lanes of row i_g of x hold, as an operand; of 16 bits, pairs of rounded are multiplied."""
+    if FAST and rounded.dtype == tl.bfloat16 and x.dtype == tl.bfloat16:
+        rounded, x = tl.broadcast(rounded, _picked(x, i_g))
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }", "=r,r,r", [rounded, x],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )
+    else:
+        return (within * _pick(x, i_g, FAST)).to(rounded.dtype)
+
+
+@_kernel
+def _lead(since, i_o, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
+    """An operand with since in column 8 i_o + 2 i_u + ODD and zeros elsewhere."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    half, column_8 = _tile_columns()
+    if FAST and OT == tl.bfloat16:
+        pair = tl.where(tl.arange(0, 2)[None, None, None, :, None] == ODD, since, 0.0).to(OT)
+        pair, place = tl.broadcast(pair, 4 * half + lane % 4)
+        pair, own = tl.broadcast(pair, 4 * i_o + i_u + 0 * place)
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.eq.s32 p, $2, $4; selp.b32 $0, $1, 0, p; }", "=r,r,r,r,r,r", [pair, place, own],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )
+    else:
+        return tl.where((half == i_o) & (column_8 == 2 * i_u + ODD), since, 0.0).to(OT)
 
 
 @_kernel
@@ -1557,6 +1600,7 @@ def _reads_kernel(
     sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)
     seen_row = sum_row  # by the read of the row's token
     within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)
+    rounded_0 = within_0.to(OT)
     since_0 = tl.exp(seen_row)
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
@@ -1601,18 +1645,12 @@ def _reads_kernel(
                 first_g = first_v + 8 * i_o
                 v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
                 b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                for i_u in range(0, tl.minimum(8 // UNROLL, V - first_g)):
-                    totals_read_0 = ()
-                    totals_read_1 = ()
-                    for i_j in tl.static_range(UNROLL):  # 1; columns 2 i and 2 i + 1; these and the ones 4 later
-                        i_g = (2 if UNROLL > 1 else 1) * i_u + i_j % 2 + i_j // 2 * 4
-                        v = _pick(v_8, i_g, FAST)
-                        b = _pick(b_8, i_g, FAST)
-                        value_0 = v
-                        value_1 = b
-                        lead_0 = tl.where((half == i_o) & (column_8 == i_g), since_0, 0.0).to(OT)
-                        rows_0_0 = (within_0 * value_0).to(OT)
-                        rows_1_0 = (within_0 * value_1).to(OT)
+                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):
+                    for i_j in tl.static_range(UNROLL):
+                        i_g = UNROLL * i_u + i_j
+                        lead_0 = _lead(since_0, i_o, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)
+                        rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
+                        rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
                         for i_s in tl.static_range(N):
                             M = _mma(lead_0, M_0[i_s], zero, PRECISION, FAST)
                             M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
@@ -1627,24 +1665,9 @@ def _reads_kernel(
                                 if K % (16 * I) != 0:
                                     y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
                                 total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
-                        totals_read_0 = totals_read_0 + (total_read_0,)
+                        sum_read_0 = _sum_columns_into(sum_read_0, total_read_0, i_o, i_g, OT, FAST)
                         if VARIANCE:
-                            totals_read_1 = totals_read_1 + (total_read_1,)
-                    for i_e in tl.static_range(2 if UNROLL > 1 else 1):
-                        own = column_8 == (2 if UNROLL > 1 else 1) * i_u + i_e
-                        if UNROLL == 4:
-                            own = column_8 % 4 == 2 * i_u + i_e
-                        if UNROLL == 4:
-                            read_0 = _sum_columns_of_two(totals_read_0[i_e], totals_read_0[i_e + 2], FAST)
-                        else:
-                            read_0 = _sum_columns(totals_read_0[i_e], FAST)
-                        sum_read_0 = tl.where((half == i_o) & own, sum_read_0 + read_0, sum_read_0)
-                        if VARIANCE:
-                            if UNROLL == 4:
-                                read_1 = _sum_columns_of_two(totals_read_1[i_e], totals_read_1[i_e + 2], FAST)
-                            else:
-                                read_1 = _sum_columns(totals_read_1[i_e], FAST)
-                            sum_read_1 = tl.where((half == i_o) & own, sum_read_1 + read_1, sum_read_1)
+                            sum_read_1 = _sum_columns_into(sum_read_1, total_read_1, i_o, i_g, OT, FAST)
         at_v = start * V + row * H * V + first_v + column
         m_out = live_row & (first_v + column < V)
         _put(read_0_out + at_v, sum_read_0 * (scale), m_out)
@@ -1680,6 +1703,7 @@ def _local_kernel(
     sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)
     seen_row = sum_row  # by the read of the row's token
     within_0 = tl.where(row >= column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)
+    rounded_0 = within_0.to(OT)
     since_0 = tl.exp(seen_row)
     seen_column = sum_column
     back_0 = tl.where(column >= row, tl.exp(tl.minimum(seen_column - sum_row, 0.0)), 0.0).to(OT)
@@ -1734,8 +1758,8 @@ def _local_kernel(
                 value_0 = v
                 value_1 = b
                 lead_0 = tl.where((half == i_o) & (column_8 == i_g), since_0, 0.0).to(OT)
-                rows_0_0 = (within_0 * value_0).to(OT)
-                rows_1_0 = (within_0 * value_1).to(OT)
+                rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
+                rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
                 new_d_q = ()
                 new_d_key_0 = ()
                 new_d_key_1 = ()
@@ -1955,14 +1979,12 @@ def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return [(1, min(tiles, 2), 1, 0)]
+        return [(1, min(tiles, 2), 2, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    unroll = 2 if V % 8 == 0 and N <= 4 else 1
-    first = (2, N // 2, 2 if V % 8 == 0 else 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
-    others = [(1, N, 1, 0)] if N <= 4 else []
-    others += [(1, N, 4, 168 if N < 4 else 0)] if unroll == 2 else []
-    others += [(1, 3, 2, 168)] if tiles > 3 and V % 8 == 0 else []
-    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    first = (2, N // 2, 2, 0) if N > 4 and N % 2 == 0 else (1, N, 2, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 4, 168 if N < 4 else 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 else []
+    others += [(2, N // 2, 2, 0)] if N > 2 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
 

@@ -130,20 +130,25 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 
 @_kernel
+def _picked(x, i_g):
+    x, source = tl.broadcast(x, 4 * i_g + tl.arange(0, 32)[None, None, None, None, :] % 4)
+    if x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@_kernel
 def _pick(x, i_g, FAST: tl.constexpr):
     """What the lanes of row i_g hold, in the lanes of every row, float32. Numbers of 16 bits travel in pairs."""
-    lane = tl.arange(0, 32)[None, None, None, None, :]
     if FAST:
-        x, source = tl.broadcast(x, 4 * i_g + lane % 4)
-        if x.dtype.primitive_bitwidth == 16:
-            return tl.inline_asm_elementwise(
-                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r,r", [x, source], dtype=x.dtype, is_pure=True, pack=2
-            ).to(tl.float32)
-        else:
-            return tl.inline_asm_elementwise(
-                "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, source], dtype=tl.float32, is_pure=True, pack=1
-            )
+        return _picked(x, i_g).to(tl.float32)
     else:
+        lane = tl.arange(0, 32)[None, None, None, None, :]
         return _sum_rows(tl.where(lane // 4 == i_g, x.to(tl.float32), 0.0), FAST)
 
 
@@ -205,18 +210,56 @@ def _sum_columns(x, FAST: tl.constexpr):
 
 
 @_kernel
-def _sum_columns_of_two(x, y, FAST: tl.constexpr):
-    """As _sum_columns, of x in the lanes of the lower four columns of a half and of y in the others: one exchange less."""
-    high = tl.arange(0, 32)[None, None, None, None, :] % 4 >= 2
-    if FAST:
-        x = tl.sum(tl.sum(tl.sum(x, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
-        y = tl.sum(tl.sum(tl.sum(y, 3, keep_dims=True), 1, keep_dims=True), 0, keep_dims=True)
+def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
+    """z, with the sums over the tiles and columns of x added in column 8 i_o + i_g."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    half, column_8 = _tile_columns()
+    if FAST and OT == tl.bfloat16:  # operands of 16 bits are good enough: a product with a column of ones sums them
+        ones = tl.where(8 * half + lane // 4 == 8 * i_o + i_g, 0x3F803F80, 0)
+        x, ones = tl.broadcast(tl.sum(x, 0, keep_dims=True), ones)
         return tl.inline_asm_elementwise(
-            """{{ .reg .f32 t;
-            shfl.sync.bfly.b32 t, $1, 2, 31, 0xffffffff; add.f32 $0, $2, t;
-            shfl.sync.bfly.b32 t, $0, 1, 31, 0xffffffff; add.f32 $0, $0, t; }}""",
-            "=&f,f,f", [tl.where(high, x, y), tl.where(high, y, x)], dtype=tl.float32, is_pure=True, pack=1,
+            """{{
+            .reg .b32 a<4>;
+            cvt.rn.bf16x2.f32 a0, $17, $16;
+            cvt.rn.bf16x2.f32 a1, $19, $18;
+            cvt.rn.bf16x2.f32 a2, $21, $20;
+            cvt.rn.bf16x2.f32 a3, $23, $22;
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$24, $24}}, {{$8, $9, $10, $11}};
+            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$4, $5, $6, $7}}, {{a0, a1, a2, a3}}, {{$28, $28}}, {{$12, $13, $14, $15}};
+            }}""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [z, x, ones],
+            dtype=tl.float32, is_pure=True, pack=8,
         )
     else:
-        return tl.where(high, _sum_columns(y, FAST), _sum_columns(x, FAST))
+        return tl.where((half == i_o) & (column_8 == i_g), z + _sum_columns(x, FAST), z)
+
+
+@_kernel
+def _rows(within, rounded, x, i_g, FAST: tl.constexpr):
+    """within times what the lanes of row i_g of x hold, as an operand; of 16 bits, pairs of rounded are multiplied."""
+    if FAST and rounded.dtype == tl.bfloat16 and x.dtype == tl.bfloat16:
+        rounded, x = tl.broadcast(rounded, _picked(x, i_g))
+        return tl.inline_asm_elementwise(
+            "{{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }}", "=r,r,r", [rounded, x],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )
+    else:
+        return (within * _pick(x, i_g, FAST)).to(rounded.dtype)
+
+
+@_kernel
+def _lead(since, i_o, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
+    """An operand with since in column 8 i_o + 2 i_u + ODD and zeros elsewhere."""
+    lane = tl.arange(0, 32)[None, None, None, None, :]
+    half, column_8 = _tile_columns()
+    if FAST and OT == tl.bfloat16:
+        pair = tl.where(tl.arange(0, 2)[None, None, None, :, None] == ODD, since, 0.0).to(OT)
+        pair, place = tl.broadcast(pair, 4 * half + lane % 4)
+        pair, own = tl.broadcast(pair, 4 * i_o + i_u + 0 * place)
+        return tl.inline_asm_elementwise(
+            "{{ .reg .pred p; setp.eq.s32 p, $2, $4; selp.b32 $0, $1, 0, p; }}", "=r,r,r,r,r,r", [pair, place, own],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )
+    else:
+        return tl.where((half == i_o) & (column_8 == 2 * i_u + ODD), since, 0.0).to(OT)
 '''

@@ -162,8 +162,9 @@ def local_kernel(words: Words) -> str:
         if guard and some:
             lines.append(" " * 16 + "if VARIANCE:")
         lines += [" " * (16 + 4 * guard) + f"d_{r} = _pick(d_{r}_8, i_g, FAST)" for r in some]
-    lines += [" " * 16 + f"{n} = _pick({n}_8, i_g, FAST)" for n in channels]
-    lines += write_lines(words, 16)
+    valued = words.tensors("v", plan.values)
+    lines += [" " * 16 + f"{n} = _pick({n}_8, i_g, FAST)" for n in channels if n not in valued]
+    lines += write_lines(words, False, 16)
     lines += tuples([f"new_{n}" for n in kept], 16)
     lines.append(" " * 16 + "for i_s in tl.static_range(N):")
     lines.append(" " * 20 + "channel = first_k + i_s * 16 * I + o_k + row")

@@ -142,13 +142,11 @@ def reads_kernel(words: Words) -> str:
     lines += ["            for i_o in range(2):", "                first_g = first_v + 8 * i_o"]
     lines += octet(words, valued, 16)
     lines += [
-        "                for i_u in range(0, tl.minimum(8 // UNROLL, V - first_g)):",
-        *(f"                    totals_{r} = ()" for r in reads),
-        "                    for i_j in tl.static_range(UNROLL):  # 1; columns 2 i and 2 i + 1; these and the ones 4 later",
-        "                        i_g = (2 if UNROLL > 1 else 1) * i_u + i_j % 2 + i_j // 2 * 4",
+        "                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):",
+        "                    for i_j in tl.static_range(UNROLL):",
+        "                        i_g = UNROLL * i_u + i_j",
     ]
-    lines += [" " * 24 + f"{n} = _pick({n}_8, i_g, FAST)" for n in valued]
-    lines += write_lines(words, 24)
+    lines += write_lines(words, True, 24)
     for n in beside:
         at = f"{n}_in + start * V + row * H * V + first_g + i_g"
         lines.append(" " * 24 + f"{n}_t = _get({at}, live_row).to(tl.float32)")
@@ -173,29 +171,11 @@ def reads_kernel(words: Words) -> str:
                 " " * pad + f"    y_{r} = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_{r}, 0.0)",
                 " " * pad + f"total_{r} = y_{r} if i_s == 0 else total_{r} + y_{r}",
             ]
-    for step in (0, 1):
-        if step:
-            lines += [
-                " " * 20 + "for i_e in tl.static_range(2 if UNROLL > 1 else 1):",
-                " " * 24 + "own = column_8 == (2 if UNROLL > 1 else 1) * i_u + i_e",
-                " " * 24 + "if UNROLL == 4:",
-                " " * 24 + "    own = column_8 % 4 == 2 * i_u + i_e",
-            ]
-        for j, r in enumerate(reads):
-            pad = 24
-            if j >= count:
-                lines.append(" " * pad + "if VARIANCE:")
-                pad += 4
-            if not step:
-                lines.append(" " * pad + f"totals_{r} = totals_{r} + (total_{r},)")
-                continue
-            lines += [
-                " " * pad + "if UNROLL == 4:",
-                " " * pad + f"    {r} = _sum_columns_of_two(totals_{r}[i_e], totals_{r}[i_e + 2], FAST)",
-                " " * pad + "else:",
-                " " * pad + f"    {r} = _sum_columns(totals_{r}[i_e], FAST)",
-                " " * pad + f"sum_{r} = tl.where((half == i_o) & own, sum_{r} + {r}, sum_{r})",
-            ]
+    for j, r in enumerate(reads):
+        if j == count:
+            lines.append(" " * 24 + "if VARIANCE:")
+        pad = 24 + 4 * (j >= count)
+        lines.append(" " * pad + f"sum_{r} = _sum_columns_into(sum_{r}, total_{r}, i_o, i_g, OT, FAST)")
     lines += [
         "        at_v = start * V + row * H * V + first_v + column",
         "        m_out = live_row & (first_v + column < V)",

@@ -26,14 +26,12 @@ def _reads_proposals(K, V, dtype):
     """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return [(1, min(tiles, 2), 1, 0)]
+        return [(1, min(tiles, 2), 2, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    unroll = 2 if V % 8 == 0 and N <= 4 else 1
-    first = (2, N // 2, 2 if V % 8 == 0 else 1, 0) if N > 4 and N % 2 == 0 else (1, N, unroll, 128 if N == 1 else 168 if N < 4 else 0)
-    others = [(1, N, 1, 0)] if N <= 4 else []
-    others += [(1, N, 4, 168 if N < 4 else 0)] if unroll == 2 else []
-    others += [(1, 3, 2, 168)] if tiles > 3 and V % 8 == 0 else []
-    others += [(2, N // 2, 1, 0)] if N > 2 and N % 2 == 0 else []
+    first = (2, N // 2, 2, 0) if N > 4 and N % 2 == 0 else (1, N, 2, 128 if N == 1 else 168 if N < 4 else 0)
+    others = [(1, N, 4, 168 if N < 4 else 0)] if N <= 4 else []
+    others += [(1, 3, 2, 168)] if tiles > 3 else []
+    others += [(2, N // 2, 2, 0)] if N > 2 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
 

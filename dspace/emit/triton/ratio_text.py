@@ -253,6 +253,7 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
             "    sum_column = _sum_rows(tl.where(row <= column, step_row, 0.0), FAST)",
             f"    seen_row = {'sum_row - step_row' if before else 'sum_row'}  # by the read of the row's token",
             f"    within_{d} = tl.where(row {'>' if before else '>='} column, tl.exp(tl.minimum(seen_row - sum_column, 0.0)), 0.0)",
+            f"    rounded_{d} = within_{d}.to(OT)",
             f"    since_{d} = tl.exp(seen_row)",
         ]
         if backward:
@@ -361,12 +362,21 @@ def state_lines(words: Words, transposed: bool, indent: int) -> list[str]:
     return [" " * indent + line for line in lines]
 
 
-def write_lines(words: Words, indent: int) -> list[str]:
-    """Values of one channel, and what multiplies start states and keys (rows: tokens t; columns: channels, tokens s)."""
-    show = RatioPrinter(words.names)
-    lines = [f"value_{j} = {show(value)}" for j, value in enumerate(words.plan.values)]
+def write_lines(words: Words, forward: bool, indent: int) -> list[str]:
+    """Values of channel ``i_g``, and what multiplies start states and keys (rows: tokens t; columns: channels, tokens s).
+
+    Forward, ``i_g`` is UNROLL i_u + i_j, and a value that is an input is needed as an operand only.
+    """
+    show, lines = RatioPrinter(words.names), []
+    plain = {j: words.of(v) for j, v in enumerate(words.plan.values) if v.is_Symbol}
+    picked = words.tensors("v", [v for j, v in enumerate(words.plan.values) if not (forward and j in plain)])
+    lines += [f"{n} = _pick({n}_8, i_g, FAST)" for n in picked]
+    lines += [f"value_{j} = {show(v)}" for j, v in enumerate(words.plan.values) if not (forward and j in plain)]
     for d in range(len(words.plan.decays)):
-        lines.append(f"lead_{d} = tl.where((half == i_o) & (column_8 == i_g), since_{d}, 0.0).to(OT)")
+        own = "(half == i_o) & (column_8 == i_g)"
+        lead = f"_lead(since_{d}, i_o, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)"
+        lines.append(f"lead_{d} = {lead if forward else f'tl.where({own}, since_{d}, 0.0).to(OT)'}")
     for j, d in words.rows():
-        lines.append(f"rows_{j}_{d} = (within_{d} * value_{j}).to(OT)")
+        product = f"_rows(within_{d}, rounded_{d}, {plain[j]}_8, i_g, FAST)" if j in plain else ""
+        lines.append(f"rows_{j}_{d} = {product or f'(within_{d} * value_{j}).to(OT)'}")
     return [" " * indent + line for line in lines]
