@@ -1494,6 +1494,20 @@ def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
 
 
 @_kernel
+def _place(H, NT, LATEST: tl.constexpr, PACKED: tl.constexpr):
+    """Chunk and head of this program: heads of a chunk first. LATEST: the chunks that were written last come first.
+
+    The kernel of the states passes over all sequences at once, so those are the last chunks of all of them.
+    """
+    pid = tl.program_id(0)
+    i_c = pid // H
+    if LATEST and not PACKED:
+        sequences = tl.num_programs(0) // (H * NT)
+        i_c = (i_c % sequences) * NT + NT - 1 - i_c // sequences
+    return i_c, pid % H
+
+
+@_kernel
 def _step(at, mask):
     """Log decays; exp(-40) is nothing beside 1, and a longer step would only cost the sums their digits."""
     return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
@@ -1575,7 +1589,7 @@ def _states_kernel(
 def _reads_kernel(
     k_in, q_in, v_in, b_in, decay_0_in, I_p_in, chunks, read_0_out, read_1_out, spans,
     scale, T, LOW, HIGH, NT, H,
-    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
     FAST: tl.constexpr, VARIANCE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
     """read_0 = sum_k M*q*scale/(I_p + Ibar); read_1 = sum_k q**2*scale**2/(I_p + Ibar).
@@ -1583,8 +1597,7 @@ def _reads_kernel(
     Tiles: rows are tokens t, columns key channels, N times I of them (a slab) at once.
     """
     NK: tl.constexpr = (K + 16 * I * N - 1) // (16 * I * N)
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_c, i_h = _place(H, NT, True, PACKED)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     row = _tile_rows()
     half, column_8 = _tile_columns()
@@ -1617,6 +1630,18 @@ def _reads_kernel(
             key_1 = key_1 + ((raw_k.to(tl.float32) * raw_k.to(tl.float32)).to(OT),)
             channel_t = first_k + i_s * 16 * I + o_k + column
             q = q + (_get(q_in + start * K + row * H * K + channel_t, live_row & (channel_t < K)).to(tl.float32),)
+    if NK == 1 and AHEAD >= 1:
+        next_v_8 = _get(v_in + start * V + column * H * V + 0 + lane_row, live_column & (0 + lane_row < V))
+        next_b_8 = _get(b_in + start * V + column * H * V + 0 + lane_row, live_column & (0 + lane_row < V))
+        pass
+    if NK == 1 and AHEAD >= 2:
+        next_M_0 = ()
+        next_Ibar_0 = ()
+        for i_s in tl.static_range(N):
+            channel = first_k + i_s * 16 * I + o_k + row
+            at_tile = (0 + column) * K + channel
+            next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (0 + column < V) & (channel < K)).to(OT),)
+            next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (0 + column < V) & (channel < K)).to(OT),)
     for i_v in range((V + 15) // 16):
         first_v = i_v * 16
         sum_read_0 = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels
@@ -1634,17 +1659,36 @@ def _reads_kernel(
                     key_1 = key_1 + ((raw_k.to(tl.float32) * raw_k.to(tl.float32)).to(OT),)
                     channel_t = first_k + i_s * 16 * I + o_k + column
                     q = q + (_get(q_in + start * K + row * H * K + channel_t, live_row & (channel_t < K)).to(tl.float32),)
-            M_0 = ()
-            Ibar_0 = ()
-            for i_s in tl.static_range(N):
-                channel = first_k + i_s * 16 * I + o_k + row
-                at_tile = (first_v + column) * K + channel
-                M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
-                Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+            if NK == 1 and AHEAD >= 2:  # loads are under way while others are at work
+                M_0 = next_M_0
+                Ibar_0 = next_Ibar_0
+                next_M_0 = ()
+                next_Ibar_0 = ()
+                for i_s in tl.static_range(N):
+                    channel = first_k + i_s * 16 * I + o_k + row
+                    at_tile = ((first_v + 16) + column) * K + channel
+                    next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, ((first_v + 16) + column < V) & (channel < K)).to(OT),)
+                    next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, ((first_v + 16) + column < V) & (channel < K)).to(OT),)
+            else:
+                M_0 = ()
+                Ibar_0 = ()
+                for i_s in tl.static_range(N):
+                    channel = first_k + i_s * 16 * I + o_k + row
+                    at_tile = (first_v + column) * K + channel
+                    M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
+                    Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
             for i_o in range(2):
                 first_g = first_v + 8 * i_o
-                v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                if NK == 1 and AHEAD >= 1:
+                    v_8 = next_v_8
+                    b_8 = next_b_8
+                    next_v_8 = _get(v_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
+                    next_b_8 = _get(b_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
+                    pass
+                else:
+                    v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                    b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                    pass
                 for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):
                     for i_j in tl.static_range(UNROLL):
                         i_g = UNROLL * i_u + i_j
@@ -1686,8 +1730,7 @@ def _local_kernel(
 
     Tiles: rows are key channels, columns tokens t (states, their adjoints) or s (of what wrote).
     """
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_c, i_h = _place(H, NT, False, PACKED)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     row = _tile_rows()
     half, column_8 = _tile_columns()
@@ -1695,7 +1738,7 @@ def _local_kernel(
     lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    slot = i_c.to(tl.int64) * H + i_h
+    slot = tl.program_id(0).to(tl.int64)
     live_row, live_column = begin + row < end, begin + column < end
     step_row = _tile_step(decay_0_in + start + row * H, live_row)
     step_column = _tile_step(decay_0_in + start + column * H, live_column)
@@ -1710,7 +1753,7 @@ def _local_kernel(
     first_0 = tl.exp(_step(decay_0_in + start, begin < end))
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
-    first_k = tl.program_id(2) * 16 * I * N
+    first_k = tl.program_id(1) * 16 * I * N
     o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
     q = ()
     full_k = ()
@@ -1744,9 +1787,11 @@ def _local_kernel(
             first_g = first_v + 8 * i_o
             v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
             b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32) * (scale)
+            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+            d_read_0_8 = d_read_0_8.to(tl.float32) * (scale)
             if VARIANCE:
-                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V)).to(tl.float32) * (scale * scale)
+                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                d_read_1_8 = d_read_1_8.to(tl.float32) * (scale * scale)
             all_d_value_0_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
             all_d_value_1_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
             for i_g in range(0, tl.minimum(8, V - first_g)):
@@ -1818,7 +1863,7 @@ def _local_kernel(
                 d_key_1 = new_d_key_1
                 all_d_value_0_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_0_0, OT, FAST), all_d_value_0_0)
                 all_d_value_1_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_1_0, OT, FAST), all_d_value_1_0)
-            own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h
+            own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             at_part = (own * V + first_g + lane_row) * 16 + column
             _put(d_value_0_0_part + at_part, all_d_value_0_0, first_g + lane_row < V)
             _put(d_value_1_0_part + at_part, all_d_value_1_0, first_g + lane_row < V)
@@ -1830,14 +1875,14 @@ def _local_kernel(
         _put(d_q_out + start * K + column * H * K + channel, d_q[i_s], live_column & (channel < K))
     total_0 = _sum_rows(sum_0, FAST)
     total_1 = _sum_rows(sum_1, FAST)
-    own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h
+    own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if not VARIANCE:
         _put(direct_0_part + own * 16 + column + 0 * lane_row, (-I_p) * total_0, lane_row == 0)
         d_I_p = tl.sum(tl.reshape(tl.where(lane_row == 0, (1.0) * total_0, 0.0), [128]), 0)
     if VARIANCE:
         _put(direct_0_part + own * 16 + column + 0 * lane_row, (1.0) * total_1, lane_row == 0)
         d_I_p = tl.sum(tl.reshape(tl.where(lane_row == 0, (1.0) * total_0, 0.0), [128]), 0)
-    tl.store(d_I_p_part + (i_h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + i_c, tl.where(begin < end, d_I_p, 0.0))
+    tl.store(d_I_p_part + own, tl.where(begin < end, d_I_p, 0.0))
 
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
@@ -1908,15 +1953,14 @@ def _settle_kernel(
 ):
     """Final gradients of one chunk of one head; BK covers all key channels."""
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_c, i_h = _place(H, NT, False, PACKED)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     o_p = tl.arange(0, BP)
     o_k = tl.arange(0, BK)
     start = begin * H + i_h
-    slot = i_c.to(tl.int64) * H + i_h
-    slots = tl.num_programs(0).to(tl.int64) * H
+    slot = tl.program_id(0).to(tl.int64)
+    slots = tl.num_programs(0).to(tl.int64)
     at = o_c * H
     live = begin + o_c < end
     m_k = o_k < K
@@ -1976,15 +2020,17 @@ def _registers(tensor, count):
 
 
 def _reads_proposals(K, V, dtype):
-    """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
+    """(I, N, unroll, registers, ahead) of the forward kernel: N slabs of 16 I key channels are in registers at once.
+
+    ahead: what is loaded while others are at work: 0 nothing, 1 values, 2 values and states.
+    """
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return [(1, min(tiles, 2), 2, 0)]
+        return [(1, min(tiles, 2), 2, 0, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    first = (2, N // 2, 2, 0) if N > 4 and N % 2 == 0 else (1, N, 2, 128 if N == 1 else 168 if N < 4 else 0)
-    others = [(1, N, 4, 168 if N < 4 else 0)] if N <= 4 else []
-    others += [(1, 3, 2, 168)] if tiles > 3 else []
-    others += [(2, N // 2, 2, 0)] if N > 2 and N % 2 == 0 else []
+    first = (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1)
+    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else []
+    others += [(2, N // 2, 2, 0, 0 if N > 4 else 1)] if N > 1 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
 
@@ -2088,11 +2134,11 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, M, Ibar, scale, offsets, variance, 
             _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
         )
-        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
+        I, slabs, unroll, registers, ahead = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)
         pointers = (k, q, v, b, decay_0, I_p, border, read_0, read_1, spans)
         _launch(
-            _reads_kernel, (chunks, H, 1), pointers, (scale, *place), (H,),
-            K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,
+            _reads_kernel, (chunks * H, 1, 1), pointers, (scale, *place), (H,),
+            K=K, V=V, I=I, N=slabs, UNROLL=unroll, AHEAD=ahead, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
     if keep is not None and len(bounds) == 2 and border.numel() <= k.numel() + v.numel() + b.numel() + q.numel():
@@ -2171,14 +2217,14 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
                 _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
                 K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
             )
-        d_I_p_part = torch.empty((H, slabs_here * chunks), dtype=torch.float32, device=device)
+        d_I_p_part = torch.empty((slabs_here * chunks, H), dtype=torch.float32, device=device)
         pointers = (k, q, v, b, decay_0, I_p, border, d_read_0, d_read_1, d_k_part, d_q_out, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_I_p_part, adjoints, spans)
         _launch(
-            _local_kernel, (chunks, H, slabs_here), pointers, (scale, *place), (H,),
+            _local_kernel, (chunks * H, slabs_here, 1), pointers, (scale, *place), (H,),
             K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,
             num_warps=1, num_stages=1, **_registers(border, registers), **common,
         )
-        d_I_p = d_I_p_part.sum(1) if d_I_p is None else d_I_p + d_I_p_part.sum(1)
+        d_I_p = d_I_p_part.sum(0) if d_I_p is None else d_I_p + d_I_p_part.sum(0)
         d_M_start = None if low == 0 and M is None else torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         d_Ibar_start = None if low == 0 and Ibar is None else torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         pointers = (border, adjoints, sums_0, d_M_end, d_Ibar_end,
@@ -2190,7 +2236,7 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, M, Ibar, d_read_0, d_read_1, d_M_e
         BK, BV, warps = _settle_tiles(K, V)
         pointers = (k, v, b, sums_0, adjoints, products, d_value_0_0_part, d_value_1_0_part, direct_0_part, d_k_part, d_k_out, d_v_out, d_b_out, d_decay_0, spans)
         _launch(
-            _settle_kernel, (chunks, H, 1), pointers, place, (H,),
+            _settle_kernel, (chunks * H, 1, 1), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),
             num_warps=warps, num_stages=2, **common,
         )

@@ -65,7 +65,7 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
     """Compile ``launches`` into Triton's cache on disk by forked processes, which are stopped after ``limit`` seconds."""
     from triton.runtime import driver
 
-    target = driver.active.get_current_target()
+    target, launcher = driver.active.get_current_target(), driver.active.launcher_cls
     longest_first = sorted(range(len(launches)), key=lambda i: -len(launches[i].kernel.src))
     tickets, fill = os.pipe()  # a read of two bytes takes the next launch, whichever process makes it
     os.write(fill, struct.pack(f"={len(launches)}H", *longest_first))
@@ -77,7 +77,7 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child = os.fork()
             if child == 0:
-                _work(launches, tickets, target)
+                _work(launches, tickets, target, launcher)
             children.add(child)
         end = time.monotonic() + limit
         while children and time.monotonic() < end:
@@ -93,8 +93,11 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
                 os.waitpid(child, 0)
 
 
-def _work(launches: Sequence[Launch], tickets: int, target: Any) -> None:
-    """What a forked process does; it never returns. The GPU's driver must not be used after a fork: a stand-in is."""
+def _work(launches: Sequence[Launch], tickets: int, target: Any, launcher: Any) -> None:
+    """What a forked process does; it never returns. The GPU's driver must not be used after a fork: a stand-in is.
+
+    Some releases of Triton have a launcher for each signature, which a C compiler makes: also for the cache on disk.
+    """
     try:
         gc.disable()  # no tensor of the parent is freed here
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what cannot be compiled is told once, by the parent
@@ -106,7 +109,8 @@ def _work(launches: Sequence[Launch], tickets: int, target: Any) -> None:
         while ticket := os.read(tickets, 2):
             launch = launches[struct.unpack("=H", ticket)[0]]
             with contextlib.suppress(Exception):
-                launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                launcher(compiled.src, compiled.metadata)
     finally:
         os._exit(0)
 

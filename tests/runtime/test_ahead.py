@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 triton.runtime.driver.set_active(types.SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
-    get_current_stream=lambda device: 0,
+    get_current_stream=lambda device: 0, launcher_cls=None,
 ))
 from dspace import spec
 from dspace.runtime import ahead, offline

@@ -31,7 +31,7 @@ _RESERVED = frozenset(
     lane_row last left like live live_column live_row many middle offsets operand own part parts place pointers product products
     reads results row side slot slots spans tile token triton tl until user values whole zero zeros
     border bytes_a_token common device given high keep kept longest low most precision registers slabs unroll variance warps
-    B T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL""".split()
+    B T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL AHEAD""".split()
 )
 
 

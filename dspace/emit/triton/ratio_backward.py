@@ -24,6 +24,7 @@ from dspace.emit.triton.ratio_text import (
     kept_keys,
     key_lines,
     octet,
+    scaled,
     side,
     signature,
     start_lines,
@@ -135,7 +136,7 @@ def local_kernel(words: Words) -> str:
     ]
     lines += chunk_start(words, True)
     lines += [
-        "    first_k = tl.program_id(2) * 16 * I * N",
+        "    first_k = tl.program_id(1) * 16 * I * N",
         "    o_k = 16 * tl.arange(0, I)[:, None, None, None, None]",
     ]
     kept = [*(f"d_{n}" for n in queried), *(f"d_key_{j}" for j in keys)]
@@ -152,8 +153,9 @@ def local_kernel(words: Words) -> str:
     lines += ["        for i_o in tl.static_range(2):", "            first_g = first_v + 8 * i_o"]
     first, second = reads[: plan.output_reads], reads[plan.output_reads :]
     lines += octet(words, [*channels, *(f"d_{r}" for r in first)], 12)
+    lines += scaled(words, first, 12)
     if second:
-        lines += ["            if VARIANCE:", *octet(words, [f"d_{r}" for r in second], 16)]
+        lines += ["            if VARIANCE:", *octet(words, [f"d_{r}" for r in second], 16), *scaled(words, second, 16)]
     lines += [
         f"            all_{n} = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels" for n in parts
     ]
@@ -219,7 +221,7 @@ def local_kernel(words: Words) -> str:
         " " * 16 + f"all_{n} = tl.where(lane_row == i_g, _sum_rows_rounded(of_{n}, OT, FAST), all_{n})" for n in parts
     ]
     lines += [
-        "            own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h",
+        "            own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)",
         "            at_part = (own * V + first_g + lane_row) * 16 + column",
     ]
     lines += [f"            _put({n}_part + at_part, all_{n}, first_g + lane_row < V)" for n in parts]
@@ -243,7 +245,7 @@ def local_kernel(words: Words) -> str:
             at = "start * K + column * H * K + channel"
             lines.append(f"        _put(d_{n}_out + {at}, {value}, live_column & (channel < K))")
     lines += [f"    total_{j} = _sum_rows(sum_{j}, FAST)" for j in range(sums)]
-    lines += ["    own = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + i_c) * H + i_h"]
+    lines += ["    own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)"]
     show = RatioPrinter(words.names)
     for variance, case in cases.items():
         if variance and not different:
@@ -259,7 +261,7 @@ def local_kernel(words: Words) -> str:
             once = f"tl.where(lane_row == 0, ({show(factor)}) * total_{j}, 0.0)"
             lines.append(f"{space}d_{p} = tl.sum(tl.reshape({once}, [128]), 0)")
     for p in words.parameters:
-        place = f"d_{p}_part + (i_h * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(0) + i_c"
+        place = f"d_{p}_part + own"
         lines.append(f"    tl.store({place}, tl.where(begin < end, d_{p}, 0.0))")
     return "\n".join(lines) + "\n"
 

@@ -113,7 +113,7 @@ def reads_kernel(words: Words) -> str:
         "_reads_kernel",
         pointers,
         "scale, T, LOW, HIGH, NT, H",
-        "K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,\n"
+        "K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,\n"
         f"    FAST: tl.constexpr, VARIANCE: tl.constexpr, {OPTIONS}",
     )
     lines += ['    """' + "; ".join(f"{r} = sum_k {b}" for r, b in zip(reads, plan.bodies, strict=True)) + "."]
@@ -133,14 +133,24 @@ def reads_kernel(words: Words) -> str:
             inner.append(f"    {n} = {n} + (_get({at}, live_row & (channel_t < K)).to(tl.float32),)")
         return [" " * indent + line for line in inner]
 
+    names = [f"{s}_0" for s in words.states]
     lines += ["    if NK == 1:", *slab(8, "0")]
+    lines += ["    if NK == 1 and AHEAD >= 1:", *octet(words, valued, 8, "0", "next_"), "        pass"]
+    lines += ["    if NK == 1 and AHEAD >= 2:", *start_lines(words, 8, "0", "next_")]
     lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
     sums = [f"sum_{r}" for r in reads]
     lines += [f"        {n} = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels" for n in sums]
     lines += ["        for i_k in range(NK):", "            if NK > 1:", *slab(16, "i_k * 16 * I * N")]
-    lines += start_lines(words, 12)
+    lines += ["            if NK == 1 and AHEAD >= 2:  # loads are under way while others are at work"]
+    lines += [f"                {n} = next_{n}" for n in names] + start_lines(words, 16, "(first_v + 16)", "next_")
+    lines += ["            else:", *start_lines(words, 16)]
     lines += ["            for i_o in range(2):", "                first_g = first_v + 8 * i_o"]
-    lines += octet(words, valued, 16)
+    lines += [
+        "                if NK == 1 and AHEAD >= 1:",
+        *(f"                    {n}_8 = next_{n}_8" for n in valued),
+    ]
+    lines += [*octet(words, valued, 20, "(first_g + 8)", "next_"), "                    pass"]
+    lines += ["                else:", *octet(words, valued, 20), "                    pass"]
     lines += [
         "                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):",
         "                    for i_j in tl.static_range(UNROLL):",

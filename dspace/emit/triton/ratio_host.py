@@ -23,15 +23,17 @@ def _registers(tensor, count):
 
 
 def _reads_proposals(K, V, dtype):
-    """(I, N, unroll, registers) of the forward kernel: N slabs of 16 I key channels are in registers at once."""
+    """(I, N, unroll, registers, ahead) of the forward kernel: N slabs of 16 I key channels are in registers at once.
+
+    ahead: what is loaded while others are at work: 0 nothing, 1 values, 2 values and states.
+    """
     tiles = _cdiv(K, 16)
     if dtype != torch.bfloat16:  # twice the registers for operands
-        return [(1, min(tiles, 2), 2, 0)]
+        return [(1, min(tiles, 2), 2, 0, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    first = (2, N // 2, 2, 0) if N > 4 and N % 2 == 0 else (1, N, 2, 128 if N == 1 else 168 if N < 4 else 0)
-    others = [(1, N, 4, 168 if N < 4 else 0)] if N <= 4 else []
-    others += [(1, 3, 2, 168)] if tiles > 3 else []
-    others += [(2, N // 2, 2, 0)] if N > 2 and N % 2 == 0 else []
+    first = (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1)
+    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else []
+    others += [(2, N // 2, 2, 0, 0 if N > 4 else 1)] if N > 1 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
 
@@ -189,11 +191,11 @@ def forward(words: Words) -> str:
         *(f"            {s}_end = {_STATE}" for s in n["states"]),
         *TABLES,
         *_states_lines(words, n, True, 8),
-        "        I, slabs, unroll, registers = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
+        "        I, slabs, unroll, registers, ahead = _chosen(_reads_proposals, 'ratio_reads', K, V, dtype)",
         f"        pointers = ({', '.join([*n['k_in'], *n['v_in'], *words.decays, *n['parameters'], 'border', *reads])}, spans)",
         "        _launch(",
-        "            _reads_kernel, (chunks, H, 1), pointers, (scale, *place), (H,),",
-        "            K=K, V=V, I=I, N=slabs, UNROLL=unroll, FAST=_fast(border), VARIANCE=variance,",
+        "            _reads_kernel, (chunks * H, 1, 1), pointers, (scale, *place), (H,),",
+        "            K=K, V=V, I=I, N=slabs, UNROLL=unroll, AHEAD=ahead, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
@@ -271,7 +273,7 @@ def backward(words: Words) -> str:
         *TABLES,
         "        if not given:",
         *_states_lines(words, n, True, 12),
-        *(f"        d_{p}_part = {fresh.format('(H, slabs_here * chunks)')}" for p in n["parameters"]),
+        *(f"        d_{p}_part = {fresh.format('(slabs_here * chunks, H)')}" for p in n["parameters"]),
     ]
     arguments = [*n["k_in"], *n["v_in"], *words.decays, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
     arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
@@ -282,12 +284,12 @@ def backward(words: Words) -> str:
     lines += [
         f"        pointers = ({', '.join(arguments)})",
         "        _launch(",
-        "            _local_kernel, (chunks, H, slabs_here), pointers, (scale, *place), (H,),",
+        "            _local_kernel, (chunks * H, slabs_here, 1), pointers, (scale, *place), (H,),",
         "            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
         *(
-            f"        d_{p} = d_{p}_part.sum(1) if d_{p} is None else d_{p} + d_{p}_part.sum(1)"
+            f"        d_{p} = d_{p}_part.sum(0) if d_{p} is None else d_{p} + d_{p}_part.sum(0)"
             for p in n["parameters"]
         ),
         *(f"        d_{s}_start = None if low == 0 and {s} is None else {_STATE}" for s in states),
@@ -300,7 +302,7 @@ def backward(words: Words) -> str:
         "        BK, BV, warps = _settle_tiles(K, V)",
         f"        pointers = ({', '.join(settled)}, spans)",
         "        _launch(",
-        "            _settle_kernel, (chunks, H, 1), pointers, place, (H,),",
+        "            _settle_kernel, (chunks * H, 1, 1), pointers, place, (H,),",
         "            K=K, V=V, BK=BK, BV=BV, SLABS=slabs_here, PARTS=parts, BP=triton.next_power_of_2(parts),",
         "            num_warps=warps, num_stages=2, **common,",
         "        )",

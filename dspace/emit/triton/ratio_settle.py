@@ -108,15 +108,14 @@ def settle_kernel(words: Words) -> str:
     lines += '''
     """Final gradients of one chunk of one head; BK covers all key channels."""
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_c, i_h = _place(H, NT, False, PACKED)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     o_c = tl.arange(0, 16)
     o_p = tl.arange(0, BP)
     o_k = tl.arange(0, BK)
     start = begin * H + i_h
-    slot = i_c.to(tl.int64) * H + i_h
-    slots = tl.num_programs(0).to(tl.int64) * H
+    slot = tl.program_id(0).to(tl.int64)
+    slots = tl.num_programs(0).to(tl.int64)
     at = o_c * H
     live = begin + o_c < end
     m_k = o_k < K

@@ -47,6 +47,20 @@ def _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED: tl.constexpr):
 
 
 @_kernel
+def _place(H, NT, LATEST: tl.constexpr, PACKED: tl.constexpr):
+    """Chunk and head of this program: heads of a chunk first. LATEST: the chunks that were written last come first.
+
+    The kernel of the states passes over all sequences at once, so those are the last chunks of all of them.
+    """
+    pid = tl.program_id(0)
+    i_c = pid // H
+    if LATEST and not PACKED:
+        sequences = tl.num_programs(0) // (H * NT)
+        i_c = (i_c % sequences) * NT + NT - 1 - i_c // sequences
+    return i_c, pid % H
+
+
+@_kernel
 def _step(at, mask):
     """Log decays; exp(-40) is nothing beside 1, and a longer step would only cost the sums their digits."""
     return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
@@ -233,8 +247,6 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
     """
     before = words.plan.exclusive
     lines = """
-    i_c = tl.program_id(0)
-    i_h = tl.program_id(1)
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     row = _tile_rows()
     half, column_8 = _tile_columns()
@@ -245,6 +257,9 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
     slot = i_c.to(tl.int64) * H + i_h
     live_row, live_column = begin + row < end, begin + column < end
 """.strip("\n").splitlines()
+    lines.insert(0, f"    i_c, i_h = _place(H, NT, {not backward}, PACKED)")
+    if backward:
+        lines[-2] = "    slot = tl.program_id(0).to(tl.int64)"
     for d in range(len(words.plan.decays)):
         lines += [
             f"    step_row = _tile_step(decay_{d}_in + start + row * H, live_row)",
@@ -317,29 +332,31 @@ def operands(words: Words) -> list[str]:
     return [f"key_{j} = {text}.to(OT)" for j, text in enumerate(plain)]
 
 
-def start_lines(words: Words, indent: int) -> list[str]:
+def start_lines(words: Words, indent: int, first: str = "first_v", prefix: str = "") -> list[str]:
     """States at the chunk's start for 16 value channels (rows: key channels, columns: value channels)."""
-    names = [f"{s}_0" for s in words.states]
+    names = [f"{prefix}{s}_0" for s in words.states]
     lines = tuples(names, 0)
     lines += ["for i_s in tl.static_range(N):", "    channel = first_k + i_s * 16 * I + o_k + row"]
-    lines += ["    at_tile = (first_v + column) * K + channel"]
+    lines += [f"    at_tile = ({first} + column) * K + channel"]
     for i, n in enumerate(names):
-        load = f"_get(chunks + (slot * {len(names)} + {i}) * V * K + at_tile, (first_v + column < V) & (channel < K))"
+        load = f"_get(chunks + (slot * {len(names)} + {i}) * V * K + at_tile, ({first} + column < V) & (channel < K))"
         lines.append(f"    {n} = {n} + ({load}.to(OT),)")
     return [" " * indent + line for line in lines]
 
 
-def octet(words: Words, names: Iterable[str], indent: int) -> list[str]:
-    """Value channels 8 at a time: lane row g holds channel ``first_g + g``, columns are tokens."""
-    at = "start * V + column * H * V + first_g + lane_row"
-    mask = "live_column & (first_g + lane_row < V)"
+def octet(words: Words, names: Iterable[str], indent: int, first: str = "first_g", prefix: str = "") -> list[str]:
+    """Value channels 8 at a time, as loaded: lane row g holds channel ``first + g``, columns are tokens."""
+    at = f"start * V + column * H * V + {first} + lane_row"
+    return [f"{' ' * indent}{prefix}{n}_8 = _get({n}_in + {at}, live_column & ({first} + lane_row < V))" for n in names]
+
+
+def scaled(words: Words, names: Iterable[str], indent: int) -> list[str]:
+    """The constant factor of a read's body, applied to its cotangent."""
     lines = []
-    for n in names:
-        # the constant factor of a read's body is applied to its cotangent
-        of_read = [words.coefficient(j) for j, r in enumerate(words.plan.reads) if n == f"d_{r.name}"]
-        times = f" * ({RatioPrinter()(of_read[0])})" if of_read and of_read[0] != 1 else ""
-        raw = f"_get({n}_in + {at}, {mask})"
-        lines.append(f"{' ' * indent}{n}_8 = {raw}{'.to(tl.float32)' if times else ''}{times}")
+    for j, r in enumerate(words.plan.reads):
+        if r.name in names and words.coefficient(j) != 1:
+            factor = RatioPrinter()(words.coefficient(j))
+            lines.append(f"{' ' * indent}d_{r.name}_8 = d_{r.name}_8.to(tl.float32) * ({factor})")
     return lines
 
 
