@@ -2026,9 +2026,9 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 2, 0, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    first = (2, N // 2, 2, 0, 0) if N > 4 and N % 2 == 0 else (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1 if N < 5 else 0)
-    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else [(1, N, 2, 0, 1)] if N > 4 else []
-    others += [(2, N // 2, 2, 0, 1)] if N in (2, 4) else []
+    first = (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1)
+    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else []
+    others += [(2, N // 2, 2, 0, 0 if N > 4 else 1)] if N > 1 and N % 2 == 0 else []
     return [first, *(x for x in others if x != first)]
 
 
