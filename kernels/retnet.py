@@ -250,6 +250,20 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
     return o, state
 
 
+def _transformed(inputs, parameters, states):
+    """Whether the call is inside a transform of torch.func, or has forward-mode tangents: only plain PyTorch has those.
+
+    But vmap alone repeats what runs on a CPU, an operator, and that is faster.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        others = [i for i in torch._C._functorch.get_interpreter_stack() if i.key() != torch._C._functorch.TransformType.Vmap]
+        return bool(others) or inputs[0].is_cuda
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    return any([forward_ad.unpack_dual(t).tangent is not None for t in (*inputs, *parameters, *states)])
+
+
 def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
     batch, steps, heads, size_k, size_v = sizes
@@ -259,6 +273,8 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
     parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
     core = _CORES.get((first.device.type, form), _reference_core)
+    if not torch.compiler.is_compiling() and _transformed(inputs, parameters, given):
+        core = _reference_core
     lean = not (double or torch.compiler.is_compiling()) and steps and batch and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
@@ -743,9 +759,6 @@ def _native_plain(tensors):
 def _native_core(*args):
     """The sequential plan in compiled loops; the backward pass restarts from states saved every few tokens."""
     *tensors, scale, offsets, want_variance = args
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{_NAME}: forward-mode derivatives go through reference_{_NAME}")
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         every = 16 if tensors[0].shape[1] <= 1024 else 64

@@ -209,16 +209,32 @@ def test_whoever_watches_a_call_sees_the_operator(native):
     assert max(error(b, run(s)) for b, s in zip(batched, scales, strict=True)) < 1e-12
 
 
-def test_forward_mode_is_refused_rather_than_dropped(native):
+@pytest.mark.parametrize("form", ["chunk", "recurrent"])
+def test_transforms_that_only_plain_pytorch_has_get_it(native, form):
     module, r = native("ratio"), RECURRENCES["ratio"]
     inputs, parameters, states = (tuple(x.detach() for x in group) for group in arguments(r, batch=1, steps=5))
 
     def run(form, *inputs):
         return call(module, form, "ratio", (inputs, parameters, states))[0]
 
-    with pytest.raises(NotImplementedError, match="reference_ratio"):
-        torch.func.jvp(lambda *x: run("recurrent", *x), inputs, inputs)
-    assert torch.func.jvp(lambda *x: run("reference", *x), inputs, inputs)[1].abs().max() > 0
+    def loss(form, x):
+        return run(form, x, *inputs[1:]).square().sum()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], inputs[0])
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(run(f, dual, *inputs[1:])).tangent for f in (form, "reference")
+        ]
+    assert tangents[1].abs().max() > 0 and torch.equal(*tangents)
+    stacked = torch.stack([inputs[0], 2 * inputs[0]])
+    for transform in (
+        lambda f: torch.func.jvp(lambda *x: run(f, *x), inputs, inputs)[1],
+        lambda f: torch.func.grad(lambda x: loss(f, x))(inputs[0]),
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: loss(f, x)))(stacked),
+        lambda f: torch.func.hessian(lambda x: loss(f, x))(inputs[0]),
+    ):
+        assert transform("reference").abs().max() > 0
+        assert error(transform(form), transform("reference")) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

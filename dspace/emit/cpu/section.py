@@ -283,9 +283,6 @@ def _native_plain(tensors):
 def _native_core(*args):
     """The sequential plan in compiled loops; the backward pass restarts from states saved every few tokens."""
     *tensors, scale, offsets, want_variance = args
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{_NAME}: forward-mode derivatives go through reference_{_NAME}")
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         every = 16 if tensors[0].shape[1] <= 1024 else 64
