@@ -97,7 +97,8 @@ def run(
     results += [state] if isinstance(state, torch.Tensor) else list(state)
     if not weights:
         generator = torch.Generator().manual_seed(7)
-        weights += [torch.randn(r.shape, generator=generator) for r in results]
+        # Numbers that every dtype has: rounding them changes a gradient that is one number a head by 16%.
+        weights += [torch.randn(r.shape, generator=generator).bfloat16().float() for r in results]
     cotangents = [w.to(device=r.device, dtype=r.dtype) for w, r in zip(weights, results, strict=True)]
     found = torch.autograd.grad(results, leaves, cotangents, allow_unused=True)
     return [*results, *(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))]
