@@ -1618,8 +1618,8 @@ def _reads_kernel(
     lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    slot = i_c.to(tl.int64) * H + i_h
     live_row, live_column = begin + row < end, begin + column < end
+    slot = i_c.to(tl.int64) * H + i_h
     step_row = _tile_step(decay_0_in + start + row * H, live_row)
     step_column = _tile_step(decay_0_in + start + column * H, live_column)
     sum_row = _sum_columns(tl.where(column <= row, step_column, 0.0), FAST)
@@ -1646,7 +1646,6 @@ def _reads_kernel(
     if NK == 1 and AHEAD >= 1:
         next_v_8 = _get(v_in + start * V + column * H * V + 0 + lane_row, live_column & (0 + lane_row < V))
         next_b_8 = _get(b_in + start * V + column * H * V + 0 + lane_row, live_column & (0 + lane_row < V))
-        pass
     if NK == 1 and AHEAD >= 2:
         next_M_0 = ()
         next_Ibar_0 = ()
@@ -1697,11 +1696,9 @@ def _reads_kernel(
                     b_8 = next_b_8
                     next_v_8 = _get(v_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
                     next_b_8 = _get(b_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
-                    pass
                 else:
                     v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
                     b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                    pass
                 for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):
                     for i_j in tl.static_range(UNROLL):
                         i_g = UNROLL * i_u + i_j
@@ -1751,8 +1748,8 @@ def _local_kernel(
     lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    slot = tl.program_id(0).to(tl.int64)
     live_row, live_column = begin + row < end, begin + column < end
+    slot = tl.program_id(0).to(tl.int64)
     step_row = _tile_step(decay_0_in + start + row * H, live_row)
     step_column = _tile_step(decay_0_in + start + column * H, live_column)
     sum_row = _sum_columns(tl.where(column <= row, step_column, 0.0), FAST)

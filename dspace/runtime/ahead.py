@@ -65,7 +65,9 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
     """Compile ``launches`` into Triton's cache on disk by forked processes, which are stopped after ``limit`` seconds."""
     from triton.runtime import driver
 
-    target, launcher = driver.active.get_current_target(), driver.active.launcher_cls
+    from dspace.runtime.absent import AbsentGPU
+
+    launcher, stand_in = driver.active.launcher_cls, AbsentGPU(driver.active.get_current_target())
     longest_first = sorted(range(len(launches)), key=lambda i: -len(launches[i].kernel.src))
     tickets, fill = os.pipe()  # a read of two bytes takes the next launch, whichever process makes it
     os.write(fill, struct.pack(f"={len(launches)}H", *longest_first))
@@ -77,7 +79,7 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child = os.fork()
             if child == 0:
-                _work(launches, tickets, target, launcher)
+                _work(launches, tickets, stand_in, launcher)
             children.add(child)
         end = time.monotonic() + limit
         while children and time.monotonic() < end:
@@ -93,7 +95,7 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
                 os.waitpid(child, 0)
 
 
-def _work(launches: Sequence[Launch], tickets: int, target: Any, launcher: Any) -> None:
+def _work(launches: Sequence[Launch], tickets: int, stand_in: Any, launcher: Any) -> None:
     """What a forked process does; it never returns. The GPU's driver must not be used after a fork: a stand-in is.
 
     Some releases of Triton have a launcher for each signature, which a C compiler makes: also for the cache on disk.
@@ -101,11 +103,9 @@ def _work(launches: Sequence[Launch], tickets: int, target: Any, launcher: Any) 
     try:
         gc.disable()  # no tensor of the parent is freed here
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what cannot be compiled is told once, by the parent
-        from triton.runtime import driver
+        from triton.runtime import driver  # imported before the fork: here it waits for no lock
 
-        from dspace.runtime.absent import AbsentGPU
-
-        driver.set_active(AbsentGPU(target))  # type: ignore[arg-type]
+        driver.set_active(stand_in)
         while ticket := os.read(tickets, 2):
             launch = launches[struct.unpack("=H", ticket)[0]]
             with contextlib.suppress(Exception):

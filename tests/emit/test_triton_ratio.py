@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import dspace.math
 import dspace.spec
+from dspace.emit import naming
 from dspace.emit.triton import ratio
 from dspace.plan.ratio import ratio_plan
 from dspace.runtime import offline
@@ -232,3 +234,24 @@ def test_tiles_never_change_their_layout(dtype: torch.dtype) -> None:
 def test_other_classes_and_decays_are_left_to_others() -> None:
     for name in ("gla", "metaplastic_gla", "delta_net"):
         assert ratio.section(dspace.math.analyse(dspace.spec.load(name))) is None
+
+
+def test_no_name_of_the_emitted_functions_is_left_to_a_spec():
+    """What they bind for themselves is reserved, or of a pattern that a spec's names are kept apart from."""
+    kernels = {f"_{n}_kernel" for n in ("states", "reads", "local", "carry", "settle")}
+    bound: set[str] = set()
+    functions = 0
+    for function in ast.parse((Path(__file__).parents[2] / "kernels/palimpsa.py").read_text()).body:
+        if not isinstance(function, ast.FunctionDef) or not (function.name in kernels or "_ratio_" in function.name):
+            continue
+        functions += 1
+        nodes = list(ast.walk(function))
+        inside = {id(n) for c in nodes if isinstance(c, ast.comprehension) for n in ast.walk(c.target)}
+        bound |= {a.arg for a in function.args.args}
+        bound |= {
+            n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside
+        }
+    recurrence = dspace.math.analyse(dspace.spec.load("palimpsa")).recurrence
+    own = {v.name for v in (*recurrence.inputs, *recurrence.parameters, *recurrence.states)}
+    free = {n for n in bound - own - ratio._RESERVED - naming.INTERNAL if naming.KernelNamer()(n) == n}
+    assert functions > 8 and free <= {"scale"}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,29 +47,28 @@ json.dump({"count": count, "compiled": compiled, "broken": broken, "warning": st
 """
 
 
-def test_kernels_of_a_certificate_are_compiled_together(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path / "c")}
+pytest.importorskip("triton")
+
+
+def report(folder: Path, *program: str) -> Any:
+    """What a program prints as JSON, with an empty cache of Triton in ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(folder / "c")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "m.py")],
-        capture_output=True, text=True, env=environment, timeout=1500,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", *program], capture_output=True, text=True, env=environment, timeout=1500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_kernels_of_a_certificate_are_compiled_together(tmp_path: Path) -> None:
+    found = report(tmp_path, "-c", PROGRAM, str(tmp_path / "m.py"))
     assert found["count"] == sum(found["compiled"].values()) >= 8
     assert {"_states_scalar_kernel", "_gradients_scalar_kernel", "_sequential_kernel"} <= set(found["compiled"])
     assert found["broken"] == 0 and "ZeroDivisionError" in found["warning"]
 
 
 def test_a_first_call_compiles_its_backward_pass_too_in_other_processes(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path / "c")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / "first_call.py"), str(tmp_path)],
-        capture_output=True, text=True, env=environment, timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = report(tmp_path, str(Path(__file__).parent / "first_call.py"), str(tmp_path))
     assert found["armed"] == ["chunk", "recurrent"]
     assert found["left"] == ["recurrent"]
     assert found["here"] == [], "compiled by this process"

@@ -135,7 +135,8 @@ def reads_kernel(words: Words) -> str:
 
     names = [f"{s}_0" for s in words.states]
     lines += ["    if NK == 1:", *slab(8, "0")]
-    lines += ["    if NK == 1 and AHEAD >= 1:", *octet(words, valued, 8, "0", "next_"), "        pass"]
+    if valued:
+        lines += ["    if NK == 1 and AHEAD >= 1:", *octet(words, valued, 8, "0", "next_")]
     lines += ["    if NK == 1 and AHEAD >= 2:", *start_lines(words, 8, "0", "next_")]
     lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
     sums = [f"sum_{r}" for r in reads]
@@ -145,12 +146,10 @@ def reads_kernel(words: Words) -> str:
     lines += [f"                {n} = next_{n}" for n in names] + start_lines(words, 16, "(first_v + 16)", "next_")
     lines += ["            else:", *start_lines(words, 16)]
     lines += ["            for i_o in range(2):", "                first_g = first_v + 8 * i_o"]
-    lines += [
-        "                if NK == 1 and AHEAD >= 1:",
-        *(f"                    {n}_8 = next_{n}_8" for n in valued),
-    ]
-    lines += [*octet(words, valued, 20, "(first_g + 8)", "next_"), "                    pass"]
-    lines += ["                else:", *octet(words, valued, 20), "                    pass"]
+    if valued:
+        lines += ["                if NK == 1 and AHEAD >= 1:", *(" " * 20 + f"{n}_8 = next_{n}_8" for n in valued)]
+        lines += octet(words, valued, 20, "(first_g + 8)", "next_")
+        lines += ["                else:", *octet(words, valued, 20)]
     lines += [
         "                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):",
         "                    for i_j in tl.static_range(UNROLL):",

@@ -246,7 +246,8 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
     Sums of log decays are from the start of the chunk; those of rows and of columns are the same numbers.
     """
     before = words.plan.exclusive
-    lines = """
+    lines = [f"    i_c, i_h = _place(H, NT, {not backward}, PACKED)"]
+    lines += """
     begin, end = _chunk(spans, i_c, T, LOW, HIGH, NT, PACKED)
     row = _tile_rows()
     half, column_8 = _tile_columns()
@@ -254,12 +255,9 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
     lane_row = tl.arange(0, 32)[None, None, None, None, :] // 4
     # offsets in a chunk are 32 bit wide, from starts that are 64
     start = begin * H + i_h
-    slot = i_c.to(tl.int64) * H + i_h
     live_row, live_column = begin + row < end, begin + column < end
 """.strip("\n").splitlines()
-    lines.insert(0, f"    i_c, i_h = _place(H, NT, {not backward}, PACKED)")
-    if backward:
-        lines[-2] = "    slot = tl.program_id(0).to(tl.int64)"
+    lines.append(f"    slot = {'tl.program_id(0).to(tl.int64)' if backward else 'i_c.to(tl.int64) * H + i_h'}")
     for d in range(len(words.plan.decays)):
         lines += [
             f"    step_row = _tile_step(decay_{d}_in + start + row * H, live_row)",
