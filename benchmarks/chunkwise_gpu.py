@@ -1,17 +1,23 @@
 """Classes a, b and fold on a GPU: forward and forward + backward, beside fla-core in the same run where it is installed.
 
-    python benchmarks/chunkwise_gpu.py [--peer] [--json FILE]
+    python benchmarks/chunkwise_gpu.py [--peer] [--seconds N] [--json FILE]
 
 bf16 inputs, medians of ``triton.testing.do_bench``, milliseconds. A variant is timed only after its outputs and every
 gradient agree with the float64 reference on a small problem; otherwise its row says so instead of a time.
-fla-core autotunes for minutes at its first call, and refuses its gated backward on Hopper with Triton 3.4 to 3.7.0:
-there its backward is not timed.
+fla-core autotunes for minutes at its first call: what it tries is compiled before, by a process for each of its
+operators and shapes, and its own choice is made later, on an idle GPU. It refuses the gated backward of simple_gla on
+Hopper with Triton 3.4 to 3.7.0, which miscompile it: the refusal is lifted here, to time it and nothing else. Its
+backward at the shape ``mqar`` reads memory that is not its own there, and is not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -23,6 +29,7 @@ import dspace
 SHAPES = {"large": (4, 4096, 16, 128, 128), "mqar": (64, 512, 8, 16, 32)}
 VARIANTS = ("simple_gla", "mamba2", "gla", "palimpsa_folded")
 PEERS = {"simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla"), "gla": ("fla.ops.gla", "chunk_gla")}
+PEER_BACKWARD = {"large"}
 LIMIT = 8e-3
 
 
@@ -83,23 +90,55 @@ def time(op: Callable[..., tuple], inputs: list[torch.Tensor], backward: bool = 
     return forward, bench(both)
 
 
-def peer(name: str) -> tuple[Callable[..., tuple], bool] | None:
-    """fla-core's operator for the same variant and whether its backward is to be trusted here; None without it."""
+def peer(name: str) -> Callable[..., tuple] | None:
+    """fla-core's operator for the same variant; None without it."""
     try:
         module, function = PEERS[name]
         op = getattr(__import__(module, fromlist=[function]), function)
+        from fla.ops.common import chunk_o
     except (KeyError, ImportError):
         return None
-    version = tuple(int(x) for x in triton.__version__.split(".")[:3])
-    guarded = torch.cuda.get_device_capability() == (9, 0) and (3, 4, 0) <= version < (3, 7, 1)
-    return (lambda q, k, v, g: op(q, k, v, g=g)), not guarded
+    if hasattr(chunk_o, "TRITON_ABOVE_3_7_1"):
+        chunk_o.TRITON_ABOVE_3_7_1 = True
+    return lambda q, k, v, g: op(q, k, v, g=g)
+
+
+def try_peer(name: str, label: str) -> None:
+    """One pass of fla-core's operator, so that all that its autotuner may choose from is compiled."""
+    op = peer(name)
+    if op is not None:
+        inputs = draw(dspace.compile(name), SHAPES[label])
+        o = op(*inputs)[0]
+        if label in PEER_BACKWARD:
+            o.sum().backward()
+        torch.cuda.synchronize()
+
+
+def compile_peers(seconds: float) -> None:
+    """:func:`try_peer` of all operators and shapes at once, each in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, "--try-peer"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = [subprocess.Popen([*command, n, s], **quiet) for n in PEERS for s in SHAPES]  # type: ignore[call-overload]
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--peer", action="store_true", help="time fla-core beside (autotunes for minutes)")
+    arguments.add_argument("--seconds", type=float, default=200.0, help="for compiling what fla-core tries")
+    arguments.add_argument(
+        "--try-peer", nargs=2, metavar=("VARIANT", "SHAPE"), help="compile for fla-core, time nothing"
+    )
     arguments.add_argument("--json", help="also write the rows there")
     asked = arguments.parse_args()
+    if asked.try_peer:
+        return try_peer(*asked.try_peer)
+    if asked.peer:
+        os.environ["FLA_CACHE_RESULTS"] = "0"  # what is chosen beside other processes is no choice
+        compile_peers(asked.seconds)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     rows = []
     for name in VARIANTS:
@@ -111,7 +150,7 @@ def main() -> None:
                 row["fwd"], row["fwd_bwd"] = time(getattr(module, f"chunk_{name}"), draw(module, shape))
                 found = peer(name) if asked.peer else None
                 if found is not None:
-                    row["peer_fwd"], row["peer_fwd_bwd"] = time(found[0], draw(module, shape), found[1])
+                    row["peer_fwd"], row["peer_fwd_bwd"] = time(found, draw(module, shape), label in PEER_BACKWARD)
             rows.append(row)
             numbers = {k: f"{v:.3f}" for k, v in row.items() if isinstance(v, float) and k != "error"}
             print(
