@@ -1265,14 +1265,15 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
 
     Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
     the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
-    on the values of ``numbers``.
+    on the values of ``numbers``. A compiled kernel gets addresses: of a tensor, Triton would ask the driver each time.
     """
-    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    addresses = [None if p is None else p.data_ptr() for p in pointers]
+    kinds = [None if p is None else p.dtype if a % 16 == 0 else (p.dtype,) for p, a in zip(pointers, addresses)]
     device = next(p.device for p in pointers if p is not None)
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
     found = _COMPILED.get(key)
     if found is not None:
-        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        found[0][grid](*addresses, *numbers, *fixed, *found[1])
         return
     compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
     # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
@@ -1910,21 +1911,15 @@ def _decay_sums_scalar_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.cons
     tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _states_scalar_kernel(
+@_kernel
+def _state_tile_scalar(
     k, v,
     G,
-    initial, states, final, offsets, bases, T, NT, H,
+    initial, states, final, offsets, bases, i_nh, i_k, i_v, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s, one tile of S a program."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_k = (pid // NV) % NK
-    i_nh = (pid // (NV * NK)).to(tl.int64)
+    """One tile of S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s."""
     i_h = i_nh % H
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -1954,6 +1949,26 @@ def _states_scalar_kernel(
         S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
     if final is not None:
         tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _states_scalar_kernel(
+    k, v,
+    G,
+    initial, states, final, offsets, bases, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """S at the start of every chunk, one tile a program."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    _state_tile_scalar(
+        k, v,
+        G,
+        initial, states, final, offsets, bases, (pid // (NV * NK)).to(tl.int64), (pid // NV) % NK, pid % NV, T, NT, H,
+        K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2392,6 +2407,70 @@ def _linear_scalar(*arguments):
     return _forward_scalar(*tensors, scale, offsets, want_final)
 
 
+@_kernel
+def _fold_walk(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+    begin, end, base, i_nh, i_h, o_w, scale, H, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Ibar = exp(g) Ibar + b*k**2 at chunk starts."""
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
+    I_p = tl.load(I_p_in + i_h).to(tl.float32)
+    Ibar = tl.load(Ibar_start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        first = begin + i * C
+        corner = first * H + i_h
+        left = (end - first).to(tl.int32)
+        live = o_c < left
+        m_cw = live[:, None] & m_w[None, :]
+        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        b_row = b_next.to(tl.float32)
+        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        b = b_row[:, None]
+        g_row = g_next.to(tl.float32)
+        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        g = g_row[:, None]
+        place = ((base + i) * H + i_h) * W + o_w
+        tl.store(Ibar_border + place, Ibar, mask=m_w)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
+        Ibar_sums = tl.cumsum(step, axis=0)
+        Ibar_past = tl.sum(step, axis=0)
+        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
+        write = b * k * k
+        write = tl.where(m_cw, write, 0.0)
+        Ibar = tl.exp2(Ibar_past) * Ibar + tl.sum(Ibar_until[:, None] * write, axis=0)
+    tl.store(Ibar_final + i_nh * W + o_w, Ibar, mask=m_w)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _fold_states_kernel(
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+    of_key, of_value, of_sums, start, states, final, offsets, bases, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+):
+    """States at the start of every chunk, one tile a program, beside the vector states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_v = pid % (NV + 1)
+    i_k = (pid // (NV + 1)) % NK
+    i_nh = (pid // ((NV + 1) * NK)).to(tl.int64)
+    if i_v < NV:
+        _state_tile_scalar(of_key, of_value, of_sums, start, states, final, offsets, bases, i_nh, i_k, i_v, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
+    else:
+        begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+        _fold_walk(
+            q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+            begin, end, base, i_nh, i_nh % H, i_k * BK + tl.arange(0, BK), scale, H, K, C, BK, STAGES,
+        )
+
+
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_kernel(
     q_in, k_in, b_in, g_in, I_p_in, Ibar_border, keys_in, values_in, sums_in, states_in, out_at, spans,
@@ -2476,25 +2555,24 @@ def _fold(q, k, b, g, I_p, Ibar, of_key, of_value, of_decay, of_start, scale, of
     BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
     packed, fast = offsets is not None, _fast(key)
-    BW = _tile(K, 64)
-    tiles, sizes = _cdiv(K, BW), (T, NT, H, C)
-    total, local, borders = ([torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts] for _ in range(3))
+    borders = [torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts]
     ends = [torch.empty_like(t) for t in starts]
-    _launch(
-        _vector_k_sums_kernel, (tiles * H * chunks, 1, 1), (*leaves, *total, *local, spans), (scale, *sizes), (),
-        W=K, C=C, BW=BW, SINGLE=False, PRECISION="ieee", STAGES=1, FAST=fast, PACKED=packed, num_warps=4,
-    )
-    for state in zip(total, local, starts, borders, ends):
-        _launch(
-            _carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (),
-            W=K, BW=BW, BN=16, PACKED=packed, REVERSE=False, num_warps=1,
-        )
     sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C)
-    states, final = _states_scalar(
-        key, value, sums, None if of_start is None else of_start.contiguous(), offsets, bases, NT, chunks, config, N, want_final
+    kept = key.dtype if key.dtype == torch.bfloat16 else torch.float32
+    states = torch.empty((chunks, H, K, V), dtype=kept, device=key.device)
+    final = torch.empty((N, H, K, V), dtype=torch.float32, device=key.device) if want_final else None
+    OT, precision = _operands(key.dtype)
+    tile_k, tile_v, state_warps, state_stages = config[1]
+    _launch(
+        _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
+        (
+            *leaves, *starts, *borders, *ends, key, value,
+            sums, None if of_start is None else of_start.contiguous(), states, final, offsets, bases,
+        ),
+        (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
+        PACKED=packed, num_warps=state_warps, num_stages=state_stages,
     )
     o = torch.empty_like(value)
-    OT, precision = _operands(key.dtype)
     _launch(
         _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
         (*leaves, *borders, key, value, sums, states, o, spans), (scale, T, NT, H), (),

@@ -978,14 +978,15 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
 
     Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
     the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
-    on the values of ``numbers``.
+    on the values of ``numbers``. A compiled kernel gets addresses: of a tensor, Triton would ask the driver each time.
     """
-    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    addresses = [None if p is None else p.data_ptr() for p in pointers]
+    kinds = [None if p is None else p.dtype if a % 16 == 0 else (p.dtype,) for p, a in zip(pointers, addresses)]
     device = next(p.device for p in pointers if p is not None)
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
     found = _COMPILED.get(key)
     if found is not None:
-        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        found[0][grid](*addresses, *numbers, *fixed, *found[1])
         return
     compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
     # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
@@ -1088,21 +1089,15 @@ def _decay_sums_key_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constex
     tl.store(G + at, tl.cumsum(step, axis=0), mask=here)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _states_key_kernel(
+@_kernel
+def _state_tile_key(
     k, v,
     G,
-    initial, states, final, offsets, bases, T, NT, H,
+    initial, states, final, offsets, bases, i_nh, i_k, i_v, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s, one tile of S a program."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_k = (pid // NV) % NK
-    i_nh = (pid // (NV * NK)).to(tl.int64)
+    """One tile of S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s."""
     i_h = i_nh % H
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -1132,6 +1127,26 @@ def _states_key_kernel(
         S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
     if final is not None:
         tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _states_key_kernel(
+    k, v,
+    G,
+    initial, states, final, offsets, bases, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """S at the start of every chunk, one tile a program."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    _state_tile_key(
+        k, v,
+        G,
+        initial, states, final, offsets, bases, (pid // (NV * NK)).to(tl.int64), (pid // NV) % NK, pid % NV, T, NT, H,
+        K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])

@@ -53,23 +53,17 @@ def _decay_sums_kernel(g, G, spans, T, NT, H, C: tl.constexpr, W: tl.constexpr, 
 '''
 
 STATES = '''
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _states_kernel(
+@_kernel
+def _state_tile(
     k, v,
 #if decay
     G,
 #endif
-    initial, states, final, offsets, bases, T, NT, H,
+    initial, states, final, offsets, bases, i_nh, i_k, i_v, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s, one tile of S a program."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_k = (pid // NV) % NK
-    i_nh = (pid // (NV * NK)).to(tl.int64)
+    """One tile of S at the start of every chunk: S' = exp(G_C) S + sum_s exp(G_C - G_s) k_s v_s."""
     i_h = i_nh % H
     begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -109,6 +103,30 @@ def _states_kernel(
         S = tl.dot(key.to(OT), value.to(OT), S, input_precision=PRECISION)
     if final is not None:
         tl.store(final + i_nh * K * V + tile, S, mask=m_tile)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _states_kernel(
+    k, v,
+#if decay
+    G,
+#endif
+    initial, states, final, offsets, bases, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """S at the start of every chunk, one tile a program."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    _state_tile(
+        k, v,
+#if decay
+        G,
+#endif
+        initial, states, final, offsets, bases, (pid // (NV * NK)).to(tl.int64), (pid // NV) % NK, pid % NV, T, NT, H,
+        K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
 '''
 
 COTANGENTS = '''

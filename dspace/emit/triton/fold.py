@@ -1,9 +1,9 @@
 """The fold without a tensor of divided queries: what divides a query is evaluated inside the kernel of the outputs.
 
-Where nothing is differentiated, the vector states are needed at chunk starts only (a sum for each chunk and a scan over
-chunks, from the keys alone): inside a chunk they are one more product of the matrix of decays, beside the scores. So a
-forward pass reads every input once more at most and writes the outputs alone. With gradients the divided queries are
-stored, since the backward pass reads them twice (:mod:`dspace.emit.triton.vector`).
+Where nothing is differentiated, the vector states are needed at chunk starts only, from the keys alone: programs beside
+those of the matrix state walk over the same keys at the same time. Inside a chunk they are one more product of the
+matrix of decays, beside the scores. So a forward pass reads every input once more at most and writes the outputs alone.
+With gradients the divided queries are stored, since the backward pass reads them twice (:mod:`dspace.emit.triton.vector`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,91 @@ from dspace.emit.triton.vector import VectorGroup
 from dspace.emit.triton.vector_kernels import Kernels
 
 LOCAL = frozenset(
-    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final".split()
+    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place".split()
 )
 """Names of the kernel that no variable of a spec may have."""
 
 
 def source(group: VectorGroup, names: Mapping[str, str], query: sympy.Expr, decay: str) -> str:
-    """Kernel ``_fold_kernel`` and function ``_fold`` of one query; ``decay`` of the matrix state: "none" or "scalar"."""
-    return _kernel(Kernels(group, names), query, decay == "scalar") + "\n\n" + _host(group, names, decay)
+    """The kernels and function ``_fold`` of one query; ``decay`` of the matrix state: "none" or "scalar"."""
+    writer, scalar = Kernels(group, names), decay == "scalar"
+    return "\n\n".join(
+        [_walk(writer), _states_of_all(writer, decay), _kernel(writer, query, scalar), _host(group, names, decay)]
+    )
+
+
+def _walk(writer: Kernels) -> str:
+    """The vector states of one tile of channels at the start of every chunk."""
+    group, names = writer.group, writer.names
+    pointers = [f"{names[v.name]}_in" for v in writer.leaves]
+    pointers += [f"{s}_{part}" for part in ("start", "border", "final") for s in writer.states]
+    lines = f'''
+@_kernel
+def _fold_walk(
+    {", ".join(pointers)},
+    begin, end, base, i_nh, i_h, o_w, scale, H, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr,
+):
+    """{"; ".join(f"{s.name} = {s.decay} {s.name} + {group.write(s)}" for s in group.states)} at chunk starts."""
+    m_w = o_w < W
+    o_c = tl.arange(0, C)
+    chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    tile = (o_c * (H * W))[:, None] + o_w[None, :]
+'''.strip("\n").splitlines()
+    lines += writer.parameters()
+    at = "{0}_start + i_nh * W + o_w, mask=m_w, other=0.0"
+    lines += [f"    {s} = tl.load({at.format(s)}).to(tl.float32)" for s in writer.states]
+    lines += writer.loop(writer.used([e for s in group.states for e in (s.decay, group.write(s))]), False, None)
+    lines.append("        place = ((base + i) * H + i_h) * W + o_w")
+    for state, s in zip(group.states, writer.states, strict=True):
+        lines += [f"        tl.store({s}_border + place, {s}, mask=m_w)", *writer.decays(state)]
+        lines += writer.statements({"write": group.write(state)}, names)
+        lines.append("        write = tl.where(m_cw, write, 0.0)")
+        lines.append(f"        {s} = tl.exp2({s}_past) * {s} + tl.sum({s}_until[:, None] * write, axis=0)")
+    lines += [f"    tl.store({s}_final + i_nh * W + o_w, {s}, mask=m_w)" for s in writer.states]
+    return "\n".join(lines) + "\n"
+
+
+def _states_of_all(writer: Kernels, decay: str) -> str:
+    """All states at chunk starts: programs behind those of a head's tiles of values have its vector states."""
+    vectors = [f"{writer.names[v.name]}_in" for v in writer.leaves]
+    vectors += [f"{s}_{part}" for part in ("start", "border", "final") for s in writer.states]
+    matrix = [
+        "of_key",
+        "of_value",
+        *(["of_sums"] if decay == "scalar" else []),
+        "start",
+        "states",
+        "final",
+        "offsets",
+        "bases",
+    ]
+    return (
+        f'''
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _fold_states_kernel(
+    {", ".join(vectors)},
+    {", ".join(matrix)}, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+):
+    """States at the start of every chunk, one tile a program, beside the vector states."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_v = pid % (NV + 1)
+    i_k = (pid // (NV + 1)) % NK
+    i_nh = (pid // ((NV + 1) * NK)).to(tl.int64)
+    if i_v < NV:
+        _state_tile_{decay}({", ".join(matrix)}, i_nh, i_k, i_v, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
+    else:
+        begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
+        _fold_walk(
+            {", ".join(vectors)},
+            begin, end, base, i_nh, i_nh % H, i_k * BK + tl.arange(0, BK), scale, H, K, C, BK, STAGES,
+        )
+'''.strip("\n")
+        + "\n"
+    )
 
 
 def _kernel(writer: Kernels, query: sympy.Expr, decays: bool) -> str:
@@ -152,24 +229,23 @@ def _fold({", ".join([*leaves, *states])}, of_key, of_value, {"of_decay, " if sc
     BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
     packed, fast = offsets is not None, _fast(key)
-    BW = _tile(K, 64)
-    tiles, sizes = _cdiv(K, BW), (T, NT, H, C)
-    total, local, borders = ([torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts] for _ in range(3))
+    borders = [torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts]
     ends = [torch.empty_like(t) for t in starts]
+    {f"sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C){chr(10)}    " if scalar else ""}kept = key.dtype if key.dtype == torch.bfloat16 else torch.float32
+    states = torch.empty((chunks, H, K, V), dtype=kept, device=key.device)
+    final = torch.empty((N, H, K, V), dtype=torch.float32, device=key.device) if want_final else None
+    OT, precision = _operands(key.dtype)
+    tile_k, tile_v, state_warps, state_stages = config[1]
     _launch(
-        _vector_k_sums_kernel, (tiles * H * chunks, 1, 1), (*leaves, *total, *local, spans), (scale, *sizes), (),
-        W=K, C=C, BW=BW, SINGLE=False, PRECISION="ieee", STAGES=1, FAST=fast, PACKED=packed, num_warps=4,
-    )
-    for state in zip(total, local, starts, borders, ends):
-        _launch(
-            _carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (),
-            W=K, BW=BW, BN=16, PACKED=packed, REVERSE=False, num_warps=1,
-        )
-    {f"sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C){chr(10)}    " if scalar else ""}states, final = _states_{decay}(
-        key, value, {"sums, " if scalar else ""}None if of_start is None else of_start.contiguous(), offsets, bases, NT, chunks, config, N, want_final
+        _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
+        (
+            *leaves, *starts, *borders, *ends, key, value,
+            {"sums, " if scalar else ""}None if of_start is None else of_start.contiguous(), states, final, offsets, bases,
+        ),
+        (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
+        PACKED=packed, num_warps=state_warps, num_stages=state_stages,
     )
     o = torch.empty_like(value)
-    OT, precision = _operands(key.dtype)
     _launch(
         _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
         (*leaves, *borders, key, value, {"sums, " if scalar else ""}states, o, spans), (scale, T, NT, H), (),

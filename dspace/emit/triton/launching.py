@@ -25,14 +25,15 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
 
     Triton finds out at each call what a kernel is compiled for, which takes longer than a small one runs. Here that is
     the key: types and alignment of ``pointers`` (tensors or None), ``fixed``, and constants. Kernels are not specialised
-    on the values of ``numbers``.
+    on the values of ``numbers``. A compiled kernel gets addresses: of a tensor, Triton would ask the driver each time.
     """
-    kinds = [None if p is None else p.dtype if p.data_ptr() % 16 == 0 else (p.dtype,) for p in pointers]
+    addresses = [None if p is None else p.data_ptr() for p in pointers]
+    kinds = [None if p is None else p.dtype if a % 16 == 0 else (p.dtype,) for p, a in zip(pointers, addresses)]
     device = next(p.device for p in pointers if p is not None)
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
     found = _COMPILED.get(key)
     if found is not None:
-        found[0][grid](*pointers, *numbers, *fixed, *found[1])
+        found[0][grid](*addresses, *numbers, *fixed, *found[1])
         return
     compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
     # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
