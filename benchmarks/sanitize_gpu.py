@@ -123,15 +123,13 @@ def error(reference: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def rounded(table: dict[str, Any], leaves: list[torch.Tensor], sample: int) -> list[torch.Tensor]:
-    """``leaves`` in float32; but those of 16 bits that are no gates, rounded once more, as operands of products are."""
+    """``leaves`` in float32; but those that are operands of products rounded once more: inputs of 16 bits and states."""
     generator = torch.Generator().manual_seed(sample)
-    gates = [v["domain"] in ("nonpositive", "negative") for v in table["inputs"]]
-    found = []
-    for i, x in enumerate(leaves):
-        step = (torch.rand(x.shape, generator=generator) - 0.5) * torch.finfo(x.dtype).eps
-        keeps = x.dtype == torch.float32 or i >= len(gates) or gates[i]
-        found.append(x.float() if keeps else x.float() * (1 + step))
-    return found
+    kinds = [v["domain"] not in ("nonpositive", "negative") for v in table["inputs"]]
+    kinds += [False] * len(table["parameters"]) + [True] * len(table["states"])
+    eps = torch.finfo(leaves[0].dtype).eps
+    steps = [(torch.rand(x.shape, generator=generator) - 0.5) * eps for x in leaves]
+    return [x.float() * (1 + s) if operand else x.float() for x, s, operand in zip(leaves, steps, kinds, strict=True)]
 
 
 def examine(order: tuple[str, int, int, str, bool]) -> tuple[tuple[str, int, int, str, bool], int, Found]:

@@ -1527,6 +1527,17 @@ def _step(at, mask):
     return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
 
 
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of log decays from the start of each token's chunk, float32."""
+    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    token = begin + tl.arange(0, 16)
+    here = (token < end)[:, None] & (o_h < H)[None, :]
+    at = token[:, None] * H + o_h[None, :]
+    tl.store(sums + at, tl.cumsum(_step(decay + at, here), axis=0), mask=here)
+
+
 @_kernel
 def _tile_step(at, mask):
     return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
@@ -1534,14 +1545,11 @@ def _tile_step(at, mask):
 
 @_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
 def _states_kernel(
-    k_in, v_in, b_in, decay_0_in, sums_0, S_start, S_importance_start, chunks, S_end, S_importance_end, offsets, bases,
+    k_in, v_in, b_in, sums_0, S_start, S_importance_start, chunks, S_end, S_importance_end, offsets, bases,
     T, LOW, HIGH, NT, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type.
-
-    The first program of a head keeps the sums of log decays inside the chunks, where they are wanted.
-    """
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     i_n = tl.program_id(2) // H
@@ -1560,11 +1568,7 @@ def _states_kernel(
         S_importance = tl.zeros([BV, BK], tl.float32)
     else:
         S_importance = tl.load(S_importance_start + user, mask=m_tile, other=0.0).to(tl.float32)
-    # no scan: with one in the loop, Triton 3.6 loads nothing ahead
-    o_r = o_c[None, :]
-    past = o_c[:, None] >= o_r
-    next_0 = _step(decay_0_in + (begin + o_r) * H + i_h, begin + o_r < end)
-    first = o_c + tl.program_id(0) + tl.program_id(1) == o_c
+    next_0 = tl.load(sums_0 + (tl.minimum(begin + 0 * 16 + 16, end) - 1) * H + i_h, mask=begin < end, other=0.0)
     for i_c in range(0, tl.cdiv(end - begin, 16)):
         slot = chunks + ((base + i_c) * H + i_h) * 2 * V * K + tile
         if STORE:
@@ -1573,13 +1577,10 @@ def _states_kernel(
         token = begin + i_c * 16 + o_c
         live = token < end
         at = token * H + i_h
-        step = next_0
-        next_0 = _step(decay_0_in + (begin + i_c * 16 + 16 + o_r) * H + i_h, begin + i_c * 16 + 16 + o_r < end)  # of the next turn
-        part, whole = tl.sum(tl.where(past, step, 0.0), axis=1), tl.sum(step)
-        if sums_0 is not None:
-            tl.store(sums_0 + at, part, mask=live & first)
-        until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
-        whole_0 = tl.exp(whole)
+        whole_0 = next_0
+        next_0 = tl.load(sums_0 + (tl.minimum(begin + (i_c + 1) * 16 + 16, end) - 1) * H + i_h)  # of the next turn; behind the end, the last
+        part = tl.load(sums_0 + at, mask=live, other=0.0)
+        until_0 = tl.where(live, tl.exp(tl.minimum(whole_0 - part, 0.0)), 0.0)
         raw_k = tl.load(k_in + at[:, None] * K + o_k[None, :], mask=live[:, None] & m_k[None, :], other=0.0)
         k = raw_k.to(tl.float32)
         raw_v = tl.load(v_in + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
@@ -1588,9 +1589,9 @@ def _states_kernel(
         b = raw_b.to(tl.float32)
         key_0 = raw_k.to(OT)
         key_1 = (k * k).to(OT)
-        S = S * whole_0
+        S = S * tl.exp(whole_0)
         S = tl.dot(tl.trans(((v) * until_0[:, None]).to(OT)), key_0, S, input_precision=PRECISION)
-        S_importance = S_importance * whole_0
+        S_importance = S_importance * tl.exp(whole_0)
         S_importance = tl.dot(tl.trans(((b) * until_0[:, None]).to(OT)), key_1, S_importance, input_precision=PRECISION)
     if S_end is not None:
         tl.store(S_end + user, S, mask=m_tile)
@@ -2097,6 +2098,14 @@ def _shares(dtype, device, *sizes):
     return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
 
 
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    grid = (chunks, _cdiv(H, BH), 1)
+    _launch(_sums_kernel, grid, (decay, sums, spans), (T, low, high, NT), (H,), BH=BH, PACKED=spans is not None)
+
+
 def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, variance, want_final=True, keep=None):
     """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small.
 
@@ -2118,7 +2127,7 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
     S_end = S
     S_importance_end = S_importance
     border = torch.empty(most * H * 2 * V * K, dtype=kept, device=device)
-    sums_0 = None if keep is None else torch.empty((B, T, H), dtype=torch.float32, device=device)
+    sums_0 = torch.empty((B, T, H), dtype=torch.float32, device=device)
     for low, high in zip(bounds[:-1], bounds[1:]):
         S_start, S_end = S_end, None
         S_importance_start, S_importance_end = S_importance_end, None
@@ -2127,8 +2136,9 @@ def _ratio_forward(k, v, b, q, decay_0, I_p, S, S_importance, scale, offsets, va
             S_importance_end = torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-        pointers = (k, v, b, decay_0, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
+        pointers = (k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
         _launch(
             _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,
@@ -2196,8 +2206,9 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         S_importance_start, S_importance_end = S_importance_end, torch.empty((N, H, K, V), dtype=torch.float32, device=device)
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
+        _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
         BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-        pointers = (k, v, b, decay_0, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
+        pointers = (k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
         _launch(
             _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
             K=K, V=V, BK=BK, BV=BV, STORE=False, num_warps=warps, num_stages=3, **common,
@@ -2208,8 +2219,9 @@ def _ratio_backward(k, v, b, q, decay_0, I_p, S, S_importance, d_read_0, d_read_
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
         place = (T, low, high, NT)
         if not given:
+            _sums(decay_0, sums_0, spans, T, low, high, NT, chunks)
             BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)
-            pointers = (k, v, b, decay_0, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
+            pointers = (k, v, b, sums_0, S_start, S_importance_start, border, S_end, S_importance_end, inside, bases)
             _launch(
                 _states_kernel, (_cdiv(V, BV), _cdiv(K, BK), N * H), pointers, place, (H,),
                 K=K, V=V, BK=BK, BV=BV, STORE=True, num_warps=warps, num_stages=3, **common,

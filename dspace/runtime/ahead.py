@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from dspace.runtime.offline import Launch
 
 
-def compile_calls(module: ModuleType, calls: Iterable[Callable[[], object]], workers: int | None = None) -> int:
+def compile_calls(
+    module: ModuleType,
+    calls: Iterable[Callable[[], object]],
+    workers: int | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> int:
     """Compile for this machine's GPU what ``calls`` launch; returns the number of kernels.
 
+    This process calls ``meanwhile`` while others compile, if any do: it is work to do anyway.
     What goes wrong here is a warning: the calls themselves will compile what is missing, and raise what is to be
     raised.
     """
@@ -37,7 +43,7 @@ def compile_calls(module: ModuleType, calls: Iterable[Callable[[], object]], wor
         for call in calls:
             for launch in offline.record(module, call):
                 launches.setdefault(launch.key, launch)
-        compile_launches(list(launches.values()), workers)
+        compile_launches(list(launches.values()), workers, meanwhile)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         warnings.warn(f"kernels were not compiled ahead: {type(error).__name__}: {first[:200]}", stacklevel=2)
@@ -45,7 +51,9 @@ def compile_calls(module: ModuleType, calls: Iterable[Callable[[], object]], wor
     return len(launches)
 
 
-def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> None:
+def compile_launches(
+    launches: Sequence[Launch], workers: int | None = None, meanwhile: Callable[[], object] = lambda: None
+) -> None:
     """Compile recorded launches into Triton's caches, by ``workers`` processes (as many as there are cores, at most 16).
 
     Processes write what they compiled to Triton's cache on disk, from which this one then loads it. What they did not
@@ -55,13 +63,15 @@ def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> 
 
     workers = min(workers or _cores(), 16)
     if len(launches) > 2 and workers > 1 and hasattr(os, "fork"):
-        compile_in_processes(launches, min(workers, len(launches)))
+        compile_in_processes(launches, min(workers, len(launches)), meanwhile=meanwhile)
     with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
         for launch in launches:
             launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
 
 
-def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float = 300.0) -> None:
+def compile_in_processes(
+    launches: Sequence[Launch], workers: int, limit: float = 300.0, meanwhile: Callable[[], object] = lambda: None
+) -> None:
     """Compile ``launches`` into Triton's cache on disk by forked processes, which are stopped after ``limit`` seconds."""
     from triton.runtime import driver
 
@@ -82,6 +92,7 @@ def compile_in_processes(launches: Sequence[Launch], workers: int, limit: float 
                 _work(launches, tickets, stand_in, launcher)
             children.add(child)
         end = time.monotonic() + limit
+        meanwhile()
         while children and time.monotonic() < end:
             ended = {child for child in children if _ended(child)}
             children -= ended

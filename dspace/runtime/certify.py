@@ -171,7 +171,11 @@ def certify_module(
     if device == "cuda":
         from dspace.runtime import ahead
 
-        ahead.compile_calls(module, ahead.certificate_calls(examiner, runs))
+        def prepare() -> None:
+            for case, dtype in runs if quick else ():  # all of the others would not fit in memory at once
+                examiner.prepare(case, dtype, seed + todo.index(case))
+
+        ahead.compile_calls(module, ahead.certificate_calls(examiner, runs), meanwhile=prepare)
     for number, case in enumerate(todo):
         if progress is not None:
             progress(str(case))
@@ -208,11 +212,20 @@ class Examiner:
         self.gates = gates(self.coordinates.normal)
         self.letter = str(module.SPEC["class"])
         self.has_variance = bool(module.SPEC["variance"])
+        self.prepared: dict[tuple[Case, str, int], tuple[Arguments, Results, dict[str, Tensor]]] = {}
+
+    def prepare(self, case: Case, dtype: str, seed: int) -> tuple[Arguments, Results, dict[str, Tensor]]:
+        """Arguments, what the oracle makes of them, and the cotangents of that: kept until they are examined."""
+        key = (case, dtype, seed)
+        if key not in self.prepared:
+            arguments = self._arguments(case, getattr(torch, dtype), seed)
+            self.prepared[key] = (arguments, *self._oracle(case, arguments, seed))
+        return self.prepared[key]
 
     def examine(self, case: Case, dtype: str, seed: int, forms: Sequence[str] = FORMS) -> Iterator[Check]:
         """All checks of one case in one dtype."""
-        arguments = self._arguments(case, getattr(torch, dtype), seed)
-        expected, cotangents = self._oracle(case, arguments, seed)
+        arguments, expected, cotangents = self.prepare(case, dtype, seed)
+        del self.prepared[case, dtype, seed]
         narrow = Narrow(self, case, arguments, seed)
         for form in forms:
             found = self._run(form, case, arguments, cotangents)

@@ -30,7 +30,7 @@ _RESERVED = frozenset(
     """along at base batch before begin bounds change channel channel_t chunks adjoints column column_8 dtype end half inside
     lane_row last left like live live_column live_row many middle offsets operand own part parts place pointers product products
     reads results row side slot slots spans tile token triton tl until user values whole zero zeros
-    ahead arguments bases border first step past o_r bytes_a_token common decay device grads here inputs start sums tensors
+    ahead arguments bases border bytes_a_token common decay device grads here inputs start sums tensors
     given high keep kept longest low most precision registers slabs unroll variance warps
     B T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL AHEAD""".split()
 )

@@ -25,7 +25,6 @@ def states_kernel(words: Words) -> str:
     keys, values = words.tensors("k", plan.keys), words.tensors("v", plan.values)
     pointers = [
         *(f"{n}_in" for n in (*keys, *values)),
-        *(f"{d}_in" for d in words.decays),
         *words.sums,
         *(f"{s}_start" for s in words.states),
         "chunks",
@@ -38,10 +37,7 @@ def states_kernel(words: Words) -> str:
         f"K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STORE: tl.constexpr, {OPTIONS}",
     )
     lines += '''
-    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type.
-
-    The first program of a head keeps the sums of log decays inside the chunks, where they are wanted.
-    """
+    """S at the start of every chunk of 16 tokens, kept as [chunk, head, state, V, K] in the operand type."""
     o_v = tl.program_id(0) * BV + tl.arange(0, BV)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     i_n = tl.program_id(2) // H
@@ -60,14 +56,9 @@ def states_kernel(words: Words) -> str:
             "    else:",
             f"        {s} = tl.load({s}_start + user, mask=m_tile, other=0.0).to(tl.float32)",
         ]
-    ahead = "_step(decay_{0}_in + (begin + {1}o_r) * H + i_h, begin + {1}o_r < end)"
-    lines += [
-        "    # no scan: with one in the loop, Triton 3.6 loads nothing ahead",
-        "    o_r = o_c[None, :]",
-        "    past = o_c[:, None] >= o_r",
-        *(f"    next_{d} = {ahead.format(d, '')}" for d in range(len(plan.decays))),
-    ]
-    lines.append("    first = o_c + tl.program_id(0) + tl.program_id(1) == o_c")
+    last = "(tl.minimum(begin + {} * 16 + 16, end) - 1) * H + i_h"
+    for d in range(len(plan.decays)):
+        lines.append(f"    next_{d} = tl.load(sums_{d} + {last.format(0)}, mask=begin < end, other=0.0)")
     lines += [
         "    for i_c in range(0, tl.cdiv(end - begin, 16)):",
         f"        slot = chunks + ((base + i_c) * H + i_h) * {len(plan.states)} * V * K + tile",
@@ -82,13 +73,10 @@ def states_kernel(words: Words) -> str:
 """.strip("\n").splitlines()
     for d in range(len(plan.decays)):
         lines += [
-            f"        step = next_{d}",
-            f"        next_{d} = {ahead.format(d, 'i_c * 16 + 16 + ')}  # of the next turn",
-            "        part, whole = tl.sum(tl.where(past, step, 0.0), axis=1), tl.sum(step)",
-            f"        if sums_{d} is not None:",
-            f"            tl.store(sums_{d} + at, part, mask=live & first)",
-            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)",
-            f"        whole_{d} = tl.exp(whole)",
+            f"        whole_{d} = next_{d}",
+            f"        next_{d} = tl.load(sums_{d} + {last.format('(i_c + 1)')})  # of the next turn; behind the end, the last",
+            f"        part = tl.load(sums_{d} + at, mask=live, other=0.0)",
+            f"        until_{d} = tl.where(live, tl.exp(tl.minimum(whole_{d} - part, 0.0)), 0.0)",
         ]
     for n, axis in [*((n, "k") for n in keys), *((n, "v") for n in values)]:
         at = f"{n}_in + at[:, None] * {axis.upper()} + o_{axis}[None, :]"
@@ -98,7 +86,7 @@ def states_kernel(words: Words) -> str:
     show = RatioPrinter(words.names)
     for state in plan.states:
         name = words.of(state.symbol)
-        lines.append(f"        {name} = {name} * whole_{state.group}")
+        lines.append(f"        {name} = {name} * tl.exp(whole_{state.group})")
         for w in state.writes:
             value = f"(({show(plan.values[w.value])}) * until_{state.group}[:, None]).to(OT)"
             lines.append(f"        {name} = tl.dot(tl.trans({value}), key_{w.key}, {name}, input_precision=PRECISION)")

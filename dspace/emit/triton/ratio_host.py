@@ -91,6 +91,13 @@ def _shares(dtype, device, *sizes):
     """Tensors of these numbers of elements (multiples of 16, save the last one's) in one allocation."""
     return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
 
+
+def _sums(decay, sums, spans, T, low, high, NT, chunks):
+    """Sums of log decays inside the chunks of a window."""
+    H = decay.shape[2]
+    BH = _tile(H, 64)
+    grid = (chunks, _cdiv(H, BH), 1)
+    _launch(_sums_kernel, grid, (decay, sums, spans), (T, low, high, NT), (H,), BH=BH, PACKED=spans is not None)
 '''
 
 
@@ -138,7 +145,6 @@ def _sizes_lines(words: Words, names: dict[str, list[str]], adjoints: int) -> li
 
 
 _STATE = "torch.empty((N, H, K, V), dtype=torch.float32, device=device)"
-_SUMS = "torch.empty((B, T, H), dtype=torch.float32, device=device)"
 
 TABLES = """
         inside, spans, bases, NT, chunks = _window(T, low, high, offsets, N)
@@ -147,10 +153,11 @@ TABLES = """
 
 
 def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent: int) -> list[str]:
-    """States of one window, and its decay sums."""
-    border = [*names["key_in"], *names["value_in"], *words.decays, *words.sums]
+    """Decay sums and states of one window."""
+    border = [*names["key_in"], *names["value_in"], *words.sums]
     border += [*(f"{s}_start" for s in names["states"]), "border", *(f"{s}_end" for s in names["states"])]
     lines = [
+        *(f"_sums(decay_{d}, sums_{d}, spans, T, low, high, NT, chunks)" for d in range(len(words.plan.decays))),
         "BK, BV, warps = _chosen(_states_proposals, 'ratio_states', K, V, dtype)",
         f"pointers = ({', '.join(border)}, inside, bases)",
         "_launch(",
@@ -177,7 +184,7 @@ def forward(words: Words) -> str:
     lines += [f"    {s}_end = {s}" for s in n["states"]]
     lines += [
         f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
-        *(f"    {s} = None if keep is None else {_SUMS}" for s in words.sums),
+        *(f"    {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
         "    for low, high in zip(bounds[:-1], bounds[1:]):",
         *(f"        {s}_start, {s}_end = {s}_end, None" for s in n["states"]),
         "        if want_final or high < T:",
@@ -249,7 +256,7 @@ def backward(words: Words) -> str:
         f"        border, {', '.join(words.sums)} = given",
         "    else:",
         f"        border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
-        *(f"        {s} = {_SUMS}" for s in words.sums),
+        *(f"        {s} = torch.empty((B, T, H), dtype=torch.float32, device=device)" for s in words.sums),
         *_shared(kept_parts, "kept"),
         *_shared(full_parts, "torch.float32"),
         "    # states at the start of every window",

@@ -66,6 +66,17 @@ def _step(at, mask):
     return tl.minimum(tl.maximum(tl.load(at, mask=mask, other=0.0).to(tl.float32), -40.0), 0.0)
 
 
+@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])
+def _sums_kernel(decay, sums, spans, T, LOW, HIGH, NT, H, BH: tl.constexpr, PACKED: tl.constexpr):
+    """Sums of log decays from the start of each token's chunk, float32."""
+    begin, end = _chunk(spans, tl.program_id(0), T, LOW, HIGH, NT, PACKED)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    token = begin + tl.arange(0, 16)
+    here = (token < end)[:, None] & (o_h < H)[None, :]
+    at = token[:, None] * H + o_h[None, :]
+    tl.store(sums + at, tl.cumsum(_step(decay + at, here), axis=0), mask=here)
+
+
 @_kernel
 def _tile_step(at, mask):
     return tl.minimum(tl.maximum(_get(at, mask).to(tl.float32), -40.0), 0.0)
