@@ -1,6 +1,6 @@
 """Classes a, b and fold on a GPU: forward and forward + backward, beside fla-core in the same run where it is installed.
 
-    python benchmarks/chunkwise_gpu.py [--peer] [--seconds N] [--json FILE]
+    python benchmarks/chunkwise_gpu.py [--only NAME ...] [--peer] [--seconds N] [--json FILE]
 
 bf16 inputs, medians of ``triton.testing.do_bench``, milliseconds. A variant is timed only after its outputs and every
 gradient agree with the float64 reference on a small problem; otherwise its row says so instead of a time.
@@ -114,11 +114,11 @@ def try_peer(name: str, label: str) -> None:
         torch.cuda.synchronize()
 
 
-def compile_peers(seconds: float) -> None:
-    """:func:`try_peer` of all operators and shapes at once, each in a process of its own."""
+def compile_peers(names: list[str], seconds: float) -> None:
+    """:func:`try_peer` of these variants and all shapes at once, each in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--try-peer"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([*command, n, s], **quiet) for n in PEERS for s in SHAPES]  # type: ignore[call-overload]
+    running = [subprocess.Popen([*command, n, s], **quiet) for n in names for s in SHAPES]  # type: ignore[call-overload]
     for process in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
@@ -127,6 +127,7 @@ def compile_peers(seconds: float) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants")
     arguments.add_argument("--peer", action="store_true", help="time fla-core beside (autotunes for minutes)")
     arguments.add_argument("--seconds", type=float, default=200.0, help="for compiling what fla-core tries")
     arguments.add_argument(
@@ -138,10 +139,10 @@ def main() -> None:
         return try_peer(*asked.try_peer)
     if asked.peer:
         os.environ["FLA_CACHE_RESULTS"] = "0"  # what is chosen beside other processes is no choice
-        compile_peers(asked.seconds)
+        compile_peers([n for n in asked.only if n in PEERS], asked.seconds)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     rows = []
-    for name in VARIANTS:
+    for name in asked.only:
         module = dspace.compile(name)
         for label, shape in SHAPES.items():
             error = worst_error(module, *shape[-2:])
