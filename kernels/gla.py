@@ -17,6 +17,7 @@ Made by a program: change the spec and generate again rather than editing this f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -535,11 +536,55 @@ def _native_crew(process, threads):
     return jobs
 
 
+@functools.cache
+def _native_pool():
+    """``GOMP_parallel`` of the OpenMP under PyTorch, or None where it is absent or must not be called.
+
+    After a parallel operation of PyTorch the threads of this pool spin for milliseconds, on the cores that threads of
+    our own would need: so they get our work. A forked process has the pool without its threads, and would wait for
+    them for ever; Linux tells by the flag 0x40, and a system that tells nothing at all is not trusted.
+    """
+    try:
+        with open("/proc/self/stat") as stat:
+            flags = int(stat.read().rpartition(")")[2].split()[6])
+        pool = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    if not flags or flags & 0x40:
+        return None
+    pool.argtypes, pool.restype = (_NativeShare, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return pool
+
+
+_NativeShare = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_native_pool.cache_clear)
+
+
+def _native_team(pool, threads, work):
+    """``work()`` in this thread and the others of ``pool``; what it raises in any of them is raised here."""
+    caller = threading.get_ident()
+    errors = {caller: KeyboardInterrupt()}  # stays if Ctrl-C comes before the lines that would see it
+
+    def share(_):
+        try:
+            work()
+            errors[threading.get_ident()] = None
+        except BaseException as error:
+            errors[threading.get_ident()] = error
+
+    pool(_NativeShare(share), None, threads, 0)
+    for error in errors.values():
+        if error is not None:
+            raise error
+
+
 def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors, grain):
     """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
 
-    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once. A thread must
-    have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
+    Those of PyTorch's pool if the call needs them all, since a pool that is resized starts its threads again; else
+    plain threads. Never numba's own: calls from several threads at once, or after a fork, end its process. A thread
+    must have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
     """
     loop = _native(loop)
     arrays = [t.detach().numpy() for t in tensors]
@@ -554,6 +599,10 @@ def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensor
             first, last = tasks * i // shares, tasks * (i + 1) // shares
             loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
 
+    if threads == 1:
+        return work()
+    if threads == torch.get_num_threads() and (pool := _native_pool()):
+        return _native_team(pool, threads, work)
     helpers = [_NativeHelper(work) for _ in range(threads - 1)]
     for helper in helpers:
         _native_crew(os.getpid(), threads - 1).put(helper)
