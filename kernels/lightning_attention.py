@@ -383,7 +383,7 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, slope, saved_S, d_output, d_S, d_q,
-    d_k, d_v, d_slope, S, past_S, sum0, sum1, sum2, sum3,
+    d_k, d_v, d_slope, near_q, near_k, near_v, past_S, near_d_output, sum0, sum1, sum2, sum3,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -404,36 +404,45 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    S[i, j] = saved_S[segment, head][i, j]
-            for i in range(size_k):
+                    past_S[0][i, j] = saved_S[segment, head][i, j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_S[0][i, j] = S[i, j]
+                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
                 c0 = math.exp(-slope_h)
                 for i in range(size_k):
-                    S_row = S[i]
+                    S_h_row = S_h[i]
                     k_i = k_t[i]
                     S_next_row = S_next[i]
                     for j in range(size_v):
-                        S_ij = S_row[j]
+                        S_ij = S_h_row[j]
                         S_new = S_ij * c0 + k_i * v_t[j]
-                        S_row[j] = S_new
                         S_next_row[j] = S_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
-                d_output_t = d_output[token, head]
+                d_output_t = near_d_output[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -480,7 +489,7 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (size_k,), (size_k,), (size_v,), (size_v,)],
     ),
 }
 
@@ -810,7 +819,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

@@ -419,8 +419,8 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, g, b, I_p, saved_S, saved_S_importance,
-    d_output, d_S, d_S_importance, d_q, d_k, d_v, d_g, d_b, d_I_p, S, past_S, S_importance, past_S_importance,
-    sum0, sum1, sum2, sum3, sum4, sum6, sum7,
+    d_output, d_S, d_S_importance, d_q, d_k, d_v, d_g, d_b, d_I_p, near_q, near_k, near_v, near_b, past_S,
+    past_S_importance, near_d_output, sum0, sum1, sum2, sum3, sum4, sum6, sum7,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -442,56 +442,65 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_b[token - start][j] = b[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    S[i, j] = saved_S[segment, head][i, j]
+                    past_S[0][i, j] = saved_S[segment, head][i, j]
             for i in range(size_k):
                 for j in range(size_v):
-                    past_S[0][i, j] = S[i, j]
-            for i in range(size_k):
+                    past_S_importance[0][i, j] = saved_S_importance[segment, head][i, j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    S_importance[i, j] = saved_S_importance[segment, head][i, j]
-            for i in range(size_k):
-                for j in range(size_v):
-                    past_S_importance[0][i, j] = S_importance[i, j]
+                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 g_t = g[token, head]
-                b_t = b[token, head]
+                b_t = near_b[token - start]
+                S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
+                S_importance_h = past_S_importance[token - start]
                 S_importance_next = past_S_importance[token - start + 1]
                 c0 = math.exp(g_t)
                 for i in range(size_k):
-                    S_row = S[i]
-                    S_importance_row = S_importance[i]
+                    S_h_row = S_h[i]
+                    S_importance_h_row = S_importance_h[i]
                     k_i = k_t[i]
                     row0 = k_i * k_i
                     S_next_row = S_next[i]
                     S_importance_next_row = S_importance_next[i]
                     for j in range(size_v):
-                        S_ij = S_row[j]
-                        S_importance_ij = S_importance_row[j]
+                        S_ij = S_h_row[j]
+                        S_importance_ij = S_importance_h_row[j]
                         S_new = S_ij * c0 + k_i * v_t[j]
                         S_importance_new = S_importance_ij * c0 + b_t[j] * row0
-                        S_row[j] = S_new
-                        S_importance_row[j] = S_importance_new
                         S_next_row[j] = S_new
                         S_importance_next_row[j] = S_importance_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 g_t = g[token, head]
-                b_t = b[token, head]
+                b_t = near_b[token - start]
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
                 S_importance_old = past_S_importance[token - start]
                 S_importance_now = past_S_importance[token - start + 1]
-                d_output_t = d_output[token, head]
+                d_output_t = near_d_output[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -616,8 +625,8 @@ def _native_forward_variance_loop(
 
 def _native_backward_variance_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, g, b, I_p, saved_S, saved_S_importance,
-    d_output, d_variance, d_S, d_S_importance, d_q, d_k, d_v, d_g, d_b, d_I_p, S, past_S, S_importance,
-    past_S_importance, sum0, sum1, sum2, sum3, sum4, sum5, sum7, sum8,
+    d_output, d_variance, d_S, d_S_importance, d_q, d_k, d_v, d_g, d_b, d_I_p, near_q, near_k, near_v, near_b,
+    past_S, past_S_importance, near_d_output, near_d_variance, sum0, sum1, sum2, sum3, sum4, sum5, sum7, sum8,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -639,57 +648,69 @@ def _native_backward_variance_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_b[token - start][j] = b[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    S[i, j] = saved_S[segment, head][i, j]
+                    past_S[0][i, j] = saved_S[segment, head][i, j]
             for i in range(size_k):
                 for j in range(size_v):
-                    past_S[0][i, j] = S[i, j]
-            for i in range(size_k):
+                    past_S_importance[0][i, j] = saved_S_importance[segment, head][i, j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    S_importance[i, j] = saved_S_importance[segment, head][i, j]
-            for i in range(size_k):
+                    near_d_output[token - start][j] = d_output[token, head][j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_S_importance[0][i, j] = S_importance[i, j]
+                    near_d_variance[token - start][j] = d_variance[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 g_t = g[token, head]
-                b_t = b[token, head]
+                b_t = near_b[token - start]
+                S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
+                S_importance_h = past_S_importance[token - start]
                 S_importance_next = past_S_importance[token - start + 1]
                 c0 = math.exp(g_t)
                 for i in range(size_k):
-                    S_row = S[i]
-                    S_importance_row = S_importance[i]
+                    S_h_row = S_h[i]
+                    S_importance_h_row = S_importance_h[i]
                     k_i = k_t[i]
                     row0 = k_i * k_i
                     S_next_row = S_next[i]
                     S_importance_next_row = S_importance_next[i]
                     for j in range(size_v):
-                        S_ij = S_row[j]
-                        S_importance_ij = S_importance_row[j]
+                        S_ij = S_h_row[j]
+                        S_importance_ij = S_importance_h_row[j]
                         S_new = S_ij * c0 + k_i * v_t[j]
                         S_importance_new = S_importance_ij * c0 + b_t[j] * row0
-                        S_row[j] = S_new
-                        S_importance_row[j] = S_importance_new
                         S_next_row[j] = S_new
                         S_importance_next_row[j] = S_importance_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 g_t = g[token, head]
-                b_t = b[token, head]
+                b_t = near_b[token - start]
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
                 S_importance_old = past_S_importance[token - start]
                 S_importance_now = past_S_importance[token - start + 1]
-                d_output_t = d_output[token, head]
-                d_variance_t = d_variance[token, head]
+                d_output_t = near_d_output[token - start]
+                d_variance_t = near_d_variance[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -764,7 +785,7 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every, size_v,), (every + 1, size_k, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_v,), (size_v,)],
     ),
     ('forward', True): (
         _native_forward_variance_loop,
@@ -772,7 +793,7 @@ _NATIVE = {
     ),
     ('backward', True): (
         _native_backward_variance_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every, size_v,), (every + 1, size_k, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_v,), (size_v,)],
     ),
 }
 
@@ -1102,7 +1123,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

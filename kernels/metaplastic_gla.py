@@ -420,8 +420,8 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, b, g, I_p, saved_M, saved_Ibar,
-    d_output, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, M, past_M, Ibar, past_Ibar, row0_, sum0, sum1, sum2,
-    sum3, sum4, sum5, sum6, sum7,
+    d_output, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, near_q, near_k, near_v, near_b, near_g, past_M,
+    past_Ibar, near_d_output, row0_, sum0, sum1, sum2, sum3, sum4, sum5, sum6, sum7,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -444,30 +444,44 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_b[token - start][j] = b[token, head][j]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_g[token - start][i] = g[token, head][i]
             for i in range(size_k):
                 for j in range(size_v):
-                    M[i, j] = saved_M[segment, head][i, j]
+                    past_M[0][i, j] = saved_M[segment, head][i, j]
             for i in range(size_k):
                 for j in range(size_v):
-                    past_M[0][i, j] = M[i, j]
-            for i in range(size_k):
+                    past_Ibar[0][i, j] = saved_Ibar[segment, head][i, j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    Ibar[i, j] = saved_Ibar[segment, head][i, j]
-            for i in range(size_k):
-                for j in range(size_v):
-                    past_Ibar[0][i, j] = Ibar[i, j]
+                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
-                b_t = b[token, head]
-                g_t = g[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                b_t = near_b[token - start]
+                g_t = near_g[token - start]
+                M_h = past_M[token - start]
                 M_next = past_M[token - start + 1]
+                Ibar_h = past_Ibar[token - start]
                 Ibar_next = past_Ibar[token - start + 1]
                 for i in range(size_k):
-                    Ibar_row = Ibar[i]
-                    M_row = M[i]
+                    Ibar_h_row = Ibar_h[i]
+                    M_h_row = M_h[i]
                     g_i = g_t[i]
                     k_i = k_t[i]
                     row0 = math.exp(g_i)
@@ -475,26 +489,24 @@ def _native_backward_loop(
                     M_next_row = M_next[i]
                     Ibar_next_row = Ibar_next[i]
                     for j in range(size_v):
-                        Ibar_ij = Ibar_row[j]
-                        M_ij = M_row[j]
+                        Ibar_ij = Ibar_h_row[j]
+                        M_ij = M_h_row[j]
                         M_new = M_ij * row0 + k_i * v_t[j]
                         Ibar_new = Ibar_ij * row0 + b_t[j] * row1
-                        M_row[j] = M_new
-                        Ibar_row[j] = Ibar_new
                         M_next_row[j] = M_new
                         Ibar_next_row[j] = Ibar_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
-                b_t = b[token, head]
-                g_t = g[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                b_t = near_b[token - start]
+                g_t = near_g[token - start]
                 M_old = past_M[token - start]
                 M_now = past_M[token - start + 1]
                 Ibar_old = past_Ibar[token - start]
                 Ibar_now = past_Ibar[token - start + 1]
-                d_output_t = d_output[token, head]
+                d_output_t = near_d_output[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -629,8 +641,9 @@ def _native_forward_variance_loop(
 
 def _native_backward_variance_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, b, g, I_p, saved_M, saved_Ibar,
-    d_output, d_variance, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, M, past_M, Ibar, past_Ibar, row0_, sum0,
-    sum1, sum2, sum3, sum4, sum5, sum6, sum7, sum8,
+    d_output, d_variance, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, near_q, near_k, near_v, near_b, near_g,
+    past_M, past_Ibar, near_d_output, near_d_variance, row0_, sum0, sum1, sum2, sum3, sum4, sum5, sum6, sum7,
+    sum8,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -653,30 +666,47 @@ def _native_backward_variance_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_b[token - start][j] = b[token, head][j]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_g[token - start][i] = g[token, head][i]
             for i in range(size_k):
                 for j in range(size_v):
-                    M[i, j] = saved_M[segment, head][i, j]
+                    past_M[0][i, j] = saved_M[segment, head][i, j]
             for i in range(size_k):
                 for j in range(size_v):
-                    past_M[0][i, j] = M[i, j]
-            for i in range(size_k):
+                    past_Ibar[0][i, j] = saved_Ibar[segment, head][i, j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    Ibar[i, j] = saved_Ibar[segment, head][i, j]
-            for i in range(size_k):
+                    near_d_output[token - start][j] = d_output[token, head][j]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_Ibar[0][i, j] = Ibar[i, j]
+                    near_d_variance[token - start][j] = d_variance[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
-                b_t = b[token, head]
-                g_t = g[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                b_t = near_b[token - start]
+                g_t = near_g[token - start]
+                M_h = past_M[token - start]
                 M_next = past_M[token - start + 1]
+                Ibar_h = past_Ibar[token - start]
                 Ibar_next = past_Ibar[token - start + 1]
                 for i in range(size_k):
-                    Ibar_row = Ibar[i]
-                    M_row = M[i]
+                    Ibar_h_row = Ibar_h[i]
+                    M_h_row = M_h[i]
                     g_i = g_t[i]
                     k_i = k_t[i]
                     row0 = math.exp(g_i)
@@ -684,27 +714,25 @@ def _native_backward_variance_loop(
                     M_next_row = M_next[i]
                     Ibar_next_row = Ibar_next[i]
                     for j in range(size_v):
-                        Ibar_ij = Ibar_row[j]
-                        M_ij = M_row[j]
+                        Ibar_ij = Ibar_h_row[j]
+                        M_ij = M_h_row[j]
                         M_new = M_ij * row0 + k_i * v_t[j]
                         Ibar_new = Ibar_ij * row0 + b_t[j] * row1
-                        M_row[j] = M_new
-                        Ibar_row[j] = Ibar_new
                         M_next_row[j] = M_new
                         Ibar_next_row[j] = Ibar_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
-                b_t = b[token, head]
-                g_t = g[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                b_t = near_b[token - start]
+                g_t = near_g[token - start]
                 M_old = past_M[token - start]
                 M_now = past_M[token - start + 1]
                 Ibar_old = past_Ibar[token - start]
                 Ibar_now = past_Ibar[token - start + 1]
-                d_output_t = d_output[token, head]
-                d_variance_t = d_variance[token, head]
+                d_output_t = near_d_output[token - start]
+                d_variance_t = near_d_variance[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -788,7 +816,7 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_k,), (size_k,), (size_k,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every, size_v,), (every, size_k,), (every + 1, size_k, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_k,), (size_k,), (size_k,)],
     ),
     ('forward', True): (
         _native_forward_variance_loop,
@@ -796,7 +824,7 @@ _NATIVE = {
     ),
     ('backward', True): (
         _native_backward_variance_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_k,), (size_k,), (size_k,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every, size_v,), (every, size_k,), (every + 1, size_k, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,), (size_k,), (size_k,), (size_k,)],
     ),
 }
 
@@ -1126,7 +1154,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

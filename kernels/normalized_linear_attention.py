@@ -404,7 +404,8 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, eps, saved_S, saved_z, d_output, d_S,
-    d_z, d_q, d_k, d_v, d_eps, S, past_S, z, past_z, z_new, row1, sum1, sum3, sum4, sum5,
+    d_z, d_q, d_k, d_v, d_eps, near_q, near_k, near_v, past_S, past_z, z_new, near_d_output, row1, sum1, sum3,
+    sum4, sum5,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -426,48 +427,55 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    S[i, j] = saved_S[segment, head][i, j]
+                    past_S[0][i, j] = saved_S[segment, head][i, j]
             for i in range(size_k):
+                past_z[0][i] = saved_z[segment, head][i]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_S[0][i, j] = S[i, j]
-            for i in range(size_k):
-                z[i] = saved_z[segment, head][i]
-            for i in range(size_k):
-                past_z[0][i] = z[i]
+                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
+                S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
+                z_h = past_z[token - start]
                 z_next = past_z[token - start + 1]
                 for i in range(size_k):
-                    z_new_i = k_t[i] + z[i]
+                    z_new_i = k_t[i] + z_h[i]
                     z_new[i] = z_new_i
-                    z_next[i] = z_new_i
                 for i in range(size_k):
-                    S_row = S[i]
+                    S_h_row = S_h[i]
                     k_i = k_t[i]
                     S_next_row = S_next[i]
                     for j in range(size_v):
-                        S_ij = S_row[j]
+                        S_ij = S_h_row[j]
                         S_new = S_ij + k_i * v_t[j]
-                        S_row[j] = S_new
                         S_next_row[j] = S_new
                 for i in range(size_k):
-                    z[i] = z_new[i]
+                    z_next[i] = z_new[i]
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
                 z_old = past_z[token - start]
                 z_now = past_z[token - start + 1]
-                d_output_t = d_output[token, head]
+                d_output_t = near_d_output[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -519,7 +527,7 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (every + 1, size_k,), (size_k,), (size_k,), (size_v,), (size_k,), (size_k,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every + 1, size_k, size_v,), (every + 1, size_k,), (size_k,), (every, size_v,), (size_k,), (size_v,), (size_k,), (size_k,), (size_v,)],
     ),
 }
 
@@ -849,7 +857,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

@@ -417,8 +417,8 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, b, g, I_p, saved_M, saved_Ibar,
-    d_output, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, M, past_M, Ibar, past_Ibar, Ibar_new, row0, row1,
-    row5, sum0, sum1, sum2, sum5,
+    d_output, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, near_q, near_k, near_v, past_M, past_Ibar, Ibar_new,
+    near_d_output, row0, row1, row5, sum0, sum1, sum2, sum5,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -440,53 +440,60 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    M[i, j] = saved_M[segment, head][i, j]
+                    past_M[0][i, j] = saved_M[segment, head][i, j]
             for i in range(size_k):
+                past_Ibar[0][i] = saved_Ibar[segment, head][i]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_M[0][i, j] = M[i, j]
-            for i in range(size_k):
-                Ibar[i] = saved_Ibar[segment, head][i]
-            for i in range(size_k):
-                past_Ibar[0][i] = Ibar[i]
+                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 b_t = b[token, head]
                 g_t = g[token, head]
+                M_h = past_M[token - start]
                 M_next = past_M[token - start + 1]
+                Ibar_h = past_Ibar[token - start]
                 Ibar_next = past_Ibar[token - start + 1]
                 c0 = math.exp(g_t)
                 for i in range(size_k):
-                    Ibar_new_i = Ibar[i] * c0 + b_t * k_t[i] * k_t[i]
+                    Ibar_new_i = Ibar_h[i] * c0 + b_t * k_t[i] * k_t[i]
                     Ibar_new[i] = Ibar_new_i
-                    Ibar_next[i] = Ibar_new_i
                 for i in range(size_k):
-                    M_row = M[i]
+                    M_h_row = M_h[i]
                     k_i = k_t[i]
                     M_next_row = M_next[i]
                     for j in range(size_v):
-                        M_ij = M_row[j]
+                        M_ij = M_h_row[j]
                         M_new = M_ij * c0 + k_i * v_t[j]
-                        M_row[j] = M_new
                         M_next_row[j] = M_new
                 for i in range(size_k):
-                    Ibar[i] = Ibar_new[i]
+                    Ibar_next[i] = Ibar_new[i]
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 b_t = b[token, head]
                 g_t = g[token, head]
                 M_old = past_M[token - start]
                 M_now = past_M[token - start + 1]
                 Ibar_old = past_Ibar[token - start]
                 Ibar_now = past_Ibar[token - start + 1]
-                d_output_t = d_output[token, head]
+                d_output_t = near_d_output[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -610,8 +617,8 @@ def _native_forward_variance_loop(
 
 def _native_backward_variance_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, b, g, I_p, saved_M, saved_Ibar,
-    d_output, d_variance, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, M, past_M, Ibar, past_Ibar, Ibar_new,
-    row0, row1, row6, sum0, sum2, sum3, sum6,
+    d_output, d_variance, d_M, d_Ibar, d_q, d_k, d_v, d_b, d_g, d_I_p, near_q, near_k, near_v, past_M,
+    past_Ibar, Ibar_new, near_d_output, near_d_variance, row0, row1, row6, sum0, sum2, sum3, sum6,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -633,54 +640,64 @@ def _native_backward_variance_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_q[token - start][i] = q[token, head][i]
+            for token in range(start, stop):
+                for i in range(size_k):
+                    near_k[token - start][i] = k[token, head][i]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_v[token - start][j] = v[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
-                    M[i, j] = saved_M[segment, head][i, j]
+                    past_M[0][i, j] = saved_M[segment, head][i, j]
             for i in range(size_k):
+                past_Ibar[0][i] = saved_Ibar[segment, head][i]
+            for token in range(start, stop):
                 for j in range(size_v):
-                    past_M[0][i, j] = M[i, j]
-            for i in range(size_k):
-                Ibar[i] = saved_Ibar[segment, head][i]
-            for i in range(size_k):
-                past_Ibar[0][i] = Ibar[i]
+                    near_d_output[token - start][j] = d_output[token, head][j]
+            for token in range(start, stop):
+                for j in range(size_v):
+                    near_d_variance[token - start][j] = d_variance[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 b_t = b[token, head]
                 g_t = g[token, head]
+                M_h = past_M[token - start]
                 M_next = past_M[token - start + 1]
+                Ibar_h = past_Ibar[token - start]
                 Ibar_next = past_Ibar[token - start + 1]
                 c0 = math.exp(g_t)
                 for i in range(size_k):
-                    Ibar_new_i = Ibar[i] * c0 + b_t * k_t[i] * k_t[i]
+                    Ibar_new_i = Ibar_h[i] * c0 + b_t * k_t[i] * k_t[i]
                     Ibar_new[i] = Ibar_new_i
-                    Ibar_next[i] = Ibar_new_i
                 for i in range(size_k):
-                    M_row = M[i]
+                    M_h_row = M_h[i]
                     k_i = k_t[i]
                     M_next_row = M_next[i]
                     for j in range(size_v):
-                        M_ij = M_row[j]
+                        M_ij = M_h_row[j]
                         M_new = M_ij * c0 + k_i * v_t[j]
-                        M_row[j] = M_new
                         M_next_row[j] = M_new
                 for i in range(size_k):
-                    Ibar[i] = Ibar_new[i]
+                    Ibar_next[i] = Ibar_new[i]
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = q[token, head]
-                k_t = k[token, head]
-                v_t = v[token, head]
+                q_t = near_q[token - start]
+                k_t = near_k[token - start]
+                v_t = near_v[token - start]
                 b_t = b[token, head]
                 g_t = g[token, head]
                 M_old = past_M[token - start]
                 M_now = past_M[token - start + 1]
                 Ibar_old = past_Ibar[token - start]
                 Ibar_now = past_Ibar[token - start + 1]
-                d_output_t = d_output[token, head]
-                d_variance_t = d_variance[token, head]
+                d_output_t = near_d_output[token - start]
+                d_variance_t = near_d_variance[token - start]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -753,7 +770,7 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (every + 1, size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every + 1, size_k, size_v,), (every + 1, size_k,), (size_k,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,)],
     ),
     ('forward', True): (
         _native_forward_variance_loop,
@@ -761,7 +778,7 @@ _NATIVE = {
     ),
     ('backward', True): (
         _native_backward_variance_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_k,), (every + 1, size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every + 1, size_k, size_v,), (every + 1, size_k,), (size_k,), (every, size_v,), (every, size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_v,)],
     ),
 }
 
@@ -1091,7 +1108,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

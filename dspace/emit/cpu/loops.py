@@ -39,10 +39,7 @@ def without_variance(expr: sympy.Expr) -> sympy.Expr:
 
 
 def forward_token(r: Recurrence, variance: bool, *, readout: bool = True) -> Token:
-    """One token forward; without ``readout`` the states alone, each written to ``past NAME`` too.
-
-    What is written beside the states is named as no state of a spec can be.
-    """
+    """One token forward; without ``readout`` the states alone."""
     new = {s.symbol: new_symbol(s) for s in r.states}
     seen = new if r.read == "after" else {}
     outputs: dict[str, tuple[Axes, sympy.Expr]] = {}
@@ -50,8 +47,6 @@ def forward_token(r: Recurrence, variance: bool, *, readout: bool = True) -> Tok
         outputs["output"] = ("v", r.output.xreplace(seen))
         if variance and r.variance is not None:
             outputs["variance"] = ("v", r.variance.xreplace(seen))
-    else:
-        outputs = {f"past {s.name}": (s.axes, new[s.symbol]) for s in r.states}
     return Token(
         leaves=r.axes_table(),
         defined={new[s.symbol]: s.update for s in r.states},
@@ -215,41 +210,46 @@ def _state(b: Body, symbol: sympy.Symbol, name: str, axes: Axes, array: str, bod
     return _Local(f"{array}[sequence, head]", [f"{local} = {array}[sequence, head]"])
 
 
+def _near(b: Body, array: str, v: Variable, gather: list[str], token: list[str]) -> str:
+    """A name for ``array`` at a token: of a copy of this segment's rows, so that memory is waited for once a segment.
+
+    Tokens of one head lie apart, and the processor does not foresee the way back from the last to the first.
+    """
+    place = "token, head"
+    if v.axes:
+        near = b.temporary(b.namer(f"near_{v.name}"), "every", *(f"size_{axis}" for axis in v.axes))
+        gather.append("for token in range(start, stop):")
+        gather += _indent(copy(v.axes, f"{near}[token - start]", f"{array}[token, head]"))
+        array, place = near, "token - start"
+    name, line = b.view(array, f"{v.name}_t", place)
+    token.append(line)
+    return name
+
+
 def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
-    """The backward loop: segments in reverse; in each, states forward again into ``past``, then tokens in reverse."""
+    """The backward loop: segments in reverse; in each, states forward again in ``past``, then tokens in reverse."""
     b = Body(r)
     task: list[str] = []
-    again: list[str] = []
+    gather: list[str] = []
     inputs: list[str] = []
+    again: list[str] = []
     reverse: list[str] = []
     for v in r.inputs:
-        b.loads[v.symbol], line = b.view(b.known(b.names[v.name]), f"{v.name}_t", "token, head")
-        inputs.append(line)
+        b.loads[v.symbol] = _near(b, b.known(b.names[v.name]), v, gather, inputs)
     for p in r.parameters:
         b.loads[p.symbol], line = b.view(b.known(b.names[p.name]), f"{p.name}_h", "head")
         task.append(line)
-    restart: list[str] = []
     past: dict[str, str] = {}
     for s in r.states:
         saved = b.array(f"saved_{s.name}")
-        shape = [f"size_{axis}" for axis in s.axes]
-        now = b.temporary(b.names[s.name], *(shape or ["1"]))
-        past[s.name] = b.temporary(b.namer(f"past_{s.name}"), "every + 1", *shape)
-        first = f"{past[s.name]}[0]"
+        past[s.name] = b.temporary(b.namer(f"past_{s.name}"), "every + 1", *(f"size_{axis}" for axis in s.axes))
+        gather += copy(s.axes, f"{past[s.name]}[0]", f"{saved}[segment, head]")
+        b.loads[s.symbol], line = b.view(past[s.name], f"{s.name}_h", "token - start")
+        again.append(line)
+        b.stores[s.name] = f"{past[s.name]}[token - start + 1]"
         if s.axes:
-            b.loads[s.symbol], b.stores[s.name] = now, now
-            restart += copy(s.axes, now, f"{saved}[segment, head]") + copy(s.axes, first, now)
-        else:
-            b.loads[s.symbol] = b.namer(f"{s.name}_h")
-            b.stores[s.name] = f"{now}[0]"
-            restart += [f"{now}[0] = {saved}[segment, head]", f"{first} = {now}[0]"]
-            again.append(f"{b.loads[s.symbol]} = {now}[0]")
-        place = f"{past[s.name]}[token - start + 1]"
-        if s.axes:
-            b.stores[f"past {s.name}"], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
+            b.stores[s.name], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
             again.append(line)
-        else:
-            b.stores[f"past {s.name}"] = place
     again += b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
 
     for s in r.states:
@@ -259,8 +259,7 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     given = [Variable("d_output", "v", "cotangent")]
     given += [Variable("d_variance", "v", "cotangent")] if variance else []
     for c in given:
-        b.loads[c.symbol], line = b.view(b.array(c.name), f"{c.name}_t", "token, head")
-        reverse.append(line)
+        b.loads[c.symbol] = _near(b, b.array(c.name), c, gather, reverse)
     for s in r.states:
         symbol = sympy.Symbol(f"d_{s.name}", real=True)
         reverse += _state(b, symbol, symbol.name, s.axes, b.array(symbol.name), task).load
@@ -286,7 +285,7 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
             "start = begin + (count - 1 - back) * every",
             "stop = min(start + every, end)",
             "segment = begin // every + sequence + (count - 1 - back)",
-            *restart,
+            *gather,
             "# The states of this segment once more.",
             "for token in range(start, stop):",
             *_indent(inputs + again),

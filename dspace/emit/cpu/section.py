@@ -333,7 +333,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)
