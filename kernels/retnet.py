@@ -362,6 +362,12 @@ def _native_forward_loop(
                 for i in range(size_k):
                     for j in range(size_v):
                         saved_S[segment, head][i, j] = S_h[i, j]
+            for i in range(0, size_k, 16):
+                _native_fetch(q, token + 4, head, i)
+                _native_fetch(k, token + 4, head, i)
+            for j in range(0, size_v, 16):
+                _native_fetch(v, token + 4, head, j)
+                _native_fetch(o, token + 4, head, j)
             q_t = q[token, head]
             k_t = k[token, head]
             v_t = v[token, head]
@@ -383,7 +389,7 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, g_h, saved_S, d_output, d_S, d_q, d_k,
-    d_v, d_g_h, near_q, near_k, near_v, past_S, near_d_output, sum0, sum1, sum2, sum3,
+    d_v, d_g_h, past_S, sum0, sum1, sum2, sum3,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -404,26 +410,19 @@ def _native_backward_loop(
             start = begin + (count - 1 - back) * every
             stop = min(start + every, end)
             segment = begin // every + sequence + (count - 1 - back)
-            for token in range(start, stop):
-                for i in range(size_k):
-                    near_q[token - start][i] = q[token, head][i]
-            for token in range(start, stop):
-                for i in range(size_k):
-                    near_k[token - start][i] = k[token, head][i]
-            for token in range(start, stop):
-                for j in range(size_v):
-                    near_v[token - start][j] = v[token, head][j]
             for i in range(size_k):
                 for j in range(size_v):
                     past_S[0][i, j] = saved_S[segment, head][i, j]
-            for token in range(start, stop):
-                for j in range(size_v):
-                    near_d_output[token - start][j] = d_output[token, head][j]
             # The states of this segment once more.
             for token in range(start, stop):
-                q_t = near_q[token - start]
-                k_t = near_k[token - start]
-                v_t = near_v[token - start]
+                q_t = q[token, head]
+                k_t = k[token, head]
+                v_t = v[token, head]
+                for i in range(0, size_k, 16):
+                    _native_fetch(q, token + 4, head, i)
+                    _native_fetch(k, token + 4, head, i)
+                for j in range(0, size_v, 16):
+                    _native_fetch(v, token + 4, head, j)
                 S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
                 c0 = math.exp(g_h_h)
@@ -437,12 +436,21 @@ def _native_backward_loop(
                         S_next_row[j] = S_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
-                q_t = near_q[token - start]
-                k_t = near_k[token - start]
-                v_t = near_v[token - start]
+                q_t = q[token, head]
+                k_t = k[token, head]
+                v_t = v[token, head]
+                for i in range(0, size_k, 16):
+                    _native_fetch(q, token - 4, head, i)
+                    _native_fetch(k, token - 4, head, i)
+                    _native_fetch(d_q, token - 4, head, i)
+                    _native_fetch(d_k, token - 4, head, i)
+                for j in range(0, size_v, 16):
+                    _native_fetch(v, token - 4, head, j)
+                    _native_fetch(d_output, token - 4, head, j)
+                    _native_fetch(d_v, token - 4, head, j)
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
-                d_output_t = near_d_output[token - start]
+                d_output_t = d_output[token, head]
                 d_q_t = d_q[token, head]
                 d_k_t = d_k[token, head]
                 d_v_t = d_v[token, head]
@@ -489,15 +497,37 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(every, size_k,), (every, size_k,), (every, size_v,), (every + 1, size_k, size_v,), (every, size_v,), (size_k,), (size_k,), (size_v,), (size_v,)],
+        lambda size_k, size_v, every: [(every + 1, size_k, size_v,), (size_k,), (size_k,), (size_v,), (size_v,)],
     ),
 }
+
+
+def _native_fetch(typing, array, token, head, place):
+    """For numba: ask the memory for ``array[token, head, place]`` ahead of its use, without looking whether it exists.
+
+    The rows of a head lie apart, and the processor does not foresee them: a loop would wait for memory every token.
+    """
+    from llvmlite import ir
+    from numba.core import cgutils, types
+
+    def generate(context, builder, signature, values):
+        view = context.make_array(signature.args[0])(context, builder, values[0])
+        steps = map(builder.mul, cgutils.unpack_tuple(builder, view.strides), values[1:])
+        pointer = cgutils.pointer_add(builder, view.data, functools.reduce(builder.add, steps), cgutils.voidptr_t)
+        arguments = [cgutils.voidptr_t, *[cgutils.int32_t] * 3]
+        made = ir.FunctionType(ir.VoidType(), arguments)
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", arguments[:1], made)
+        builder.call(prefetch, [pointer, *(cgutils.int32_t(flag) for flag in (0, 3, 1))])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, token, head, place), generate
 
 
 @functools.cache
 def _native(loop):
     """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
     import numba
+    import numba.extending
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
     class DistinctArrays(CompilerBase):
@@ -516,6 +546,7 @@ def _native(loop):
     # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
     # has in the next process: so the module is one that is always there.
     used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    used["_native_fetch"] = numba.extending.intrinsic(_native_fetch)
     loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)

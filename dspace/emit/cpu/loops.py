@@ -182,11 +182,13 @@ def forward(r: Recurrence, variance: bool) -> Loop:
     for s, local in zip(r.states, states, strict=True):
         place = f"{b.array(f'saved_{s.name}')}[segment, head]"
         saved += copy(s.axes, place, local.array)
+    used = [(b.names[v.name], v.axes) for v in r.inputs]
+    used += [(name, "v") for name in ("o", "variance")[: 1 + variance]]
     made = schedule(forward_token(r, variance), b.namer)
     body.append("for token in range(begin, end):")
     body += _indent(["if every and (token - begin) % every == 0:  # the backward pass restarts from here"])
     body += _indent(["segment = begin // every + sequence + (token - begin) // every", *(saved or ["pass"])], 2)
-    body += _indent(token + b.loops(made))
+    body += _indent(_fetch(used, "+ 4") + token + b.loops(made))
     name = "_native_forward_variance_loop" if variance else "_native_forward_loop"
     return b.function(name, "Tasks ``first`` to ``last`` forward, token by token.", body)
 
@@ -210,32 +212,27 @@ def _state(b: Body, symbol: sympy.Symbol, name: str, axes: Axes, array: str, bod
     return _Local(f"{array}[sequence, head]", [f"{local} = {array}[sequence, head]"])
 
 
-def _near(b: Body, array: str, v: Variable, gather: list[str], token: list[str]) -> str:
-    """A name for ``array`` at a token: of a copy of this segment's rows, so that memory is waited for once a segment.
-
-    Tokens of one head lie apart, and the processor does not foresee the way back from the last to the first.
-    """
-    place = "token, head"
-    if v.axes:
-        near = b.temporary(b.namer(f"near_{v.name}"), "every", *(f"size_{axis}" for axis in v.axes))
-        gather.append("for token in range(start, stop):")
-        gather += _indent(copy(v.axes, f"{near}[token - start]", f"{array}[token, head]"))
-        array, place = near, "token - start"
-    name, line = b.view(array, f"{v.name}_t", place)
-    token.append(line)
-    return name
+def _fetch(arrays: list[tuple[str, Axes]], ahead: str) -> list[str]:
+    """Lines that ask for the rows of the token ``ahead``, which need not exist; 16 floats are one line of memory."""
+    lines: list[str] = []
+    for axes, index in (("k", "i"), ("v", "j")):
+        if names := [name for name, on in arrays if on == axes]:
+            lines.append(f"for {index} in range(0, size_{axes}, 16):")
+            lines += [f"{INDENT}_native_fetch({name}, token {ahead}, head, {index})" for name in names]
+    return lines
 
 
 def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     """The backward loop: segments in reverse; in each, states forward again in ``past``, then tokens in reverse."""
     b = Body(r)
     task: list[str] = []
-    gather: list[str] = []
+    restart: list[str] = []
     inputs: list[str] = []
     again: list[str] = []
     reverse: list[str] = []
     for v in r.inputs:
-        b.loads[v.symbol] = _near(b, b.known(b.names[v.name]), v, gather, inputs)
+        b.loads[v.symbol], line = b.view(b.known(b.names[v.name]), f"{v.name}_t", "token, head")
+        inputs.append(line)
     for p in r.parameters:
         b.loads[p.symbol], line = b.view(b.known(b.names[p.name]), f"{p.name}_h", "head")
         task.append(line)
@@ -243,14 +240,15 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     for s in r.states:
         saved = b.array(f"saved_{s.name}")
         past[s.name] = b.temporary(b.namer(f"past_{s.name}"), "every + 1", *(f"size_{axis}" for axis in s.axes))
-        gather += copy(s.axes, f"{past[s.name]}[0]", f"{saved}[segment, head]")
+        restart += copy(s.axes, f"{past[s.name]}[0]", f"{saved}[segment, head]")
         b.loads[s.symbol], line = b.view(past[s.name], f"{s.name}_h", "token - start")
         again.append(line)
         b.stores[s.name] = f"{past[s.name]}[token - start + 1]"
         if s.axes:
             b.stores[s.name], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
             again.append(line)
-    again += b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
+    used = [(b.names[v.name], v.axes) for v in r.inputs]
+    again = _fetch(used, "+ 4") + again + b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
 
     for s in r.states:
         b.loads[s.symbol], line = b.view(past[s.name], f"{s.name}_old", "token - start")
@@ -259,12 +257,15 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     given = [Variable("d_output", "v", "cotangent")]
     given += [Variable("d_variance", "v", "cotangent")] if variance else []
     for c in given:
-        b.loads[c.symbol] = _near(b, b.array(c.name), c, gather, reverse)
+        b.loads[c.symbol], line = b.view(b.array(c.name), f"{c.name}_t", "token, head")
+        reverse.append(line)
+        used.append((b.arrays[-1], c.axes))
     for s in r.states:
         symbol = sympy.Symbol(f"d_{s.name}", real=True)
         reverse += _state(b, symbol, symbol.name, s.axes, b.array(symbol.name), task).load
     for v in r.inputs:
         array = b.array(f"d_{v.name}")
+        used.append((array, v.axes))
         if v.axes:
             b.stores[f"d_{v.name}"], line = b.view(array, f"d_{v.name}_t", "token, head")
             reverse.append(line)
@@ -277,7 +278,7 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
             task.append(line)
         else:
             b.stores[f"d_{p.name}"] = f"{array}[sequence, head]"
-    reverse += b.loops(schedule(backward_token(r, adjoint, variance), b.namer))
+    reverse = _fetch(used, "- 4") + reverse + b.loops(schedule(backward_token(r, adjoint, variance), b.namer))
 
     body = [*task, "count = (end - begin + every - 1) // every", "for back in range(count):"]
     body += _indent(
@@ -285,7 +286,7 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
             "start = begin + (count - 1 - back) * every",
             "stop = min(start + every, end)",
             "segment = begin // every + sequence + (count - 1 - back)",
-            *gather,
+            *restart,
             "# The states of this segment once more.",
             "for token in range(start, stop):",
             *_indent(inputs + again),

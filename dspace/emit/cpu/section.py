@@ -8,10 +8,32 @@ from dspace.emit.cpu.loops import Loop
 from dspace.math.ir import Analysis
 
 RUNTIME = '''
+def _native_fetch(typing, array, token, head, place):
+    """For numba: ask the memory for ``array[token, head, place]`` ahead of its use, without looking whether it exists.
+
+    The rows of a head lie apart, and the processor does not foresee them: a loop would wait for memory every token.
+    """
+    from llvmlite import ir
+    from numba.core import cgutils, types
+
+    def generate(context, builder, signature, values):
+        view = context.make_array(signature.args[0])(context, builder, values[0])
+        steps = map(builder.mul, cgutils.unpack_tuple(builder, view.strides), values[1:])
+        pointer = cgutils.pointer_add(builder, view.data, functools.reduce(builder.add, steps), cgutils.voidptr_t)
+        arguments = [cgutils.voidptr_t, *[cgutils.int32_t] * 3]
+        made = ir.FunctionType(ir.VoidType(), arguments)
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", arguments[:1], made)
+        builder.call(prefetch, [pointer, *(cgutils.int32_t(flag) for flag in (0, 3, 1))])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, token, head, place), generate
+
+
 @functools.cache
 def _native(loop):
     """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
     import numba
+    import numba.extending
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
     class DistinctArrays(CompilerBase):
@@ -30,6 +52,7 @@ def _native(loop):
     # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
     # has in the next process: so the module is one that is always there.
     used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    used["_native_fetch"] = numba.extending.intrinsic(_native_fetch)
     loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
