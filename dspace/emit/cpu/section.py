@@ -117,6 +117,15 @@ def _native_team(pool, threads, work):
             raise error
 
 
+def _native_scratch(shapes, dtype):
+    """Zeroed arrays, each from a multiple of 64 bytes on as PyTorch's are: vectors across two lines of memory are slow."""
+    counts = [math.prod(shape) for shape in shapes]
+    starts = list(itertools.accumulate((-(-count // 16) * 16 for count in counts), initial=0))
+    room = numpy.zeros(starts[-1] + 16, dtype)
+    room = room[-room.ctypes.data % 64 // room.itemsize :]
+    return [room[a : a + count].reshape(shape) for a, count, shape in zip(starts, counts, shapes)]
+
+
 def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors, grain):
     """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
 
@@ -132,7 +141,7 @@ def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensor
     turn = itertools.count()  # whoever is free takes the next share
 
     def work():
-        scratch = [numpy.zeros(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
+        scratch = _native_scratch(shapes(*sizes, every), arrays[0].dtype)
         while (i := next(turn)) < shares:
             first, last = tasks * i // shares, tasks * (i + 1) // shares
             loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
