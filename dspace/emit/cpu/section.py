@@ -13,7 +13,6 @@ def _native_fetch(typing, array, token, head, place):
 
     The rows of a head lie apart, and the processor does not foresee them: a loop would wait for memory every token.
     """
-    from llvmlite import ir
     from numba.core import cgutils, types
 
     def generate(context, builder, signature, values):
@@ -21,7 +20,7 @@ def _native_fetch(typing, array, token, head, place):
         steps = map(builder.mul, cgutils.unpack_tuple(builder, view.strides), values[1:])
         pointer = cgutils.pointer_add(builder, view.data, functools.reduce(builder.add, steps), cgutils.voidptr_t)
         arguments = [cgutils.voidptr_t, *[cgutils.int32_t] * 3]
-        made = ir.FunctionType(ir.VoidType(), arguments)
+        made = cgutils.ir.FunctionType(cgutils.ir.VoidType(), arguments)
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", arguments[:1], made)
         builder.call(prefetch, [pointer, *(cgutils.int32_t(flag) for flag in (0, 3, 1))])  # to read, to keep, data
         return context.get_dummy_value()
