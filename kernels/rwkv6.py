@@ -17,6 +17,7 @@ Made by a program: change the spec and generate again rather than editing this f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -365,6 +366,13 @@ def _native_forward_loop(
                 for i in range(size_k):
                     for j in range(size_v):
                         saved_S[segment, head][i, j] = S_h[i, j]
+            for i in range(0, size_k, 16):
+                _native_fetch(q, token + 4, head, i)
+                _native_fetch(k, token + 4, head, i)
+                _native_fetch(w, token + 4, head, i)
+            for j in range(0, size_v, 16):
+                _native_fetch(v, token + 4, head, j)
+                _native_fetch(o, token + 4, head, j)
             q_t = q[token, head]
             k_t = k[token, head]
             v_t = v[token, head]
@@ -390,7 +398,7 @@ def _native_forward_loop(
 
 def _native_backward_loop(
     first, last, heads, every, size_k, size_v, scale, offsets, q, k, v, w, u, saved_S, d_output, d_S, d_q, d_k,
-    d_v, d_w, d_u, S, past_S, col0, row0_, row1, row2, sum0, sum2, sum4, sum5,
+    d_v, d_w, d_u, past_S, col0, row0_, row1, row2, sum0, sum2, sum4, sum5,
 ):
     """Tasks ``first`` to ``last`` backward; ``d_STATE`` goes from final to initial in place."""
     real = q.dtype.type
@@ -414,27 +422,30 @@ def _native_backward_loop(
             segment = begin // every + sequence + (count - 1 - back)
             for i in range(size_k):
                 for j in range(size_v):
-                    S[i, j] = saved_S[segment, head][i, j]
-            for i in range(size_k):
-                for j in range(size_v):
-                    past_S[0][i, j] = S[i, j]
+                    past_S[0][i, j] = saved_S[segment, head][i, j]
             # The states of this segment once more.
             for token in range(start, stop):
                 q_t = q[token, head]
                 k_t = k[token, head]
                 v_t = v[token, head]
                 w_t = w[token, head]
+                for i in range(0, size_k, 16):
+                    _native_fetch(q, token + 4, head, i)
+                    _native_fetch(k, token + 4, head, i)
+                    _native_fetch(w, token + 4, head, i)
+                for j in range(0, size_v, 16):
+                    _native_fetch(v, token + 4, head, j)
+                S_h = past_S[token - start]
                 S_next = past_S[token - start + 1]
                 for i in range(size_k):
-                    S_row = S[i]
+                    S_h_row = S_h[i]
                     k_i = k_t[i]
                     w_i = w_t[i]
                     row0 = math.exp(w_i)
                     S_next_row = S_next[i]
                     for j in range(size_v):
-                        S_ij = S_row[j]
+                        S_ij = S_h_row[j]
                         S_new = S_ij * row0 + k_i * v_t[j]
-                        S_row[j] = S_new
                         S_next_row[j] = S_new
             # Cotangents, last token first.
             for token in range(stop - 1, start - 1, -1):
@@ -442,6 +453,17 @@ def _native_backward_loop(
                 k_t = k[token, head]
                 v_t = v[token, head]
                 w_t = w[token, head]
+                for i in range(0, size_k, 16):
+                    _native_fetch(q, token - 4, head, i)
+                    _native_fetch(k, token - 4, head, i)
+                    _native_fetch(w, token - 4, head, i)
+                    _native_fetch(d_q, token - 4, head, i)
+                    _native_fetch(d_k, token - 4, head, i)
+                    _native_fetch(d_w, token - 4, head, i)
+                for j in range(0, size_v, 16):
+                    _native_fetch(v, token - 4, head, j)
+                    _native_fetch(d_output, token - 4, head, j)
+                    _native_fetch(d_v, token - 4, head, j)
                 S_old = past_S[token - start]
                 S_now = past_S[token - start + 1]
                 d_output_t = d_output[token, head]
@@ -505,15 +527,36 @@ _NATIVE = {
     ),
     ('backward', False): (
         _native_backward_loop,
-        lambda size_k, size_v, every: [(size_k, size_v,), (every + 1, size_k, size_v,), (size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_k,)],
+        lambda size_k, size_v, every: [(every + 1, size_k, size_v,), (size_v,), (size_k,), (size_k,), (size_k,), (size_k,), (size_k,), (size_v,), (size_k,)],
     ),
 }
+
+
+def _native_fetch(typing, array, token, head, place):
+    """For numba: ask the memory for ``array[token, head, place]`` ahead of its use, without looking whether it exists.
+
+    The rows of a head lie apart, and the processor does not foresee them: a loop would wait for memory every token.
+    """
+    from numba.core import cgutils, types
+
+    def generate(context, builder, signature, values):
+        view = context.make_array(signature.args[0])(context, builder, values[0])
+        steps = map(builder.mul, cgutils.unpack_tuple(builder, view.strides), values[1:])
+        pointer = cgutils.pointer_add(builder, view.data, functools.reduce(builder.add, steps), cgutils.voidptr_t)
+        arguments = [cgutils.voidptr_t, *[cgutils.int32_t] * 3]
+        made = cgutils.ir.FunctionType(cgutils.ir.VoidType(), arguments)
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", arguments[:1], made)
+        builder.call(prefetch, [pointer, *(cgutils.int32_t(flag) for flag in (0, 3, 1))])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, token, head, place), generate
 
 
 @functools.cache
 def _native(loop):
     """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
     import numba
+    import numba.extending
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
     class DistinctArrays(CompilerBase):
@@ -532,6 +575,7 @@ def _native(loop):
     # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
     # has in the next process: so the module is one that is always there.
     used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
+    used["_native_fetch"] = numba.extending.intrinsic(_native_fetch)
     loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)
@@ -553,11 +597,64 @@ def _native_crew(process, threads):
     return jobs
 
 
+@functools.cache
+def _native_pool():
+    """``GOMP_parallel`` of the OpenMP under PyTorch, or None where it is absent or must not be called.
+
+    After a parallel operation of PyTorch the threads of this pool spin for milliseconds, on the cores that threads of
+    our own would need: so they get our work. A forked process has the pool without its threads, and would wait for
+    them for ever; Linux tells by the flag 0x40, and a system that tells nothing at all is not trusted.
+    """
+    try:
+        with open("/proc/self/stat") as stat:
+            flags = int(stat.read().rpartition(")")[2].split()[6])
+        pool = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    if not flags or flags & 0x40:
+        return None
+    pool.argtypes, pool.restype = (_NativeShare, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return pool
+
+
+_NativeShare = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_native_pool.cache_clear)
+
+
+def _native_team(pool, threads, work):
+    """``work()`` in this thread and the others of ``pool``; what it raises in any of them is raised here."""
+    caller = threading.get_ident()
+    errors = {caller: KeyboardInterrupt()}  # stays if Ctrl-C comes before the lines that would see it
+
+    def share(_):
+        try:
+            work()
+            errors[threading.get_ident()] = None
+        except BaseException as error:
+            errors[threading.get_ident()] = error
+
+    pool(_NativeShare(share), None, threads, 0)
+    for error in errors.values():
+        if error is not None:
+            raise error
+
+
+def _native_scratch(shapes, dtype):
+    """Zeroed arrays, each from a multiple of 64 bytes on as PyTorch's are: vectors across two lines of memory are slow."""
+    counts = [math.prod(shape) for shape in shapes]
+    starts = list(itertools.accumulate((-(-count // 16) * 16 for count in counts), initial=0))
+    room = numpy.zeros(starts[-1] + 16, dtype)
+    room = room[-room.ctypes.data % 64 // room.itemsize :]
+    return [room[a : a + count].reshape(shape) for a, count, shape in zip(starts, counts, shapes)]
+
+
 def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors, grain):
     """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
 
-    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once. A thread must
-    have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
+    Those of PyTorch's pool if the call needs them all, since a pool that is resized starts its threads again; else
+    plain threads. Never numba's own: calls from several threads at once, or after a fork, end its process. A thread
+    must have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
     """
     loop = _native(loop)
     arrays = [t.detach().numpy() for t in tensors]
@@ -567,11 +664,15 @@ def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensor
     turn = itertools.count()  # whoever is free takes the next share
 
     def work():
-        scratch = [numpy.zeros(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
+        scratch = _native_scratch(shapes(*sizes, every), arrays[0].dtype)
         while (i := next(turn)) < shares:
             first, last = tasks * i // shares, tasks * (i + 1) // shares
             loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
 
+    if threads == 1:
+        return work()
+    if threads == torch.get_num_threads() and (pool := _native_pool()):
+        return _native_team(pool, threads, work)
     helpers = [_NativeHelper(work) for _ in range(threads - 1)]
     for helper in helpers:
         _native_crew(os.getpid(), threads - 1).put(helper)
@@ -787,7 +888,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)

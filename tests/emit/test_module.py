@@ -25,7 +25,7 @@ def test_module_stands_alone_and_says_what_it_is(native):
         for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])
     }
     allowed = {"__future__", "functools", "itertools", "math", "os", "queue", "sys", "threading", "types", "weakref"}
-    allowed |= {"numba", "numpy", "torch"}
+    allowed |= {"ctypes", "numba", "numpy", "torch"}
     assert imported <= allowed
     assert "Ibar" in native("ratio").__doc__ and "hash" in native("ratio").__doc__
     table = native("ratio").SPEC

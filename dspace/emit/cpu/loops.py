@@ -39,10 +39,7 @@ def without_variance(expr: sympy.Expr) -> sympy.Expr:
 
 
 def forward_token(r: Recurrence, variance: bool, *, readout: bool = True) -> Token:
-    """One token forward; without ``readout`` the states alone, each written to ``past NAME`` too.
-
-    What is written beside the states is named as no state of a spec can be.
-    """
+    """One token forward; without ``readout`` the states alone."""
     new = {s.symbol: new_symbol(s) for s in r.states}
     seen = new if r.read == "after" else {}
     outputs: dict[str, tuple[Axes, sympy.Expr]] = {}
@@ -50,8 +47,6 @@ def forward_token(r: Recurrence, variance: bool, *, readout: bool = True) -> Tok
         outputs["output"] = ("v", r.output.xreplace(seen))
         if variance and r.variance is not None:
             outputs["variance"] = ("v", r.variance.xreplace(seen))
-    else:
-        outputs = {f"past {s.name}": (s.axes, new[s.symbol]) for s in r.states}
     return Token(
         leaves=r.axes_table(),
         defined={new[s.symbol]: s.update for s in r.states},
@@ -187,11 +182,13 @@ def forward(r: Recurrence, variance: bool) -> Loop:
     for s, local in zip(r.states, states, strict=True):
         place = f"{b.array(f'saved_{s.name}')}[segment, head]"
         saved += copy(s.axes, place, local.array)
+    used = [(b.names[v.name], v.axes) for v in r.inputs]
+    used += [(name, "v") for name in ("o", "variance")[: 1 + variance]]
     made = schedule(forward_token(r, variance), b.namer)
     body.append("for token in range(begin, end):")
     body += _indent(["if every and (token - begin) % every == 0:  # the backward pass restarts from here"])
     body += _indent(["segment = begin // every + sequence + (token - begin) // every", *(saved or ["pass"])], 2)
-    body += _indent(token + b.loops(made))
+    body += _indent(_fetch(used, "+ 4") + token + b.loops(made))
     name = "_native_forward_variance_loop" if variance else "_native_forward_loop"
     return b.function(name, "Tasks ``first`` to ``last`` forward, token by token.", body)
 
@@ -215,12 +212,23 @@ def _state(b: Body, symbol: sympy.Symbol, name: str, axes: Axes, array: str, bod
     return _Local(f"{array}[sequence, head]", [f"{local} = {array}[sequence, head]"])
 
 
+def _fetch(arrays: list[tuple[str, Axes]], ahead: str) -> list[str]:
+    """Lines that ask for the rows of the token ``ahead``, which need not exist; 16 floats are one line of memory."""
+    lines: list[str] = []
+    for axes, index in (("k", "i"), ("v", "j")):
+        if names := [name for name, on in arrays if on == axes]:
+            lines.append(f"for {index} in range(0, size_{axes}, 16):")
+            lines += [f"{INDENT}_native_fetch({name}, token {ahead}, head, {index})" for name in names]
+    return lines
+
+
 def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
-    """The backward loop: segments in reverse; in each, states forward again into ``past``, then tokens in reverse."""
+    """The backward loop: segments in reverse; in each, states forward again in ``past``, then tokens in reverse."""
     b = Body(r)
     task: list[str] = []
-    again: list[str] = []
+    restart: list[str] = []
     inputs: list[str] = []
+    again: list[str] = []
     reverse: list[str] = []
     for v in r.inputs:
         b.loads[v.symbol], line = b.view(b.known(b.names[v.name]), f"{v.name}_t", "token, head")
@@ -228,29 +236,19 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     for p in r.parameters:
         b.loads[p.symbol], line = b.view(b.known(b.names[p.name]), f"{p.name}_h", "head")
         task.append(line)
-    restart: list[str] = []
     past: dict[str, str] = {}
     for s in r.states:
         saved = b.array(f"saved_{s.name}")
-        shape = [f"size_{axis}" for axis in s.axes]
-        now = b.temporary(b.names[s.name], *(shape or ["1"]))
-        past[s.name] = b.temporary(b.namer(f"past_{s.name}"), "every + 1", *shape)
-        first = f"{past[s.name]}[0]"
+        past[s.name] = b.temporary(b.namer(f"past_{s.name}"), "every + 1", *(f"size_{axis}" for axis in s.axes))
+        restart += copy(s.axes, f"{past[s.name]}[0]", f"{saved}[segment, head]")
+        b.loads[s.symbol], line = b.view(past[s.name], f"{s.name}_h", "token - start")
+        again.append(line)
+        b.stores[s.name] = f"{past[s.name]}[token - start + 1]"
         if s.axes:
-            b.loads[s.symbol], b.stores[s.name] = now, now
-            restart += copy(s.axes, now, f"{saved}[segment, head]") + copy(s.axes, first, now)
-        else:
-            b.loads[s.symbol] = b.namer(f"{s.name}_h")
-            b.stores[s.name] = f"{now}[0]"
-            restart += [f"{now}[0] = {saved}[segment, head]", f"{first} = {now}[0]"]
-            again.append(f"{b.loads[s.symbol]} = {now}[0]")
-        place = f"{past[s.name]}[token - start + 1]"
-        if s.axes:
-            b.stores[f"past {s.name}"], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
+            b.stores[s.name], line = b.view(past[s.name], f"{s.name}_next", "token - start + 1")
             again.append(line)
-        else:
-            b.stores[f"past {s.name}"] = place
-    again += b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
+    used = [(b.names[v.name], v.axes) for v in r.inputs]
+    again = _fetch(used, "+ 4") + again + b.loops(schedule(forward_token(r, variance, readout=False), b.namer))
 
     for s in r.states:
         b.loads[s.symbol], line = b.view(past[s.name], f"{s.name}_old", "token - start")
@@ -261,11 +259,13 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
     for c in given:
         b.loads[c.symbol], line = b.view(b.array(c.name), f"{c.name}_t", "token, head")
         reverse.append(line)
+        used.append((b.arrays[-1], c.axes))
     for s in r.states:
         symbol = sympy.Symbol(f"d_{s.name}", real=True)
         reverse += _state(b, symbol, symbol.name, s.axes, b.array(symbol.name), task).load
     for v in r.inputs:
         array = b.array(f"d_{v.name}")
+        used.append((array, v.axes))
         if v.axes:
             b.stores[f"d_{v.name}"], line = b.view(array, f"d_{v.name}_t", "token, head")
             reverse.append(line)
@@ -278,7 +278,7 @@ def backward(r: Recurrence, adjoint: Adjoint, variance: bool) -> Loop:
             task.append(line)
         else:
             b.stores[f"d_{p.name}"] = f"{array}[sequence, head]"
-    reverse += b.loops(schedule(backward_token(r, adjoint, variance), b.namer))
+    reverse = _fetch(used, "- 4") + reverse + b.loops(schedule(backward_token(r, adjoint, variance), b.namer))
 
     body = [*task, "count = (end - begin + every - 1) // every", "for back in range(count):"]
     body += _indent(

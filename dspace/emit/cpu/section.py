@@ -5,104 +5,10 @@ from __future__ import annotations
 from dspace.emit.base import Section
 from dspace.emit.cpu import loops
 from dspace.emit.cpu.loops import Loop
+from dspace.emit.cpu.running import RUNNING
 from dspace.math.ir import Analysis
 
 RUNTIME = '''
-@functools.cache
-def _native(loop):
-    """``loop`` compiled by numba at its first call, and kept beside this file for the next process."""
-    import numba
-    from numba.core.compiler import CompilerBase, DefaultPassBuilder
-
-    class DistinctArrays(CompilerBase):
-        """The usual compiler, told that no two arrays overlap: without it the inner loops do not vectorise."""
-
-        def define_pipelines(self):
-            self.state.flags.noalias = True
-            return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
-
-    options = {
-        "nogil": True,
-        "error_model": "numpy",  # a division by zero is inf or nan, as in PyTorch
-        "fastmath": {"contract", "reassoc", "nsz", "arcp"},  # NaN and infinity keep their meaning
-        "pipeline_class": DistinctArrays,
-    }
-    # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
-    # has in the next process: so the module is one that is always there.
-    used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
-    loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
-    try:
-        return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # nowhere to keep the compiled code
-        return numba.njit(**options)(loop)
-
-
-@functools.cache
-def _native_crew(process, threads):
-    """The queue from which worker threads of this process take jobs (a fork has none of its parent's, hence the key)."""
-    jobs = queue.SimpleQueue()
-
-    def serve():
-        while True:
-            jobs.get()()
-
-    for _ in range(threads):
-        threading.Thread(target=serve, name="native", daemon=True).start()
-    return jobs
-
-
-def _native_run(loop, shapes, tasks, heads, every, sizes, scale, offsets, tensors, grain):
-    """Run ``loop`` over all tasks, on as many threads as PyTorch may use; every task writes its own rows only.
-
-    Plain threads rather than numba's own: they survive a fork, and calls from several threads at once. A thread must
-    have at least ``grain`` state elements times tokens to update, or waking it costs more than it saves.
-    """
-    loop = _native(loop)
-    arrays = [t.detach().numpy() for t in tensors]
-    updates = arrays[0].shape[0] * heads * sizes[0] * sizes[1]
-    threads = max(1, min(torch.get_num_threads(), tasks, 1 + updates // (2 * grain)))
-    shares = threads if threads == 1 else min(tasks, 4 * threads)
-    turn = itertools.count()  # whoever is free takes the next share
-
-    def work():
-        scratch = [numpy.zeros(shape, arrays[0].dtype) for shape in shapes(*sizes, every)]
-        while (i := next(turn)) < shares:
-            first, last = tasks * i // shares, tasks * (i + 1) // shares
-            loop(first, last, heads, every, *sizes, scale, offsets, *arrays, *scratch)
-
-    helpers = [_NativeHelper(work) for _ in range(threads - 1)]
-    for helper in helpers:
-        _native_crew(os.getpid(), threads - 1).put(helper)
-    work()
-    for helper in helpers:
-        helper.join()
-
-
-class _NativeHelper:
-    """``work`` as a job for another thread; a lighter future, since a short call takes little longer than one."""
-
-    def __init__(self, work):
-        self.work, self.error = work, None
-        self.claim, self.running = threading.Lock(), threading.Lock()
-        self.running.acquire()
-
-    def __call__(self):
-        if self.claim.acquire(blocking=False):
-            try:
-                self.work()
-            except BaseException as error:
-                self.error = error
-            finally:
-                self.running.release()
-
-    def join(self):
-        """Wait for the end of the work, unless it has not even started: then all is done already."""
-        if not self.claim.acquire(blocking=False):
-            self.running.acquire()
-            if self.error is not None:
-                raise self.error
-
-
 def _native_split(args, *counts):
     """``args`` cut into tuples of the given lengths, and the rest."""
     parts = []
@@ -285,7 +191,7 @@ def _native_core(*args):
     *tensors, scale, offsets, want_variance = args
     every, run = 0, _native_forward_op
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        every = 16 if tensors[0].shape[1] <= 1024 else 64
+        every = 32 if tensors[0].shape[1] <= 1024 else 64
     elif _native_plain(tensors):
         run = _native_forward
     o, variance, *rest = run(*tensors, offsets, scale, every, want_variance)
@@ -313,6 +219,7 @@ def section(analysis: Analysis) -> Section:
     return Section(
         device="cpu",
         imports=(
+            "import ctypes",
             "import functools",
             "import itertools",
             "import math",
@@ -321,7 +228,7 @@ def section(analysis: Analysis) -> Section:
             "import threading",
             "import numpy",
         ),
-        code="\n\n".join([*code, _table(made), RUNTIME.strip("\n") + "\n"]),
+        code="\n\n".join([*code, _table(made), RUNNING.strip("\n") + "\n", RUNTIME.strip("\n") + "\n"]),
         chunk=None,
         recurrent="_native_core",
     )
