@@ -547,7 +547,8 @@ def _native(loop):
     # Numba keeps the name of the function's module with the code and imports it by that name, whatever name the file
     # has in the next process: so the module is one that is always there.
     used = {name: globals()[name] for name in loop.__code__.co_names if name in globals()}
-    used["_native_fetch"] = numba.extending.intrinsic(_native_fetch)
+    plain = numba.config.DISABLE_JIT  # NUMBA_DISABLE_JIT=1: the loops run as Python, for a debugger
+    used["_native_fetch"] = (lambda *_: None) if plain else numba.extending.intrinsic(_native_fetch)
     loop = types.FunctionType(loop.__code__, {**used, "__name__": "numpy"}, loop.__name__)
     try:
         return numba.njit(cache=True, **options)(loop)

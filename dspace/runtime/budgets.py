@@ -9,7 +9,7 @@ import sympy
 from dspace.math.ir import DOMAINS, Recurrence
 
 Kind = Literal["output", "gradient", "gate gradient"]
-"""``output`` covers o, variance and final states; gates are the inputs that decide what a state keeps."""
+"""``output`` covers o, variance and final states; gates are the inputs and parameters that decide what a state keeps."""
 
 MATMUL_CLASSES = ("a", "b", "fold")
 """Classes whose chunkwise form multiplies matrices, in float32 through tf32x3 on a GPU."""
@@ -51,15 +51,20 @@ def budget(dtype: str, kind: Kind, form: str, letter: str) -> float:
     return BUDGETS["float32 matmul" if matmul else dtype][kind]
 
 
-def gates(recurrence: Recurrence) -> frozenset[str]:
-    """Names of the inputs on which the share of a state that survives a token depends, signed domains only."""
+def gates(recurrence: Recurrence, parameters: bool = False) -> frozenset[str]:
+    """Names of the inputs on which the share of a state that survives a token depends, signed domains only.
+
+    With those ``parameters`` on which it depends, if asked: their gradients are sums of gates' gradients.
+    """
     found: set[sympy.Symbol] = set()
     for state in recurrence.states:
         for other in recurrence.states:
             if state.update.has(other.symbol):
                 found |= _coefficient(state.update, other.symbol).free_symbols
     return frozenset(
-        v.name for v in recurrence.inputs if v.symbol in found and v.domain != "real" and DOMAINS[v.domain]
+        v.name
+        for v in (*recurrence.inputs, *(recurrence.parameters if parameters else ()))
+        if v.symbol in found and v.domain != "real" and DOMAINS[v.domain]
     )
 
 

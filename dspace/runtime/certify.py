@@ -210,6 +210,7 @@ class Examiner:
         self.recurrence = self.coordinates.source
         self.state_names = [s.name for s in self.coordinates.normal.states]
         self.gates = gates(self.coordinates.normal)
+        self.gates_and_parameters = gates(self.coordinates.normal, parameters=True)
         self.letter = str(module.SPEC["class"])
         self.has_variance = bool(module.SPEC["variance"])
         self.prepared: dict[tuple[Case, str, int], tuple[Arguments, Results, dict[str, Tensor]]] = {}
@@ -249,7 +250,7 @@ class Examiner:
     def _kind(self, quantity: str) -> Kind:
         if not quantity.startswith("d "):
             return "output"
-        return "gate gradient" if quantity[2:] in self.gates else "gradient"
+        return "gate gradient" if quantity[2:] in self.gates_and_parameters else "gradient"
 
     def _arguments(self, case: Case, dtype: torch.dtype, seed: int) -> Arguments:
         arguments = draw_arguments(self.recurrence, self.gates, case, dtype, self.device, seed)
