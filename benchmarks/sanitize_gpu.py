@@ -122,14 +122,20 @@ def error(reference: torch.Tensor, found: torch.Tensor) -> float:
     return float((reference - found).square().mean().sqrt() / (reference.square().mean().sqrt() + 1e-8))
 
 
-def rounded(table: dict[str, Any], leaves: list[torch.Tensor], sample: int) -> list[torch.Tensor]:
-    """``leaves`` in float32; but those that are operands of products rounded once more: inputs of 16 bits and states."""
+def rounded(
+    table: dict[str, Any], leaves: list[torch.Tensor], weights: list[torch.Tensor], sample: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """``leaves`` and cotangents in float32; operands of products (no gates, no parameters) rounded once more."""
     generator = torch.Generator().manual_seed(sample)
-    kinds = [v["domain"] not in ("nonpositive", "negative") for v in table["inputs"]]
-    kinds += [False] * len(table["parameters"]) + [True] * len(table["states"])
     eps = torch.finfo(leaves[0].dtype).eps
-    steps = [(torch.rand(x.shape, generator=generator) - 0.5) * eps for x in leaves]
-    return [x.float() * (1 + s) if operand else x.float() for x, s, operand in zip(leaves, steps, kinds, strict=True)]
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return x.float() * (1 + (torch.rand(x.shape, generator=generator) - 0.5) * eps)
+
+    operands = [v["domain"] not in ("nonpositive", "negative") for v in table["inputs"]]
+    operands += [False] * len(table["parameters"]) + [True] * len(table["states"])
+    near = [moved(x) if operand else x.float() for x, operand in zip(leaves, operands, strict=True)]
+    return near, [moved(w) for w in weights]
 
 
 def examine(order: tuple[str, int, int, str, bool]) -> tuple[tuple[str, int, int, str, bool], int, Found]:
@@ -167,7 +173,7 @@ def examine(order: tuple[str, int, int, str, bool]) -> tuple[tuple[str, int, int
                 if wrong > accepted and (dtype == "float32" or few):
                     # What rounding alone does to the recurrence: the few terms of a sum, or a few sums, may cancel.
                     for sample in range(len(floors), 1 if dtype == "float32" else SAMPLES + 1):
-                        floors.append(run(reference, table, rounded(table, leaves, sample), list(weights), **whole))
+                        floors.append(run(reference, table, *rounded(table, leaves, weights, sample), **whole))
                     least = max(error(want, floor[i]) for floor in floors)
                     accepted = max(accepted, min(ROUNDING * least, MOST))
                 where = f"{form} {label} K{K} V{V} {quantity}"

@@ -274,10 +274,12 @@ class Examiner:
         seed: int,
         dtype: torch.dtype = torch.float64,
         given: Arguments | None = None,
+        jitter: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Results, Results]:
         """What the oracle says of every quantity, and the cotangents that its gradients are for.
 
-        The cotangents are rounded as those of a kernel that is called with ``given`` (default: ``arguments``).
+        The cotangents are rounded as those of a kernel that is called with ``given`` (default: ``arguments``), and then
+        changed by ``jitter``.
         """
         found = evaluate(
             self.recurrence,
@@ -301,6 +303,8 @@ class Examiner:
             kind = seen if name in ("o", "variance") else torch.promote_types(seen, torch.float32)
             draw = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             cotangents[name] = draw.to(device=value.device, dtype=kind)
+        if jitter is not None:
+            cotangents = {n: jitter(c.float()) for n, c in cotangents.items()}
         return _with_gradients(results, cotangents, arguments), cotangents
 
     def _run(self, form: str, case: Case, arguments: Arguments, cotangents: Results) -> Results | str:

@@ -51,7 +51,7 @@ class Narrow:
 
     @functools.cached_property
     def rounded(self) -> list[Results]:
-        """From inputs that are rounded once more, as a divided query or a score is for a matrix unit.
+        """From inputs, states and cotangents that are rounded once more, as operands of a matrix unit are.
 
         Where few terms nearly cancel (one token's products, two heads' gradients) that is not small beside their sum.
         """
@@ -62,9 +62,9 @@ class Narrow:
     def evaluated_near(self, number: int, summed: bool = False, digit: float = 0.0) -> Results:
         generator = torch.Generator().manual_seed(self.seed + 15485863 * (number + 1))
 
-        def moved(x: Tensor, size: Tensor | None = None, gate: bool = False) -> Tensor:
+        def moved(x: Tensor, size: Tensor | None = None, operand: bool = False) -> Tensor:
             step = torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2.0**-24
-            if digit and not gate and x.dtype in (torch.bfloat16, torch.float16):
+            if digit and operand:
                 step = (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5) * digit
             step, exact = step.to(x.device), x.detach().double()
             return (exact + step * (exact if size is None else size)).requires_grad_()
@@ -73,12 +73,16 @@ class Narrow:
         sizes = _summed_sizes(self.examiner, given.inputs) if summed else {}
         near = replace(
             given,
-            inputs={n: moved(x, sizes.get(n), n in self.examiner.gates) for n, x in given.inputs.items()},
+            inputs={
+                n: moved(x, sizes.get(n), n not in self.examiner.gates and x.dtype == self.kind)
+                for n, x in given.inputs.items()
+            },
             parameters={n: moved(x) for n, x in given.parameters.items()},
-            states=None if given.states is None else tuple(moved(x) for x in given.states),
+            states=None if given.states is None else tuple(moved(x, operand=True) for x in given.states),
         )
         # The cotangents are those of the kernel: drawn by the seed, in the dtype of the original inputs.
-        return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments)[0]
+        jitter = (lambda x: moved(x, operand=True).detach().to(x.dtype)) if digit else None
+        return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments, jitter)[0]
 
     def allowed(self, quantity: str, reference: Tensor, form: str, budget: float) -> tuple[float, float]:
         """Relative error of ``quantity`` that no kernel of ``form`` can be blamed for, and what the recurrence errs.
