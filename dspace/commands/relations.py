@@ -26,6 +26,7 @@ def map_(
 ) -> None:
     """Which variant reduces to which, each edge proven, and which a transform makes of which."""
     from dspace.math import analyse
+    from dspace.math.drawing import draw
     from dspace.math.map import load_or_build
     from dspace.runtime.cache import default_dir, digest
     from dspace.spec import builtin_names, load
@@ -40,7 +41,7 @@ def map_(
     found = load_or_build(hashes, lambda: {name: analyse(spec) for name, spec in specs.items()}, store, specs)
     if picture is not None:
         try:
-            found.svg(picture)
+            draw(found, picture)
         except OSError as error:
             error.filename = error.filename or str(picture)
             raise

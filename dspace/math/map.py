@@ -1,7 +1,7 @@
 """The map of a design space: variants, and every proven reduction between them.
 
 drawn = build_map({name: analyse(load(name)) for name in builtin_names()})
-drawn.svg("map.svg")
+draw(drawn, Path("map.svg"))  # of dspace.math.drawing
 """
 
 from __future__ import annotations
@@ -203,12 +203,6 @@ class Map:
         if alone:
             lines.append(f"related to no other here: {', '.join(sorted(alone))}")
         return "\n".join(lines)
-
-    def svg(self, path: Path | str) -> None:
-        """Draw the skeleton (see :mod:`dspace.math.drawing`)."""
-        from dspace.math.drawing import draw
-
-        draw(self, Path(path))
 
 
 def build_map(analyses: Mapping[str, Analysis], *, limits: bool = True, specs: Mapping[str, Spec] | None = None) -> Map:

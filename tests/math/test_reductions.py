@@ -13,7 +13,7 @@ from relations import ANALYSES, RECURRENCES
 from variants import ALL, build
 
 import dspace.spec
-from dspace.math import analyse, explain
+from dspace.math import analyse, drawing, explain
 from dspace.math.canonical import canonical_hash
 from dspace.math.ir import Recurrence
 from dspace.math.map import build_map, load_or_build
@@ -186,7 +186,7 @@ def test_map_is_drawn_stored_and_quick_again(tmp_path):
     assert ("palimpsa", "palimpsa_folded", "exact") in kept
     assert ("palimpsa", "linear_attention", "exact") not in kept, "it follows from others"
     assert ("mamba2", "simple_gla") in drawn.families()
-    drawn.svg(tmp_path / "map.svg")
+    drawing.draw(drawn, tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().count("palimpsa") >= 2
     assert drawn.dot().startswith("digraph")
     assert "palimpsa → palimpsa_folded: b equal along v" in drawn.text()

@@ -16,6 +16,7 @@ from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
+from dspace.emit.triton.vector_group import VectorGroup
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
 from dspace.plan.affine import AffinePlan, affine_plan
@@ -89,7 +90,7 @@ class _Core:
         )
         self.symbols = {s.name: s.symbol for s in recurrence.states}
         self.vector_symbols = {self.symbols[s.name] for s in plan.vector_states}
-        self.groups: list[vector.VectorGroup] = []
+        self.groups: list[VectorGroup] = []
         self.features: dict[sympy.Expr, str] = {}
         self.out: list[str] = []
         self.folded: sympy.Expr | None = None
@@ -216,7 +217,7 @@ class _Core:
             # as they are, the features aside: their two gradients would be added in a pass of its own
             elsewhere = {e for s in plan.matrix_states for w in s.writes for e in (w.key, w.value)}
             elsewhere |= {q for q in queries if q not in features.values()}
-            group = vector.VectorGroup(
+            group = VectorGroup(
                 axes=axes,
                 states=states,
                 symbols=self.symbols,
@@ -228,7 +229,7 @@ class _Core:
             self.groups.append(group)
             self._call_group(group, own, outside)
 
-    def _call_group(self, group: vector.VectorGroup, own: set, outside: list[sympy.Expr]) -> None:
+    def _call_group(self, group: VectorGroup, own: set, outside: list[sympy.Expr]) -> None:
         names, plan, write = self.names, self.plan, self.out.append
         always = any(e.free_symbols & own for e in (*outside[:1], *outside[2:]))
         sometimes = bool(outside[1].free_symbols & own)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import sympy
 
 from dspace.emit.triton.printer import inverses_of
-from dspace.emit.triton.vector import VectorGroup
+from dspace.emit.triton.vector_group import VectorGroup
 from dspace.emit.triton.vector_kernels import Kernels
 
 LOCAL = frozenset(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dspace.emit.triton.vector import VectorGroup
-
+from dspace.emit.triton.vector_group import VectorGroup
 
 PLAN = '''
 _PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import sympy
 
 from dspace.emit.triton.printer import TritonPrinter, inverses_of
+from dspace.emit.triton.vector_group import VectorGroup
 from dspace.math.ir import AffineState, Variable
-
-if TYPE_CHECKING:
-    from dspace.emit.triton.vector import VectorGroup
 
 _HEAD = """    NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)

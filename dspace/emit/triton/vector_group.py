@@ -1,0 +1,44 @@
+"""What the kernels of vector states are made from: states on one axis, and the features that are computed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from dspace.math.ir import AffineState, Axes, Variable
+
+
+@dataclass(frozen=True)
+class VectorGroup:
+    """States on the same axis, and the features on that axis that are computed with them.
+
+    ``raw`` states are also stored themselves, for expressions outside the kernel. ``through`` are inputs that are
+    used elsewhere too: their other gradient is added in the kernel.
+    """
+
+    axes: Axes
+    states: tuple[AffineState, ...]
+    symbols: Mapping[str, sympy.Symbol]
+    inputs: tuple[Variable, ...]
+    parameters: tuple[Variable, ...]
+    features: Mapping[str, sympy.Expr]
+    through: tuple[Variable, ...] = ()
+
+    @property
+    def tag(self) -> str:
+        return self.axes or "scalar"
+
+    @property
+    def products(self) -> bool:
+        """Whether every decay is one number per token, written as its logarithm: then states are products."""
+        return bool(self.axes) and all(
+            s.decay_axes == "" and s.log_decay is not None and not s.log_decay.atoms(sympy.log) for s in self.states
+        )
+
+    def wide(self, variable: Variable) -> bool:
+        return bool(variable.axes and self.axes)
+
+    def write(self, state: AffineState) -> sympy.Expr:
+        return sympy.Add(*(w.key * w.value for w in state.writes))
