@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspace.errors import DspaceError, UserError
+from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study import enqueue, ledger, queue, remote
 from dspace.study.ledger import Healed, Phase
 from dspace.study.placement import Handle, Here, Placement, Ray, Slurm, worker_command
@@ -22,7 +22,7 @@ from dspace.study.progress import Progress
 from dspace.study.reading import find, load
 from dspace.study.schema import StudyFile
 from dspace.study.space import Composer
-from dspace.study.storage import Home, StorageError, connect, home_of, prepare, storage_errors
+from dspace.study.storage import Home, connect, home_of, prepare, storage_errors
 from dspace.study.worker import DEFAULT_OBJECTIVE, STOPPED
 
 POLL_SECONDS = 0.25

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dspace.errors import StorageError
 from dspace.study.schema import METRICS, Direction, StudyFile
 from dspace.study.space import grid
-from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
+from dspace.study.storage import Home, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspace.study import remote
+from dspace.study.away import is_away
 from dspace.study.enqueue import FirstPoint
 from dspace.study.ledger import Phase, budget_of, free, is_stale, retries, waiting
 
@@ -84,7 +84,7 @@ def top_up(
             for fixed, attributes in made:
                 optuna_study.enqueue_trial(fixed, user_attrs=attributes)
     except Exception as error:
-        if not remote.is_away(error):
+        if not is_away(error):
             raise
 
 
@@ -123,7 +123,7 @@ def _next(optuna_study: optuna.Study, worker: str) -> Any:
         except NotImplementedError:
             return _NO_SUCH_STEP
         except Exception as error:
-            if not remote.is_away(error) or not left:
+            if not is_away(error) or not left:
                 raise
         # The answer was lost. Once the server answers again, it knows whether it had given a trial.
         for t in optuna_study.get_trials(deepcopy=False):
