@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspace.study.away import is_away
-from dspace.study.enqueue import FirstPoint
-from dspace.study.ledger import Phase, budget_of, free, is_stale, retries, waiting
+from dspace.study.phase import Phase, budget_of, free, is_stale, retries, waiting
 
 if TYPE_CHECKING:
     import optuna
+
+    from dspace.study.change import Waiting
 
 SPREAD = 8
 """Of how many trials at the head of the queue a worker takes one first, where the server does not choose."""
@@ -59,7 +60,7 @@ def top_up(
     phase: Phase,
     optuna_study: optuna.Study,
     ahead: int,
-    first: Sequence[FirstPoint] = (),
+    first: Sequence[Waiting] = (),
     trials: list[Any] | None = None,
 ) -> None:
     """See that ``ahead`` trials wait, those of ``first`` before others; ``trials`` are the study's, where just read.

@@ -25,7 +25,8 @@ from typing import Any
 from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study import ledger, queue, remote
 from dspace.study.away import hidden
-from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study
+from dspace.study.ledger import claim, claim_trial, give_back, open_study
+from dspace.study.phase import Phase
 from dspace.study.preparing import Preparation, known
 from dspace.study.reading import load
 from dspace.study.space import Composer

@@ -15,7 +15,8 @@ import pytest
 from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study.engine import heal, run
 from dspace.study.enqueue import enqueue_cover
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase
 from dspace.study.reading import load
 from dspace.study.remote import check_url
 from dspace.study.results import collect, open_home

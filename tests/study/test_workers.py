@@ -20,7 +20,8 @@ from dspace.study import engine, ledger, queue, remote
 from dspace.study import worker as worker_module
 from dspace.study.away import hidden
 from dspace.study.engine import heal, run
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase, retries
 from dspace.study.reading import load
 from dspace.study.results import collect, open_home
 from dspace.study.storage import Home, connect, home_of, prepare
@@ -63,7 +64,7 @@ def account(trials: list, budget: int) -> None:
     assert Counter(t.state.name for t in trials if t.state.name != "FAIL") == {"COMPLETE": budget}
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     assert sorted(t.user_attrs["slot"] for t in complete) == list(range(budget))
-    repeated = ledger.retries(trials)
+    repeated = retries(trials)
     for t in trials:
         if t.state.name == "FAIL":
             assert t.number in repeated and "lost" in t.user_attrs
