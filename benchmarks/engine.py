@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from dspace.study.engine import run
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase
 from dspace.study.reading import load
 from dspace.study.storage import connect, home_of
 from dspace.study.trial import Job, Outcome

@@ -81,6 +81,12 @@ class StudyError(ProblemsError):
     """A study file that cannot be run."""
 
 
+class StorageError(UserError):
+    """The storage of a study cannot be read or written; the message says what is left and how to go on."""
+
+    exit_code = 4
+
+
 class CertificationError(DspaceError):
     """A kernel disagreed with the float64 oracle on this machine and was not handed out."""
 

@@ -101,7 +101,8 @@ def proxy(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 13000,
 ) -> None:
     """Serve a database to many machines through Optuna's gRPC proxy, until interrupted."""
-    from dspace.study.remote import hidden, run_proxy
+    from dspace.study.away import hidden
+    from dspace.study.remote import run_proxy
 
     show(f"serving {hidden(storage or 'a journal')} at {host}:{port}; workers use --storage grpc://HOST:{port}")
     run_proxy(storage, host, port)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dspace.errors import UserError
+from dspace.errors import StorageError, UserError
 from dspace.study.schema import StudyFile
-from dspace.study.storage import Home, StorageError
+from dspace.study.storage import Home
 
 
 def store_of(home: Home, study: StudyFile) -> Any:

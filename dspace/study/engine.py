@@ -12,18 +12,22 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dspace.errors import DspaceError, UserError
+from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study import enqueue, ledger, queue, remote
-from dspace.study.ledger import Healed, Phase
+from dspace.study.ledger import Healed
+from dspace.study.phase import Phase, owed, waiting
 from dspace.study.placement import Handle, Here, Placement, Ray, Slurm, worker_command
 from dspace.study.progress import Progress
 from dspace.study.reading import find, load
 from dspace.study.schema import StudyFile
 from dspace.study.space import Composer
-from dspace.study.storage import Home, StorageError, connect, home_of, prepare, storage_errors
+from dspace.study.storage import Home, connect, home_of, prepare, storage_errors
 from dspace.study.worker import DEFAULT_OBJECTIVE, STOPPED
+
+if TYPE_CHECKING:
+    from dspace.study.change import Waiting
 
 POLL_SECONDS = 0.25
 
@@ -106,7 +110,7 @@ class Engine:
         self.placement = placement or Here(jobs)
         self.watch = remote.Watch(study.workers.grace)
         self.healed_at = 0.0
-        self.first: list[enqueue.FirstPoint] = []
+        self.first: list[Waiting] = []
         self.objective, self.quiet = objective, quiet
         self.root = path.resolve().parent
         self.started = time.time()
@@ -209,7 +213,7 @@ class Engine:
         if not self.home.on_server or time.time() > deadline or self.respawns > self.most_respawns:
             return False
         trials = optuna_study.get_trials(deepcopy=False)
-        if ledger.waiting(trials):
+        if waiting(trials):
             self.launch(phase, deadline)
         return queue.pending(phase, trials) > 0
 
@@ -221,7 +225,7 @@ class Engine:
         trials = optuna_study.get_trials(deepcopy=False)
         if self.home.on_server:
             return queue.pending(phase, trials)
-        return ledger.owed(phase, trials)
+        return owed(phase, trials)
 
     def launch(self, phase: Phase, deadline: float) -> None:
         self.launched += 1

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspace.study.ledger import Phase, best_of, claim, open_study, params_of
+from dspace.study.ledger import claim, open_study
+from dspace.study.phase import Phase, best_of, params_of
+from dspace.study.results import collect, open_home
 from dspace.study.schema import METRICS, StudyFile
 from dspace.study.space import grid, holds
 from dspace.study.storage import Home
@@ -14,16 +16,11 @@ from dspace.study.storage import Home
 if TYPE_CHECKING:
     import optuna
 
+    from dspace.study.change import Waiting
     from dspace.study.walk import Walk
 
 
-FirstPoint = tuple[dict[str, Any], dict[str, Any]]
-"""Parameters that are fixed, and attributes of the trial."""
-
-
-def first_points(
-    study: StudyFile, warm: Sequence[Mapping[str, Any]] = (), walk: Walk | None = None
-) -> list[FirstPoint]:
+def first_points(study: StudyFile, warm: Sequence[Mapping[str, Any]] = (), walk: Walk | None = None) -> list[Waiting]:
     """What is tried before the sampler chooses: parameters that are fixed, and attributes.
 
     All of a grid; else each choice of each structural axis and each arm of a comparison as often as it asks for, then
@@ -48,8 +45,6 @@ def warm_points(study: StudyFile, root: Path) -> list[dict[str, Any]]:
     """
     if study.warm is None:
         return []
-    from dspace.study.results import collect, open_home
-
     sign = 1 if METRICS[study.best.by][0] == "maximize" else -1
     found: list[dict[str, Any]] = []
     for folder in study.warm.studies:
@@ -64,9 +59,7 @@ def warm_points(study: StudyFile, root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def enqueue_cover(
-    home: Home, phase: Phase, optuna_study: optuna.Study, first: Sequence[FirstPoint] | None = None
-) -> None:
+def enqueue_cover(home: Home, phase: Phase, optuna_study: optuna.Study, first: Sequence[Waiting] | None = None) -> None:
     """Enqueue the first points of a study that has no trial yet, and what a grid that has grown is short of."""
     with claim(home):
         trials = optuna_study.get_trials(deepcopy=False)

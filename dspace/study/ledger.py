@@ -1,4 +1,4 @@
-"""Which trials exist, which are owed, which died with their worker: all bookkeeping on Optuna's storage.
+"""Who runs which trial, and which died with their worker: all bookkeeping on Optuna's storage.
 
 Every change is made under one lock (``claim``), so that the budget is met exactly and nothing is run twice.
 """
@@ -9,13 +9,14 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspace.study.schema import METRICS, Direction, StudyFile
-from dspace.study.space import grid
-from dspace.study.storage import Home, StorageError, is_alive, living_workers, storage_errors, worker_lock
+from dspace.errors import StorageError
+from dspace.study import queue
+from dspace.study.phase import Phase, owed, retries, root_number, waiting
+from dspace.study.storage import Home, is_alive, living_workers, storage_errors, worker_lock
 from dspace.study.trial import derive_seed
 
 if TYPE_CHECKING:
@@ -28,24 +29,6 @@ FREE = {"budget", "title", "doc", "compare", "storage", "artifacts", "workers"}
 
 MAX_ATTEMPTS = 2
 """A trial whose worker died is tried once more."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The search itself (``comparison`` is None) or one comparison: each is one Optuna study of the storage."""
-
-    study: StudyFile
-    comparison: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.study.name if self.comparison is None else f"{self.study.name}/{self.comparison}"
-
-    @property
-    def directions(self) -> list[Direction]:
-        if self.comparison is None:
-            return list(self.study.directions)
-        return [METRICS[self.study.compare[self.comparison].metric][0]]
 
 
 @contextlib.contextmanager
@@ -121,72 +104,9 @@ def make_sampler(phase: Phase, number_of_jobs: int = 1) -> Any:
     return Reseeded()
 
 
-def retries(trials: list[Any]) -> set[int]:
-    """Numbers of the trials that another trial repeats."""
-    return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
-
-
-def used(trials: list[Any]) -> int:
-    """How many trials of the budget are spent or being spent: a trial and its retry count once."""
-    repeated = retries(trials)
-    return sum(t.state.name != "WAITING" and t.number not in repeated for t in trials)
-
-
-def spent(study: StudyFile, trials: list[Any]) -> int:
-    """Trials that count towards the budget: those of a point that was trained before cost nothing, and up to as many
-    of them as the budget has trials are not counted (beyond, the space is exhausted)."""
-    return used(trials) - free(study, trials)
-
-
-def free(study: StudyFile, trials: list[Any]) -> int:
-    """Trials that repeated a point and cost nothing."""
-    return min(sum("duplicate_of" in t.user_attrs for t in trials), study.budget.trials)
-
-
-def waiting(trials: list[Any]) -> list[Any]:
-    return [t for t in trials if t.state.name == "WAITING"]
-
-
-def budget_of(study: StudyFile) -> int:
-    """Trials of the search: the budget, and of a grid no more than it has points."""
-    return min(study.budget.trials, len(grid(study))) if study.sampler.kind == "grid" else study.budget.trials
-
-
-def owed(phase: Phase, trials: list[Any]) -> int:
-    """How many trials are still to be started."""
-    if phase.comparison is not None:
-        return len(waiting(trials))
-    if is_stale(phase.study, trials):
-        return 0
-    left = max(budget_of(phase.study) - spent(phase.study, trials), 0)
-    return min(left, len(waiting(trials))) if phase.study.sampler.kind == "grid" else left
-
-
-def is_stale(study: StudyFile, trials: list[Any]) -> bool:
-    """Whether the last ``budget.stale_trials`` completed trials have added nothing to the front."""
-    limit = study.budget.stale_trials
-    if limit is None:
-        return False
-    done = sorted((t for t in trials if t.state.name == "COMPLETE"), key=lambda t: t.datetime_complete)
-    if len(done) <= limit:
-        return False
-    signs = [1 if d == "maximize" else -1 for d in study.directions]
-    front: list[list[float]] = []
-    newest = 0
-    for i, t in enumerate(done):
-        point = [s * v for s, v in zip(signs, t.values, strict=True)]
-        if any(all(a >= b for a, b in zip(other, point, strict=True)) for other in front):
-            continue
-        front = [o for o in front if not all(b >= a for a, b in zip(o, point, strict=True))] + [point]
-        newest = i
-    return len(done) - 1 - newest >= limit
-
-
 def claim_trial(home: Home, phase: Phase, optuna_study: optuna.Study, worker: str) -> optuna.Trial | None:
     """Take the next trial, or None when the budget is spent. Marks it as this worker's."""
     if home.on_server:
-        from dspace.study import queue
-
         return queue.take(phase, optuna_study, worker)
     with claim(home):
         if not owed(phase, optuna_study.get_trials(deepcopy=False)):
@@ -205,8 +125,6 @@ def claim_alike(
 
     taken: list[optuna.Trial] = []
     if home.on_server:
-        from dspace.study import queue
-
         while len(taken) < most and (trial := queue.take(phase, optuna_study, worker, alike)) is not None:
             taken.append(trial)
         return taken
@@ -222,11 +140,6 @@ def claim_alike(
     return taken
 
 
-def root_number(attributes: Mapping[str, Any], number: int) -> int:
-    """The number of the first attempt: retries keep its seed."""
-    return int(attributes.get("root", number))
-
-
 def give_back(home: Home, optuna_study: optuna.Study, trial: Any, reason: str, died: bool) -> int | None:
     """Mark a running trial as failed and enqueue its repetition; returns the number of attempts so far.
 
@@ -240,8 +153,6 @@ def give_back(home: Home, optuna_study: optuna.Study, trial: Any, reason: str, d
     again = attempt < MAX_ATTEMPTS or not died
     storage, trial_id = optuna_study._storage, trial._trial_id
     if home.on_server:
-        from dspace.study import queue
-
         if queue.fail_lost(optuna_study, trial, reason) and again:
             _repeat(optuna_study, trial, died)
         return attempt if again else None
@@ -318,17 +229,17 @@ def _is_dead(home: Home, trial: Any, watch: Watch | None) -> bool:
     if not home.on_server:
         # A trial is named its worker's within the claim lock: one without a name died while holding it.
         return worker is None or not is_alive(home, worker)
-    from dspace.study.queue import host_of
-
-    if worker is not None and host_of(worker) == os.uname().nodename and (home.workers / f"{worker}.lock").exists():
+    if (
+        worker is not None
+        and queue.host_of(worker) == os.uname().nodename
+        and (home.workers / f"{worker}.lock").exists()
+    ):
         return not is_alive(home, worker)
     return watch is not None and watch.is_lost(trial)
 
 
 def _finish_healing(optuna_study: optuna.Study) -> None:
     """Make the repetitions that a healer was stopped before making."""
-    from dspace.study import queue
-
     for trial in queue.without_repetition(optuna_study.get_trials(deepcopy=False), MAX_ATTEMPTS):
         _repeat(optuna_study, trial, died=True)
 
@@ -340,30 +251,6 @@ def remove_stale_lock(home: Home) -> None:
         with claim(home):
             if not living_workers(home):
                 lock.unlink(missing_ok=True)
-
-
-def params_of(trial: Any) -> dict[str, Any]:
-    """The value on every axis of a trial: as the worker told them, where the sampler was not asked for all."""
-    return dict(trial.user_attrs.get("params") or trial.params)
-
-
-def best_of(trials: list[Any], metric: str, fixed: Mapping[str, str] | None = None) -> Any | None:
-    """The completed trial with the best ``metric`` among those with these choices; ties go to less state."""
-    sign = 1 if METRICS[metric][0] == "maximize" else -1
-    found = [
-        t
-        for t in trials
-        if t.state.name == "COMPLETE"
-        and metric in t.user_attrs.get("metrics", {})
-        and not t.user_attrs.get("infeasible")
-        and all(params_of(t).get(k) == v for k, v in (fixed or {}).items())
-    ]
-
-    def rank(t: Any) -> tuple[float, float, int]:
-        metrics = t.user_attrs["metrics"]
-        return (sign * metrics[metric], -metrics.get("state_bytes", 0), -t.number)
-
-    return max(found, key=rank, default=None)
 
 
 def refuse_changes(home: Home, phase: Phase, storage: Any, optuna_study: optuna.Study) -> None:

@@ -16,9 +16,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from dspace.errors import StorageError
+from dspace.study.away import hidden, is_away
 from dspace.study.change import Change, Waiting
-from dspace.study.remote import hidden, is_away
-from dspace.study.storage import StorageError
 
 
 class Patience:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.study.cost import refusal
-from dspace.study.ledger import Phase, root_number
+from dspace.study.phase import Phase, root_number
 from dspace.study.space import Composer, seed_of
 from dspace.study.telling import Curve, Teller
 from dspace.study.trial import Job, Outcome, Pruned, derive_seed, should_prune

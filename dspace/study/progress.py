@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from dspace.study.ledger import Phase
+from dspace.study.phase import Phase
 
 _DONE = ("COMPLETE", "PRUNED", "FAIL")
 

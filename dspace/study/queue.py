@@ -13,12 +13,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspace.study import remote
-from dspace.study.enqueue import FirstPoint
-from dspace.study.ledger import Phase, budget_of, free, is_stale, retries, waiting
+from dspace.study.away import is_away
+from dspace.study.phase import Phase, budget_of, free, is_stale, retries, waiting
 
 if TYPE_CHECKING:
     import optuna
+
+    from dspace.study.change import Waiting
 
 SPREAD = 8
 """Of how many trials at the head of the queue a worker takes one first, where the server does not choose."""
@@ -59,7 +60,7 @@ def top_up(
     phase: Phase,
     optuna_study: optuna.Study,
     ahead: int,
-    first: Sequence[FirstPoint] = (),
+    first: Sequence[Waiting] = (),
     trials: list[Any] | None = None,
 ) -> None:
     """See that ``ahead`` trials wait, those of ``first`` before others; ``trials`` are the study's, where just read.
@@ -84,7 +85,7 @@ def top_up(
             for fixed, attributes in made:
                 optuna_study.enqueue_trial(fixed, user_attrs=attributes)
     except Exception as error:
-        if not remote.is_away(error):
+        if not is_away(error):
             raise
 
 
@@ -123,7 +124,7 @@ def _next(optuna_study: optuna.Study, worker: str) -> Any:
         except NotImplementedError:
             return _NO_SUCH_STEP
         except Exception as error:
-            if not remote.is_away(error) or not left:
+            if not is_away(error) or not left:
                 raise
         # The answer was lost. Once the server answers again, it knows whether it had given a trial.
         for t in optuna_study.get_trials(deepcopy=False):

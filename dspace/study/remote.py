@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from dspace.study.storage import StorageError
+from dspace.errors import StorageError
+from dspace.study.away import hidden
 
 BEAT = "beat"
 """Attribute of a running trial: the time (seconds since the epoch) of its worker's last sign of life."""
@@ -70,11 +71,6 @@ def host_and_port(url: str) -> tuple[str, int]:
     except ValueError:
         pass
     raise StorageError(f"{url!r} names no host and port\n  cure: grpc://HOST:13000")
-
-
-def hidden(text: str) -> str:
-    """``text`` without the passwords of the URLs in it."""
-    return re.sub(r"://([^:/@\s]+):[^@\s]+@", r"://\1:***@", text)
 
 
 def open_database(url: str, threads: int = 1) -> Any:
@@ -132,17 +128,6 @@ def connect_server(url: str, patience: float = 5.0) -> Any:
             if time.time() + 1 > end or "pip install" in str(error):
                 raise
             time.sleep(1.0)
-
-
-def is_away(error: BaseException) -> bool:
-    """Whether an error says that the server does not answer now, as opposed to a refusal."""
-    name = type(error).__name__
-    if name in ("StorageInternalError", "OperationalError", "InterfaceError", "InternalError"):
-        return True
-    code = getattr(error, "code", None)  # of gRPC; a database that is away under the proxy comes as UNKNOWN
-    if callable(code):
-        return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED")
-    return isinstance(error, ConnectionError) or "closed channel" in str(error)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import UserError
-from dspace.study.ledger import Phase, best_of, params_of, retries
+from dspace.study.phase import Phase, best_of, params_of, retries
 from dspace.study.reading import load, nearest
 from dspace.study.schema import Axis, StudyFile
 from dspace.study.storage import Home, connect, home_of

@@ -24,18 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspace.errors import UserError
+from dspace.errors import StorageError
+from dspace.study import remote
 
 if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
-
-
-class StorageError(UserError):
-    """The storage cannot be read or written; the message says what is left and how to go on."""
-
-    exit_code = 4
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,6 @@ def connect(home: Home, patience: float = 5.0) -> optuna.storages.BaseStorage:
     Raises StorageError for one that is damaged or out of reach.
     """
     import optuna
-
-    from dspace.study import remote
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the gRPC proxy

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from dspace.study.artifacts import store_of
-from dspace.study.ledger import Phase
+from dspace.study.phase import Phase
 from dspace.study.storage import Home
 from dspace.study.trial import Outcome, values_of, violations
 

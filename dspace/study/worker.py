@@ -22,13 +22,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dspace.errors import DspaceError, UserError
+from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study import ledger, queue, remote
-from dspace.study.ledger import Phase, claim, claim_trial, give_back, open_study
+from dspace.study.away import hidden
+from dspace.study.ledger import claim, claim_trial, give_back, open_study
+from dspace.study.phase import Phase
 from dspace.study.preparing import Preparation, known
 from dspace.study.reading import load
 from dspace.study.space import Composer
-from dspace.study.storage import Home, StorageError, connect, explain, prepare, worker_lock
+from dspace.study.storage import Home, connect, explain, prepare, worker_lock
 from dspace.study.telling import Teller
 from dspace.study.trial import Job, Objective, Outcome, Pruned, Stopped
 
@@ -238,7 +240,7 @@ def fetch_definition(home: Home) -> None:
     files = {s.study_name: s.user_attrs.get("file") for s in connect(home, 60.0).get_all_studies()}
     text = files.get(home.folder.name)
     if not text:
-        raise UserError(f"{remote.hidden(home.url or '')} holds no study {home.folder.name!r}\n  cure: see --dir")
+        raise UserError(f"{hidden(home.url or '')} holds no study {home.folder.name!r}\n  cure: see --dir")
     home.definition.write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspace.tasks.base import Batch, Seed, asked_once
-from dspace.tasks.mqar import check_mqar
+from dspace.tasks.rules import check_mqar
 from dspace.tasks.sampling import power_law
 
 CELLS = 1 << 27

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspace.tasks.base import Batch, Ints, Seed, Task, asked_once, require, require_integers
-from dspace.tasks.mqar import positive_power, some_pairs
+from dspace.tasks.rules import positive_power, some_pairs
 from dspace.tasks.sampling import distinct, power_law, weighted_distinct
 
 NAME = "fuzzy_recall"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from dspace.tasks.base import Batch, Seed, Task, asked_once, require, require_integers
-from dspace.tasks.mqar import place_queries, positive_power, some_pairs
+from dspace.tasks.mqar import place_queries
+from dspace.tasks.rules import positive_power, some_pairs
 from dspace.tasks.sampling import distinct
 
 NAME = "noisy_recall"

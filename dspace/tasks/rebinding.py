@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from dspace.tasks.base import Batch, Ints, Seed, Task, require, require_integers
-from dspace.tasks.mqar import common_rules, place_queries
+from dspace.tasks.mqar import place_queries
+from dspace.tasks.rules import common_rules
 from dspace.tasks.sampling import distinct
 
 Placement = Literal["end", "mixed"]

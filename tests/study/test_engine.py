@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from dspace.errors import DspaceError, UserError
+from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study.engine import heal, run
 from dspace.study.enqueue import enqueue_cover
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase
 from dspace.study.reading import load
 from dspace.study.remote import check_url
 from dspace.study.results import collect, open_home
 from dspace.study.schema import PruneTable
-from dspace.study.storage import StorageError, connect, find_damage, home_of
+from dspace.study.storage import connect, find_damage, home_of
 from dspace.study.trial import derive_seed, should_prune
 
 ROOT = Path(__file__).resolve().parents[2]

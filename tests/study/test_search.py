@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from dspace.errors import StudyError, UserError
-from dspace.study import ledger
 from dspace.study.engine import run
+from dspace.study.phase import is_stale
 from dspace.study.reading import load, loads
 from dspace.study.results import collect, open_home
 from dspace.study.schema import ModelTable, PruneTable
@@ -155,5 +155,5 @@ def test_the_front_grows_or_is_stale() -> None:
         return SimpleNamespace(state=SimpleNamespace(name="COMPLETE"), values=list(values), datetime_complete=i)
 
     grown = [trial(0, 1, 0, 5), trial(1, 0, 1, 5), trial(2, 0, 0, 9)]
-    assert not ledger.is_stale(study, grown) and ledger.is_stale(study, [*grown, trial(3, 0.5, 0, 6)])
-    assert not ledger.is_stale(study, [*grown, trial(3, 0.5, 0, 1)]), "less state at the same recall is new"
+    assert not is_stale(study, grown) and is_stale(study, [*grown, trial(3, 0.5, 0, 6)])
+    assert not is_stale(study, [*grown, trial(3, 0.5, 0, 1)]), "less state at the same recall is new"

@@ -17,8 +17,9 @@ from optuna.trial import TrialState
 from dspace.study import ledger, queue
 from dspace.study.change import Change
 from dspace.study.database import Database
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
 from dspace.study.patient import Patient
+from dspace.study.phase import Phase, retries
 from dspace.study.preparing import Preparation
 from dspace.study.reading import load
 from dspace.study.remote import open_database
@@ -215,7 +216,7 @@ def test_a_trial_takes_three_calls(
         if proxy is not None:
             proxy.close()
     assert [t.state.name for t in trials] == ["COMPLETE"] * 8
-    assert [t.user_attrs["slot"] for t in trials] == list(range(8)) and not ledger.retries(trials)
+    assert [t.user_attrs["slot"] for t in trials] == list(range(8)) and not retries(trials)
     for t in trials:
         assert {"x", "shape"} == t.params.keys() and {"seed", "curve", "metrics", "worker"} <= t.user_attrs.keys()
         assert t.values == [t.user_attrs["metrics"][n] for n in load(toy).objectives]

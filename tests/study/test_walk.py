@@ -13,7 +13,8 @@ from dspace.math import analyse
 from dspace.space import why_not
 from dspace.study.cost import expected, refusal
 from dspace.study.engine import run
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase
 from dspace.study.reading import loads
 from dspace.study.results import collect, open_home
 from dspace.study.schema import CostTable, ModelTable

@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from dspace.errors import DspaceError, UserError
+from dspace.errors import DspaceError, StorageError, UserError
 from dspace.study import engine, ledger, queue, remote
 from dspace.study import worker as worker_module
+from dspace.study.away import hidden
 from dspace.study.engine import heal, run
-from dspace.study.ledger import Phase, open_study
+from dspace.study.ledger import open_study
+from dspace.study.phase import Phase, retries
 from dspace.study.reading import load
 from dspace.study.results import collect, open_home
-from dspace.study.storage import Home, StorageError, connect, home_of, prepare
+from dspace.study.storage import Home, connect, home_of, prepare
 from dspace.study.trial import derive_seed
 from tests.study.servers import Postgres, Proxy, wait_until
 
@@ -62,7 +64,7 @@ def account(trials: list, budget: int) -> None:
     assert Counter(t.state.name for t in trials if t.state.name != "FAIL") == {"COMPLETE": budget}
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     assert sorted(t.user_attrs["slot"] for t in complete) == list(range(budget))
-    repeated = ledger.retries(trials)
+    repeated = retries(trials)
     for t in trials:
         if t.state.name == "FAIL":
             assert t.number in repeated and "lost" in t.user_attrs
@@ -322,7 +324,7 @@ def test_combinations_that_lose_data_are_refused_with_the_reason(toy: Path) -> N
 
 
 def test_passwords_are_not_shown() -> None:
-    assert remote.hidden("postgresql://me:secret@db/x") == "postgresql://me:***@db/x"
+    assert hidden("postgresql://me:secret@db/x") == "postgresql://me:***@db/x"
 
 
 def test_engine_is_quick(postgres: Postgres, many: Path) -> None:
