@@ -6,14 +6,17 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
 import triton
 
-import dspace
 from dspace.runtime import offline
 from dspace.runtime.absent import AbsentGPU, Launched
+from dspace.runtime.load import load_file
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 SIZES = {"": (), "k": (16,), "v": (32,), "kv": (16, 32)}
 
@@ -74,7 +77,7 @@ def main() -> None:
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
     for name in sys.argv[1:]:
-        module = dspace.compile(name, certify=False)
+        module = load_file(KERNELS / f"{name}.py", f"launched_{name}")  # its own kernels, whatever a cache shares
         direct, results = naming(module._launch, gpu), {}
         module.__dict__["_launch"] = direct
         with offline.elsewhere(module):
