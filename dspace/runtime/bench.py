@@ -158,7 +158,8 @@ def bench(
         CertificationError: the module is wrong on this machine, so its speed means nothing.
         SpecError: the spec cannot be compiled.
     """
-    from dspace.runtime.compiler import analysis_of, compile, default_device
+    from dspace.runtime.analysis import analysis_of
+    from dspace.runtime.compiler import compile, default_device
     from dspace.runtime.peers import find_peer
     from dspace.runtime.sources import as_spec
     from dspace.runtime.timing import arguments, measured_roofs

@@ -203,7 +203,7 @@ class Examiner:
     """Runs the forms of one module and the oracle on the same arguments, and compares."""
 
     def __init__(self, spec: Any, module: ModuleType, device: str) -> None:
-        from dspace.runtime.compiler import analysis_of
+        from dspace.runtime.analysis import analysis_of
 
         self.name, self.module, self.device = spec.name, module, device
         self.coordinates = Coordinates.of(analysis_of(spec))

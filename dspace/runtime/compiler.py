@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dspace.errors import CertificationError
 from dspace.runtime import first, sharing, sources, versions
+from dspace.runtime.analysis import analysis_of, module_text
 from dspace.runtime.cache import Cache, Entry, digest
 
 if TYPE_CHECKING:
-    from dspace.math.ir import Analysis
     from dspace.runtime.certify import Certificate
-    from dspace.spec import Spec
 
 _memory: dict[tuple[str, str], tuple[Entry, ModuleType]] = {}
-_analyses: dict[str, Analysis] = {}
 _trusted: set[str] = set()
 _guard = threading.RLock()
 
@@ -86,25 +84,6 @@ def _build(source: Any, cache: Cache, key: str | None) -> tuple[Entry, Path]:
         text = module_text(spec)
         form = canonical_form(analysis_of(spec).recurrence)
         return cache.store_module(spec.name, spec.hash, text, keys, sharing.kernels_for(spec, form, text, cache))
-
-
-def module_text(source: Any) -> str:
-    """The source text of a variant's module: spec -> analysis -> text."""
-    from dspace.emit import emit
-
-    spec = sources.as_spec(source)
-    return emit(spec, analysis_of(spec))
-
-
-def analysis_of(spec: Spec) -> Analysis:
-    """The analysis of a spec; the last few are kept, since compiling and certifying both ask for it."""
-    from dspace.math import analyse
-
-    if spec.hash not in _analyses:
-        while len(_analyses) >= 16:
-            _analyses.pop(next(iter(_analyses)))
-        _analyses[spec.hash] = analyse(spec)
-    return _analyses[spec.hash]
 
 
 def compile_entry(source: Any, cache_dir: str | Path | None = None) -> tuple[Entry, ModuleType]:

@@ -25,7 +25,7 @@ from dspace import spec
 from dspace.runtime import ahead, offline
 from dspace.runtime.cases import quick_cases
 from dspace.runtime.certify import Examiner
-from dspace.runtime.compiler import module_text
+from dspace.runtime.analysis import module_text
 from dspace.runtime.load import load_file
 
 path = Path(sys.argv[1])

@@ -16,11 +16,12 @@ from dspace import spec as specs
 from dspace.errors import CertificationError, UserError
 from dspace.math import analyse
 from dspace.runtime import compiler
+from dspace.runtime.analysis import module_text
 from dspace.runtime.budgets import MOST, budget, gates
 from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
 from dspace.runtime.certify import Examiner, certify_module, verify
 from dspace.runtime.compare import compare
-from dspace.runtime.compiler import compile, module_text
+from dspace.runtime.compiler import compile
 from dspace.runtime.load import load_file
 from dspace.runtime.narrow import Narrow
 
