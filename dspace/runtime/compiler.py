@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import first, sharing, sources, versions
+from dspace.runtime import first, sharing, sources, tuned, versions
 from dspace.runtime.analysis import analysis_of, module_text
 from dspace.runtime.cache import Cache, Entry, digest
 
@@ -55,9 +55,7 @@ def _module(source: Any, cache: Cache) -> tuple[Entry, ModuleType]:
     entry, path = found
     result = (entry, sharing.loaded(entry, path, cache))
     if default_device() == "cuda":
-        from dspace.runtime.tuning import apply
-
-        apply(result[1], cache)
+        tuned.apply(result[1], cache)
     if key is not None:
         _memory[memory] = result
     return result
