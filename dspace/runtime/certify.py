@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,13 @@ from dspace.errors import UserError
 from dspace.runtime import versions
 from dspace.runtime.budgets import Kind, budget, gates
 from dspace.runtime.cases import Arguments, Case, draw_arguments, full_cases, quick_cases
+from dspace.runtime.certificate import FORMS, Certificate
 from dspace.runtime.compare import Check, compare
 from dspace.runtime.narrow import Narrow
 from dspace.runtime.oracle import Coordinates, evaluate
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
-
-FORMS = ("chunk", "recurrent", "reference")
-"""The public functions of a generated module, by prefix."""
 
 PLAIN = " without gradients"
 """Ends the names of results that differ where nothing is differentiated."""
@@ -36,108 +33,6 @@ DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32", "bfloat16"), "cuda": ("
 
 Results = dict[str, "Tensor"]
 """Tensors of one run by name: ``o``, ``variance``, ``state NAME``, ``d NAME``."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What verification found of one module on one machine; ``passed`` is the verdict."""
-
-    name: str
-    spec_hash: str
-    emitter_version: str
-    libraries: dict[str, str]
-    device: str
-    device_name: str
-    letter: str
-    quick: bool
-    seed: int
-    seconds: float
-    created: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """No check failed, and every form was really compared with something."""
-        compared = {c.form for c in self.checks if c.status == "ok"}
-        return not self.failures() and compared.issuperset(FORMS)
-
-    def failures(self) -> list[Check]:
-        """The checks that failed, the worst first."""
-        failed = [c for c in self.checks if c.status == "failed"]
-        return sorted(failed, key=lambda c: -(c.error / c.budget if c.error == c.error else float("inf")))
-
-    def worst(self) -> list[Check]:
-        """For each form, dtype and quantity the check that came closest to its budget, or that failed."""
-        found: dict[tuple[str, str, str], Check] = {}
-        for check in self.checks:
-            key = (check.form, check.dtype, check.quantity)
-            if key not in found or _severity(check) > _severity(found[key]):
-                found[key] = check
-        return list(found.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """The certificate as JSON sees it."""
-        fields = {k: v for k, v in vars(self).items() if k != "checks"}
-        return fields | {"passed": self.passed, "checks": [c.as_dict() for c in self.checks]}
-
-    def table(self) -> Table:
-        """A table for the terminal: the worst error of every quantity and form beside its budget, then the failures."""
-        from rich.table import Table
-
-        verdict = "certified" if self.passed else "REFUSED"
-        undefined = sum(c.status == "undefined" for c in self.checks)
-        caption = [f"relative RMS errors, worst case; {len(self.checks)} checks in {self.seconds:.1f} s"]
-        if undefined:
-            caption.append(f"{undefined} checks where the recurrence itself is not finite, in float64 or in float32")
-        caption += [f"failed: {c.describe()}" for c in self.failures()[:8]]
-        table = Table(title=f"{self.name}: {verdict} on {self.device_name}", caption="\n".join(caption))
-        table.add_column("dtype")
-        table.add_column("quantity")
-        for column in (*FORMS, "budget"):
-            table.add_column(column, justify="right")
-        worst = {(c.dtype, c.quantity, c.form): c for c in self.worst() if c.quantity != "call"}
-        for dtype, quantity in dict.fromkeys((d, q) for d, q, _ in worst):
-            row = [worst.get((dtype, quantity, form)) for form in FORMS]
-            budgets = dict.fromkeys(f"{c.budget:.0e}" for c in row if c is not None)
-            table.add_row(dtype, quantity, *(_cell(c) for c in row), ", ".join(budgets))
-        return table
-
-
-def verify(
-    source: Any,
-    device: str = "cpu",
-    dtypes: Sequence[str] | None = None,
-    quick: bool = False,
-    *,
-    seed: int | None = None,
-    cache_dir: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Certificate:
-    """Certify the module of a variant on this machine and store the certificate in the cache.
-
-    Args:
-        source: path of a spec file, name of a built-in spec, or a Spec.
-        device: "cpu" or "cuda".
-        dtypes: names such as "float32"; :data:`DTYPES` by default.
-        quick: a few seconds instead of the whole matrix.
-        seed: of the inputs; fresh ones each time by default (the certificate names it).
-        cache_dir: cache folder, see :func:`dspace.compile`.
-        progress: called with a line of text before each case.
-
-    Raises:
-        UserError: no such device or dtype here.
-        SpecError: the spec cannot be compiled.
-    """
-    from dspace.runtime.cache import Cache
-    from dspace.runtime.compiler import certificate_key, compile_entry
-    from dspace.runtime.sources import as_spec
-
-    spec = as_spec(source)
-    entry, module = compile_entry(spec, cache_dir)
-    certificate = certify_module(spec, module, device=device, dtypes=dtypes, quick=quick, seed=seed, progress=progress)
-    if dtypes is None:  # a certificate of fewer dtypes must not stand for all of them
-        Cache(cache_dir).store_certificate(certificate_key(entry, device, quick), certificate.as_dict())
-    return certificate
 
 
 def certify_module(
@@ -151,7 +46,7 @@ def certify_module(
     cases: Sequence[Case] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
-    """Certify a module that is at hand against the spec that it claims to implement (see :func:`verify`)."""
+    """Certify a module that is at hand against the spec that it claims to implement (see :func:`dspace.verify`)."""
     if device not in DTYPES:
         raise UserError(f"unknown device {device!r}; cure: one of {', '.join(DTYPES)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -175,7 +70,7 @@ def certify_module(
             for case, dtype in runs if quick else ():  # all of the others would not fit in memory at once
                 examiner.prepare(case, dtype, seed + todo.index(case))
 
-        ahead.compile_calls(module, ahead.certificate_calls(examiner, runs), meanwhile=prepare)
+        ahead.compile_calls(module, certificate_calls(examiner, runs), meanwhile=prepare)
     for number, case in enumerate(todo):
         if progress is not None:
             progress(str(case))
@@ -197,6 +92,23 @@ def certify_module(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         checks=tuple(checks),
     )
+
+
+def certificate_calls(examiner: Examiner, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:
+    """Calls that launch what a certificate does: every (case, dtype) and form, with and without gradients, from zeros."""
+
+    def one(case: Case, dtype: str, form: str) -> None:
+        arguments = examiner.blank_arguments(case, getattr(torch, dtype))
+        with torch.no_grad():
+            examiner.call(form, case, arguments)
+        results = examiner.call(form, case, arguments)
+        outputs = [r for r in results.values() if r.requires_grad]
+        if outputs:
+            leaves = list(arguments.leaves().values())
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
+
+    forms = [f for f in FORMS if f != "reference"]
+    return [functools.partial(one, c, d, f) for c, d in runs if c.shape.T for f in forms]
 
 
 class Examiner:
@@ -377,18 +289,3 @@ def _with_gradients(results: Results, cotangents: Results, arguments: Arguments)
         gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
         found |= {f"d {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
     return {n: r.detach() for n, r in results.items()} | found
-
-
-def _cell(check: Check | None) -> str:
-    """A check as one cell of the table."""
-    if check is None:
-        return ""
-    style = {"ok": "yellow" if check.note else "green", "failed": "bold red", "undefined": "yellow"}[check.status]
-    text = f"{check.error:.1e}" if check.error == check.error else check.status
-    return f"[{style}]{text}[/]"
-
-
-def _severity(check: Check) -> float:
-    if check.status == "failed":
-        return float("inf")
-    return -1.0 if check.status == "undefined" else check.error / check.budget

@@ -5,15 +5,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import first, sharing, sources, tuned, versions
+from dspace.runtime import first, sharing, sources, tuned
 from dspace.runtime.analysis import analysis_of, module_text
-from dspace.runtime.cache import Cache, Entry, digest
-
-if TYPE_CHECKING:
-    from dspace.runtime.certify import Certificate
+from dspace.runtime.cache import Cache, Entry
+from dspace.runtime.certificate import Certificate, certificate_key, refusal
 
 _memory: dict[tuple[str, str], tuple[Entry, ModuleType]] = {}
 _trusted: set[str] = set()
@@ -90,20 +88,6 @@ def compile_entry(source: Any, cache_dir: str | Path | None = None) -> tuple[Ent
         return _module(source, Cache(cache_dir))
 
 
-def certificate_key(entry: Entry, device: str, quick: bool) -> str:
-    """Key of a certificate: the module's text, the compiler, the libraries and the hardware that ran it."""
-    libraries = [f"{n}={v}" for n, v in sorted(versions.library_versions().items())]
-    return digest(
-        "certificate",
-        "quick" if quick else "full",
-        entry.spec_hash,
-        entry.sha256,
-        versions.emitter_version(),
-        *libraries,
-        versions.device_name(device),
-    )
-
-
 def default_device() -> str:
     """The device that :func:`compile` certifies: "cuda" where there is one, else "cpu"."""
     import torch
@@ -133,19 +117,3 @@ def _run_certificate(source: Any, module: ModuleType, device: str) -> Certificat
     from dspace.runtime.certify import certify_module
 
     return certify_module(sources.as_spec(source), module, device=device, quick=True)
-
-
-def refusal(certificate: Certificate) -> str:
-    """Why a module was not handed out, and what to do."""
-    failed = certificate.failures()
-    lines = [
-        f"the kernels of {certificate.name!r} disagree with the float64 oracle on {certificate.device_name}:",
-        *(f"  {check.describe()}" for check in failed[:5]),
-    ]
-    if len(failed) > 5:
-        lines.append(f"  and {len(failed) - 5} more")
-    lines += [
-        f"  cure: run `dspace verify {certificate.name}` for the whole table and `dspace doctor` for known-bad versions;",
-        f"  dspace.compile(..., certify=False) hands the module out unchecked: its reference_{certificate.name} is plain PyTorch",
-    ]
-    return "\n".join(lines)

@@ -19,11 +19,12 @@ from dspace.runtime import compiler
 from dspace.runtime.analysis import module_text
 from dspace.runtime.budgets import MOST, budget, gates
 from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
-from dspace.runtime.certify import Examiner, certify_module, verify
+from dspace.runtime.certify import Examiner, certify_module
 from dspace.runtime.compare import compare
 from dspace.runtime.compiler import compile
 from dspace.runtime.load import load_file
 from dspace.runtime.narrow import Narrow
+from dspace.runtime.verification import verify
 
 ONE = (Case("plain", Shape(2, 9, 1, 2, 4, 3), variance=False),)
 
