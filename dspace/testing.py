@@ -26,7 +26,7 @@ import torch
 from dspace.runtime.cases import Case, Shape, draw_arguments
 
 if TYPE_CHECKING:
-    from dspace.runtime.certify import Certificate
+    from dspace.runtime.certificate import Certificate
     from dspace.spec import Spec
 
 ALLOWED_IMPORTS = sys.stdlib_module_names | {"numba", "numpy", "torch", "triton"}

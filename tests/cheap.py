@@ -42,9 +42,9 @@ def main(folder: Path) -> None:
     import torch
 
     from dspace.emit import emit
+    from dspace.runtime.analysis import analysis_of
     from dspace.runtime.cases import Case, Shape
     from dspace.runtime.certify import certify_module
-    from dspace.runtime.compiler import analysis_of
     from dspace.runtime.load import load_file
     from dspace.spec import load
 

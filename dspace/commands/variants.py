@@ -139,8 +139,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every form of a variant, with all gradients, against the float64 oracle on this machine."""
-    from dspace.runtime.certify import verify
     from dspace.runtime.compiler import default_device
+    from dspace.runtime.verification import verify
 
     progress = None if as_json or not sys.stderr.isatty() else lambda line: print(f"  {line}", file=sys.stderr)
     certificate = verify(source, device or default_device(), dtype or None, quick, seed=seed, progress=progress)

@@ -12,18 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspace.runtime.certify import Certificate, verify
+    from dspace.runtime.certificate import Certificate
     from dspace.runtime.compiler import compile
     from dspace.runtime.diagnose import doctor
     from dspace.runtime.generation import check, generate
+    from dspace.runtime.verification import verify
 
 _HOME = {
-    "Certificate": "certify",
+    "Certificate": "certificate",
     "check": "generation",
     "compile": "compiler",
     "doctor": "diagnose",
     "generate": "generation",
-    "verify": "certify",
+    "verify": "verification",
 }
 
 __all__ = ["Certificate", "check", "compile", "doctor", "generate", "verify"]

@@ -8,7 +8,6 @@ when the calls are made in earnest.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import struct
@@ -20,7 +19,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspace.runtime.cases import Case
     from dspace.runtime.offline import Launch
 
 
@@ -135,23 +133,3 @@ def _ended(child: int) -> bool:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def certificate_calls(examiner: Any, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:
-    """The calls of a certificate: every (case, dtype) and form, with and without gradients, with states of zeros."""
-    import torch
-
-    from dspace.runtime.certify import FORMS
-
-    def one(case: Case, dtype: str, form: str) -> None:
-        arguments = examiner.blank_arguments(case, getattr(torch, dtype))
-        with torch.no_grad():
-            examiner.call(form, case, arguments)
-        results = examiner.call(form, case, arguments)
-        outputs = [r for r in results.values() if r.requires_grad]
-        if outputs:
-            leaves = list(arguments.leaves().values())
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
-
-    forms = [f for f in FORMS if f != "reference"]
-    return [functools.partial(one, c, d, f) for c, d in runs if c.shape.T for f in forms]

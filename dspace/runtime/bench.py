@@ -158,7 +158,8 @@ def bench(
         CertificationError: the module is wrong on this machine, so its speed means nothing.
         SpecError: the spec cannot be compiled.
     """
-    from dspace.runtime.compiler import analysis_of, compile, default_device
+    from dspace.runtime.analysis import analysis_of
+    from dspace.runtime.compiler import compile, default_device
     from dspace.runtime.peers import find_peer
     from dspace.runtime.sources import as_spec
     from dspace.runtime.timing import arguments, measured_roofs
@@ -310,8 +311,8 @@ def _check_arguments(sizes: tuple[int, ...], keys: int, values: int, device: str
 def certify_sizes(spec: Any, module: ModuleType, device: str, dtype: str, keys: int, values: int) -> None:
     """Check the kernels that will be timed: head sizes and dtype decide what is compiled. Raises CertificationError."""
     from dspace.runtime.cases import Case, Shape
+    from dspace.runtime.certificate import refusal
     from dspace.runtime.certify import certify_module
-    from dspace.runtime.compiler import refusal
 
     if (device, dtype) == ("cpu", "float32"):  # one loop serves all sizes, and it was checked by compile
         return

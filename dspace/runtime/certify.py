@@ -3,141 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dspace.errors import UserError
 from dspace.runtime import versions
-from dspace.runtime.budgets import Kind, budget, gates
-from dspace.runtime.cases import Arguments, Case, draw_arguments, full_cases, quick_cases
+from dspace.runtime.budgets import Kind, budget
+from dspace.runtime.cases import Arguments, Case, full_cases, quick_cases
+from dspace.runtime.certificate import FORMS, Certificate
 from dspace.runtime.compare import Check, compare
+from dspace.runtime.expected import Expected, Results, with_gradients
 from dspace.runtime.narrow import Narrow
-from dspace.runtime.oracle import Coordinates, evaluate
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
-
-FORMS = ("chunk", "recurrent", "reference")
-"""The public functions of a generated module, by prefix."""
 
 PLAIN = " without gradients"
 """Ends the names of results that differ where nothing is differentiated."""
 
 DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 """What a full certificate tries unless told otherwise; a quick one takes the first, on a GPU the first two."""
-
-Results = dict[str, "Tensor"]
-"""Tensors of one run by name: ``o``, ``variance``, ``state NAME``, ``d NAME``."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What verification found of one module on one machine; ``passed`` is the verdict."""
-
-    name: str
-    spec_hash: str
-    emitter_version: str
-    libraries: dict[str, str]
-    device: str
-    device_name: str
-    letter: str
-    quick: bool
-    seed: int
-    seconds: float
-    created: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """No check failed, and every form was really compared with something."""
-        compared = {c.form for c in self.checks if c.status == "ok"}
-        return not self.failures() and compared.issuperset(FORMS)
-
-    def failures(self) -> list[Check]:
-        """The checks that failed, the worst first."""
-        failed = [c for c in self.checks if c.status == "failed"]
-        return sorted(failed, key=lambda c: -(c.error / c.budget if c.error == c.error else float("inf")))
-
-    def worst(self) -> list[Check]:
-        """For each form, dtype and quantity the check that came closest to its budget, or that failed."""
-        found: dict[tuple[str, str, str], Check] = {}
-        for check in self.checks:
-            key = (check.form, check.dtype, check.quantity)
-            if key not in found or _severity(check) > _severity(found[key]):
-                found[key] = check
-        return list(found.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """The certificate as JSON sees it."""
-        fields = {k: v for k, v in vars(self).items() if k != "checks"}
-        return fields | {"passed": self.passed, "checks": [c.as_dict() for c in self.checks]}
-
-    def table(self) -> Table:
-        """A table for the terminal: the worst error of every quantity and form beside its budget, then the failures."""
-        from rich.table import Table
-
-        verdict = "certified" if self.passed else "REFUSED"
-        undefined = sum(c.status == "undefined" for c in self.checks)
-        caption = [f"relative RMS errors, worst case; {len(self.checks)} checks in {self.seconds:.1f} s"]
-        if undefined:
-            caption.append(f"{undefined} checks where the recurrence itself is not finite, in float64 or in float32")
-        caption += [f"failed: {c.describe()}" for c in self.failures()[:8]]
-        table = Table(title=f"{self.name}: {verdict} on {self.device_name}", caption="\n".join(caption))
-        table.add_column("dtype")
-        table.add_column("quantity")
-        for column in (*FORMS, "budget"):
-            table.add_column(column, justify="right")
-        worst = {(c.dtype, c.quantity, c.form): c for c in self.worst() if c.quantity != "call"}
-        for dtype, quantity in dict.fromkeys((d, q) for d, q, _ in worst):
-            row = [worst.get((dtype, quantity, form)) for form in FORMS]
-            budgets = dict.fromkeys(f"{c.budget:.0e}" for c in row if c is not None)
-            table.add_row(dtype, quantity, *(_cell(c) for c in row), ", ".join(budgets))
-        return table
-
-
-def verify(
-    source: Any,
-    device: str = "cpu",
-    dtypes: Sequence[str] | None = None,
-    quick: bool = False,
-    *,
-    seed: int | None = None,
-    cache_dir: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Certificate:
-    """Certify the module of a variant on this machine and store the certificate in the cache.
-
-    Args:
-        source: path of a spec file, name of a built-in spec, or a Spec.
-        device: "cpu" or "cuda".
-        dtypes: names such as "float32"; :data:`DTYPES` by default.
-        quick: a few seconds instead of the whole matrix.
-        seed: of the inputs; fresh ones each time by default (the certificate names it).
-        cache_dir: cache folder, see :func:`dspace.compile`.
-        progress: called with a line of text before each case.
-
-    Raises:
-        UserError: no such device or dtype here.
-        SpecError: the spec cannot be compiled.
-    """
-    from dspace.runtime.cache import Cache
-    from dspace.runtime.compiler import certificate_key, compile_entry
-    from dspace.runtime.sources import as_spec
-
-    spec = as_spec(source)
-    entry, module = compile_entry(spec, cache_dir)
-    certificate = certify_module(spec, module, device=device, dtypes=dtypes, quick=quick, seed=seed, progress=progress)
-    if dtypes is None:  # a certificate of fewer dtypes must not stand for all of them
-        Cache(cache_dir).store_certificate(certificate_key(entry, device, quick), certificate.as_dict())
-    return certificate
 
 
 def certify_module(
@@ -151,7 +39,7 @@ def certify_module(
     cases: Sequence[Case] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
-    """Certify a module that is at hand against the spec that it claims to implement (see :func:`verify`)."""
+    """Certify a module that is at hand against the spec that it claims to implement (see :func:`dspace.verify`)."""
     if device not in DTYPES:
         raise UserError(f"unknown device {device!r}; cure: one of {', '.join(DTYPES)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -175,7 +63,7 @@ def certify_module(
             for case, dtype in runs if quick else ():  # all of the others would not fit in memory at once
                 examiner.prepare(case, dtype, seed + todo.index(case))
 
-        ahead.compile_calls(module, ahead.certificate_calls(examiner, runs), meanwhile=prepare)
+        ahead.compile_calls(module, certificate_calls(examiner, runs), meanwhile=prepare)
     for number, case in enumerate(todo):
         if progress is not None:
             progress(str(case))
@@ -199,35 +87,46 @@ def certify_module(
     )
 
 
+def certificate_calls(examiner: Examiner, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:
+    """Calls that launch what a certificate does: every (case, dtype) and form, with and without gradients, from zeros."""
+
+    def one(case: Case, dtype: str, form: str) -> None:
+        arguments = examiner.expected.blank_arguments(case, getattr(torch, dtype))
+        with torch.no_grad():
+            examiner.call(form, case, arguments)
+        results = examiner.call(form, case, arguments)
+        outputs = [r for r in results.values() if r.requires_grad]
+        if outputs:
+            leaves = list(arguments.leaves().values())
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
+
+    forms = [f for f in FORMS if f != "reference"]
+    return [functools.partial(one, c, d, f) for c, d in runs if c.shape.T for f in forms]
+
+
 class Examiner:
     """Runs the forms of one module and the oracle on the same arguments, and compares."""
 
     def __init__(self, spec: Any, module: ModuleType, device: str) -> None:
-        from dspace.runtime.compiler import analysis_of
-
-        self.name, self.module, self.device = spec.name, module, device
-        self.coordinates = Coordinates.of(analysis_of(spec))
-        self.recurrence = self.coordinates.source
-        self.state_names = [s.name for s in self.coordinates.normal.states]
-        self.gates = gates(self.coordinates.normal)
-        self.gates_and_parameters = gates(self.coordinates.normal, parameters=True)
+        self.name, self.module = spec.name, module
+        self.expected = Expected(spec, device)
         self.letter = str(module.SPEC["class"])
         self.has_variance = bool(module.SPEC["variance"])
-        self.prepared: dict[tuple[Case, str, int], tuple[Arguments, Results, dict[str, Tensor]]] = {}
+        self.prepared: dict[tuple[Case, str, int], tuple[Arguments, Results, Results]] = {}
 
-    def prepare(self, case: Case, dtype: str, seed: int) -> tuple[Arguments, Results, dict[str, Tensor]]:
+    def prepare(self, case: Case, dtype: str, seed: int) -> tuple[Arguments, Results, Results]:
         """Arguments, what the oracle makes of them, and the cotangents of that: kept until they are examined."""
         key = (case, dtype, seed)
         if key not in self.prepared:
-            arguments = self._arguments(case, getattr(torch, dtype), seed)
-            self.prepared[key] = (arguments, *self._oracle(case, arguments, seed))
+            arguments = self.expected.arguments(case, getattr(torch, dtype), seed)
+            self.prepared[key] = (arguments, *self.expected.results(case, arguments, seed))
         return self.prepared[key]
 
     def examine(self, case: Case, dtype: str, seed: int, forms: Sequence[str] = FORMS) -> Iterator[Check]:
         """All checks of one case in one dtype."""
         arguments, expected, cotangents = self.prepare(case, dtype, seed)
         del self.prepared[case, dtype, seed]
-        narrow = Narrow(self, case, arguments, seed)
+        narrow = Narrow(self.expected, case, arguments, seed)
         for form in forms:
             found = self._run(form, case, arguments, cotangents)
             if isinstance(found, str):
@@ -250,62 +149,7 @@ class Examiner:
     def _kind(self, quantity: str) -> Kind:
         if not quantity.startswith("d "):
             return "output"
-        return "gate gradient" if quantity[2:] in self.gates_and_parameters else "gradient"
-
-    def _arguments(self, case: Case, dtype: torch.dtype, seed: int) -> Arguments:
-        arguments = draw_arguments(self.recurrence, self.gates, case, dtype, self.device, seed)
-        if not case.initial:
-            return arguments
-        # A state that the variant really reaches: the one after a few other tokens.
-        count = len(case.lengths) if case.lengths is not None else case.shape.B
-        before = Case("before", replace(case.shape, B=count, T=5))
-        past = draw_arguments(self.recurrence, self.gates, before, dtype, self.device, seed + 7919)
-        with torch.no_grad():
-            states = evaluate(
-                self.recurrence, {**past.inputs, **arguments.parameters}, coordinates=self.coordinates, variance=False
-            ).states
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return replace(arguments, states=tuple(s.to(wide).contiguous().requires_grad_() for s in states))
-
-    def _oracle(
-        self,
-        case: Case,
-        arguments: Arguments,
-        seed: int,
-        dtype: torch.dtype = torch.float64,
-        given: Arguments | None = None,
-        jitter: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Results, Results]:
-        """What the oracle says of every quantity, and the cotangents that its gradients are for.
-
-        The cotangents are rounded as those of a kernel that is called with ``given`` (default: ``arguments``), and then
-        changed by ``jitter``.
-        """
-        found = evaluate(
-            self.recurrence,
-            {**arguments.inputs, **arguments.parameters},
-            initial_states=arguments.states,
-            cu_seqlens=arguments.cu_seqlens,
-            variance=case.variance,
-            coordinates=self.coordinates,
-            dtype=dtype,
-        )
-        results: Results = {"o": found.output}
-        if found.variance is not None:
-            results["variance"] = found.variance
-        if case.final:
-            results |= {f"state {n}": s for n, s in zip(self.state_names, found.states, strict=True)}
-        generator = torch.Generator().manual_seed(seed + 104729)
-        seen = next(iter((given or arguments).inputs.values())).dtype
-        cotangents = {}
-        for name, value in results.items():
-            # Rounded as the kernel will see it.
-            kind = seen if name in ("o", "variance") else torch.promote_types(seen, torch.float32)
-            draw = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            cotangents[name] = draw.to(device=value.device, dtype=kind)
-        if jitter is not None:
-            cotangents = {n: jitter(c.float()) for n, c in cotangents.items()}
-        return _with_gradients(results, cotangents, arguments), cotangents
+        return "gate gradient" if quantity[2:] in self.expected.gates_and_parameters else "gradient"
 
     def _run(self, form: str, case: Case, arguments: Arguments, cotangents: Results) -> Results | str:
         """The same quantities from the module, or the error that it raised, in one line.
@@ -317,26 +161,12 @@ class Examiner:
             with torch.no_grad():
                 plain = self.call(form, case, arguments)
             apart = {n + PLAIN: x for n, x in plain.items() if not torch.equal(x, results[n])}
-            return _with_gradients(results, cotangents, arguments) | apart
+            return with_gradients(results, cotangents, arguments) | apart
         except Exception as error:  # whatever a kernel raises is a finding, not a crash of the examiner
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             first = next(iter(str(error).splitlines()), "")
             return f"raised {type(error).__name__}: {first[:200]}"
-
-    def blank_arguments(self, case: Case, dtype: torch.dtype) -> Arguments:
-        """Arguments of the right shapes without meaning: initial states are zeros."""
-        arguments = draw_arguments(self.recurrence, self.gates, case, dtype, self.device, 0)
-        if not case.initial:
-            return arguments
-        count = len(case.lengths) if case.lengths is not None else case.shape.B
-        sizes = {"k": case.shape.K, "v": case.shape.V}
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        states = tuple(
-            torch.zeros(count, case.shape.HV, *(sizes[a] for a in s.axes), dtype=wide, device=self.device)
-            for s in self.coordinates.normal.states
-        )
-        return replace(arguments, states=tuple(s.requires_grad_() for s in states))
 
     def call(self, form: str, case: Case, arguments: Arguments) -> Results:
         """Output, variance and final states of one form, in one call or in pieces with carried states."""
@@ -362,33 +192,6 @@ class Examiner:
         if want_variance:
             results["variance"] = torch.cat(variances, 1)
         if case.final:
-            states = (state,) if len(self.state_names) == 1 else state
-            results |= {f"state {n}": s for n, s in zip(self.state_names, states, strict=True)}
+            states = (state,) if len(self.expected.state_names) == 1 else state
+            results |= {f"state {n}": s for n, s in zip(self.expected.state_names, states, strict=True)}
         return results
-
-
-def _with_gradients(results: Results, cotangents: Results, arguments: Arguments) -> Results:
-    """``results`` and the gradients ``d NAME`` of every leaf, for the given cotangents of the results."""
-    leaves = arguments.leaves()
-    pairs = [(results[n], cotangents[n].to(results[n].dtype)) for n in results if results[n].requires_grad]
-    found = {f"d {n}": torch.zeros_like(x) for n, x in leaves.items()}
-    if pairs:
-        outputs, given = [r for r, _ in pairs], [c for _, c in pairs if c is not None]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
-        found |= {f"d {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
-    return {n: r.detach() for n, r in results.items()} | found
-
-
-def _cell(check: Check | None) -> str:
-    """A check as one cell of the table."""
-    if check is None:
-        return ""
-    style = {"ok": "yellow" if check.note else "green", "failed": "bold red", "undefined": "yellow"}[check.status]
-    text = f"{check.error:.1e}" if check.error == check.error else check.status
-    return f"[{style}]{text}[/]"
-
-
-def _severity(check: Check) -> float:
-    if check.status == "failed":
-        return float("inf")
-    return -1.0 if check.status == "undefined" else check.error / check.budget

@@ -5,19 +5,15 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import first, sharing, sources, versions
-from dspace.runtime.cache import Cache, Entry, digest
-
-if TYPE_CHECKING:
-    from dspace.math.ir import Analysis
-    from dspace.runtime.certify import Certificate
-    from dspace.spec import Spec
+from dspace.runtime import first, sharing, sources, tuned
+from dspace.runtime.analysis import analysis_of, module_text
+from dspace.runtime.cache import Cache, Entry
+from dspace.runtime.certificate import Certificate, certificate_key, refusal
 
 _memory: dict[tuple[str, str], tuple[Entry, ModuleType]] = {}
-_analyses: dict[str, Analysis] = {}
 _trusted: set[str] = set()
 _guard = threading.RLock()
 
@@ -57,9 +53,7 @@ def _module(source: Any, cache: Cache) -> tuple[Entry, ModuleType]:
     entry, path = found
     result = (entry, sharing.loaded(entry, path, cache))
     if default_device() == "cuda":
-        from dspace.runtime.tuning import apply
-
-        apply(result[1], cache)
+        tuned.apply(result[1], cache)
     if key is not None:
         _memory[memory] = result
     return result
@@ -88,43 +82,10 @@ def _build(source: Any, cache: Cache, key: str | None) -> tuple[Entry, Path]:
         return cache.store_module(spec.name, spec.hash, text, keys, sharing.kernels_for(spec, form, text, cache))
 
 
-def module_text(source: Any) -> str:
-    """The source text of a variant's module: spec -> analysis -> text."""
-    from dspace.emit import emit
-
-    spec = sources.as_spec(source)
-    return emit(spec, analysis_of(spec))
-
-
-def analysis_of(spec: Spec) -> Analysis:
-    """The analysis of a spec; the last few are kept, since compiling and certifying both ask for it."""
-    from dspace.math import analyse
-
-    if spec.hash not in _analyses:
-        while len(_analyses) >= 16:
-            _analyses.pop(next(iter(_analyses)))
-        _analyses[spec.hash] = analyse(spec)
-    return _analyses[spec.hash]
-
-
 def compile_entry(source: Any, cache_dir: str | Path | None = None) -> tuple[Entry, ModuleType]:
     """The uncertified module of a variant and its entry in the cache."""
     with _guard:
         return _module(source, Cache(cache_dir))
-
-
-def certificate_key(entry: Entry, device: str, quick: bool) -> str:
-    """Key of a certificate: the module's text, the compiler, the libraries and the hardware that ran it."""
-    libraries = [f"{n}={v}" for n, v in sorted(versions.library_versions().items())]
-    return digest(
-        "certificate",
-        "quick" if quick else "full",
-        entry.spec_hash,
-        entry.sha256,
-        versions.emitter_version(),
-        *libraries,
-        versions.device_name(device),
-    )
 
 
 def default_device() -> str:
@@ -156,19 +117,3 @@ def _run_certificate(source: Any, module: ModuleType, device: str) -> Certificat
     from dspace.runtime.certify import certify_module
 
     return certify_module(sources.as_spec(source), module, device=device, quick=True)
-
-
-def refusal(certificate: Certificate) -> str:
-    """Why a module was not handed out, and what to do."""
-    failed = certificate.failures()
-    lines = [
-        f"the kernels of {certificate.name!r} disagree with the float64 oracle on {certificate.device_name}:",
-        *(f"  {check.describe()}" for check in failed[:5]),
-    ]
-    if len(failed) > 5:
-        lines.append(f"  and {len(failed) - 5} more")
-    lines += [
-        f"  cure: run `dspace verify {certificate.name}` for the whole table and `dspace doctor` for known-bad versions;",
-        f"  dspace.compile(..., certify=False) hands the module out unchecked: its reference_{certificate.name} is plain PyTorch",
-    ]
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspace.errors import UserError
-from dspace.runtime.compiler import module_text
+from dspace.runtime.analysis import module_text
 from dspace.runtime.sources import as_spec
 
 PACKAGE_DOC = (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dspace.runtime.cases import Arguments, Case
-    from dspace.runtime.certify import Examiner, Results
+    from dspace.runtime.expected import Expected, Results
 
 CHUNK = 16
 """Tokens over which every chunkwise form sums log decays, at least."""
@@ -30,14 +30,14 @@ class Narrow:
     Kernels accumulate in float32 whatever the dtype of their inputs, so it is the standard for 16-bit inputs too.
     """
 
-    def __init__(self, examiner: Examiner, case: Case, arguments: Arguments, seed: int) -> None:
-        self.examiner, self.case, self.arguments, self.seed = examiner, case, arguments, seed
+    def __init__(self, expected: Expected, case: Case, arguments: Arguments, seed: int) -> None:
+        self.expected, self.case, self.arguments, self.seed = expected, case, arguments, seed
         self.kind = next(iter(arguments.inputs.values())).dtype
 
     @functools.cached_property
     def evaluated(self) -> Results:
         """Token by token in float32."""
-        return self.examiner._oracle(self.case, self.arguments, self.seed, torch.float32)[0]
+        return self.expected.results(self.case, self.arguments, self.seed, torch.float32)[0]
 
     @functools.cached_property
     def samples(self) -> list[Results]:
@@ -70,11 +70,11 @@ class Narrow:
             return (exact + step * (exact if size is None else size)).requires_grad_()
 
         given = self.arguments
-        sizes = _summed_sizes(self.examiner, given.inputs) if summed else {}
+        sizes = _summed_sizes(self.expected, given.inputs) if summed else {}
         near = replace(
             given,
             inputs={
-                n: moved(x, sizes.get(n), n not in self.examiner.gates and x.dtype == self.kind)
+                n: moved(x, sizes.get(n), n not in self.expected.gates and x.dtype == self.kind)
                 for n, x in given.inputs.items()
             },
             parameters={n: moved(x) for n, x in given.parameters.items()},
@@ -82,7 +82,7 @@ class Narrow:
         )
         # The cotangents are those of the kernel: drawn by the seed, in the dtype of the original inputs.
         jitter = (lambda x: moved(x, operand=True).detach().to(x.dtype)) if digit else None
-        return self.examiner._oracle(self.case, near, self.seed, torch.float32, self.arguments, jitter)[0]
+        return self.expected.results(self.case, near, self.seed, torch.float32, self.arguments, jitter)[0]
 
     def allowed(self, quantity: str, reference: Tensor, form: str, budget: float) -> tuple[float, float]:
         """Relative error of ``quantity`` that no kernel of ``form`` can be blamed for, and what the recurrence errs.
@@ -112,11 +112,11 @@ def _largest(samples: list[Results], quantity: str, reference: Tensor) -> float:
     return max((e for r in samples if (e := relative_error(reference, r[quantity])) == e), default=0.0)
 
 
-def _summed_sizes(examiner: Examiner, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _summed_sizes(expected: Expected, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """By gate: how much a step of one in the last digit of a chunk's sum of log gates changes its value."""
     found = {}
-    for variable in examiner.recurrence.inputs:
-        if variable.name not in examiner.gates or variable.domain not in ("nonpositive", "negative", "unit"):
+    for variable in expected.recurrence.inputs:
+        if variable.name not in expected.gates or variable.domain not in ("nonpositive", "negative", "unit"):
             continue
         value = inputs[variable.name].detach().double()
         logarithm = value.log() if variable.domain == "unit" else value

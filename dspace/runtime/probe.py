@@ -132,7 +132,7 @@ def assembler_faults() -> tuple[str, ...]:
 
     from dspace import spec
     from dspace.runtime import offline
-    from dspace.runtime.compiler import module_text
+    from dspace.runtime.analysis import module_text
     from dspace.runtime.load import load_file
 
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dspace.runtime.analysis import analysis_of
 from dspace.runtime.cache import Cache, Entry, digest
 from dspace.runtime.load import load_file
 from dspace.runtime.versions import emitter_version
@@ -29,8 +30,6 @@ def kernels_for(spec: Spec, form: CanonicalForm, text: str, cache: Cache) -> dic
     The first module of a mathematics is recorded as such. ``arguments`` says for each tensor that the other module's
     core takes which of this module's it is, ``states`` for each state of this module which of the other's it is.
     """
-    from dspace.runtime.compiler import analysis_of
-
     recurrence = analysis_of(spec).recurrence
     own = [*(v.name for v in (*recurrence.inputs, *recurrence.parameters)), *(s.name for s in recurrence.states)]
     names = (*form.variables, *form.states)

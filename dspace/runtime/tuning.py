@@ -2,13 +2,12 @@
 
 A generated module proposes a handful of configurations for each kernel family from the registers and shared memory
 that they take, and uses the first. :func:`tune` measures the others and keeps what is faster in the cache folder,
-under the GPU and Triton, keyed by family, sizes and dtype, never by T. :func:`apply` hands a module what is known:
-the choices of this machine before those of the table that dspace ships. No call of a module ever waits for tuning.
+under the GPU and Triton, keyed by family, sizes and dtype, never by T. :mod:`dspace.runtime.tuned` hands a module what
+is known.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -19,10 +18,8 @@ from typing import Any
 
 from dspace.errors import UserError
 from dspace.runtime import versions
-from dspace.runtime.cache import Cache, digest
-
-SHIPPED = Path(__file__).with_name("tuned.json")
-"""GPU name -> {"family sizes...": configuration}: choices measured for the releases of dspace."""
+from dspace.runtime.cache import Cache
+from dspace.runtime.tuned import apply, record_of
 
 MARGIN = 0.03
 """A configuration replaces the first one if it saves this share of the time: less is noise."""
@@ -40,21 +37,6 @@ class Choice:
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return asdict(self)
-
-
-def apply(module: ModuleType, cache: Cache, device: str = "cuda") -> None:
-    """Give ``module`` the choices known for this machine's GPU."""
-    if hasattr(module, "_TUNED"):
-        known = shipped(device) | cache.tuning(_file(device))
-        module._TUNED.update({key: _tuples(config) for key, config in known.items()})
-        module._CONFIGS.clear()
-
-
-@functools.cache
-def shipped(device: str) -> dict[str, Any]:
-    """Choices that come with dspace for the GPU behind ``device``."""
-    tables = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    return tables.get(versions.device_name(device), {})
 
 
 def tune(
@@ -86,25 +68,25 @@ def tune(
     if not torch.cuda.is_available():
         raise UserError("tuning measures kernels, and there is no GPU here\n  cure: run it where the GPU is")
     module = compile(source, cache_dir=cache_dir)
-    cache, file = Cache(cache_dir), _file("cuda")
+    cache, record = Cache(cache_dir), record_of("cuda")
     found: list[Choice] = []
-    with cache.lock(file):
+    with cache.lock(record):
         apply(module, cache)
         for run in calls(module, keys, values, dtype):
             found += tune_call(module, run, milliseconds, () if again else module._TUNED)
         if found:  # what was chosen has not been certified yet
             certify_sizes(as_spec(source), module, "cuda", dtype, keys, values)
-        cache.store_tuning(file, cache.tuning(file) | {c.key: c.config for c in found})
+        cache.store_tuning(record, cache.tuning(record) | {c.key: c.config for c in found})
     apply(module, cache)
     return found
 
 
 def write_table(path: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """Merge the choices of this machine's GPU into a table such as :data:`SHIPPED`."""
+    """Merge the choices of this machine's GPU into a table such as :data:`dspace.runtime.tuned.SHIPPED`."""
     file = Path(path)
     tables = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     name = versions.device_name("cuda")
-    tables[name] = dict(sorted((tables.get(name, {}) | Cache(cache_dir).tuning(_file("cuda"))).items()))
+    tables[name] = dict(sorted((tables.get(name, {}) | Cache(cache_dir).tuning(record_of("cuda"))).items()))
     file.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return file
 
@@ -165,11 +147,3 @@ def _time(
         if "illegal" in str(error):
             raise
         return None
-
-
-def _file(device: str) -> str:
-    return digest("tuning", versions.device_name(device), versions.library_versions()["triton"])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

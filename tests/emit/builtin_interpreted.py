@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dspace import spec as specs
+from dspace.runtime.analysis import module_text
 from dspace.runtime.cases import Case, Shape
 from dspace.runtime.certify import certify_module
-from dspace.runtime.compiler import module_text
 from dspace.runtime.load import load_file
 
 PACKED = Case("packed", Shape(1, 43, 1, 2, 10, 6), lengths=(0, 36, 7))

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from dspace.runtime import offline
-from dspace.runtime.compiler import module_text
+from dspace.runtime.analysis import module_text
 from dspace.runtime.load import load_file
 from dspace.spec import builtin_names
 

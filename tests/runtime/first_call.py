@@ -12,8 +12,8 @@ from triton.compiler.compiler import ASTSource
 
 from dspace.runtime import first, offline, versions
 from dspace.runtime.absent import AbsentGPU
+from dspace.runtime.analysis import module_text
 from dspace.runtime.cache import Cache
-from dspace.runtime.compiler import module_text
 from dspace.runtime.load import load_file
 
 HERE: list[str] = []

@@ -23,9 +23,9 @@ triton.runtime.driver.set_active(types.SimpleNamespace(
 ))
 from dspace import spec
 from dspace.runtime import ahead, offline
+from dspace.runtime.analysis import module_text
 from dspace.runtime.cases import quick_cases
-from dspace.runtime.certify import Examiner
-from dspace.runtime.compiler import module_text
+from dspace.runtime.certify import Examiner, certificate_calls
 from dspace.runtime.load import load_file
 
 path = Path(sys.argv[1])
@@ -33,7 +33,7 @@ path.write_text(module_text("simple_gla"))
 module = load_file(path, "ahead_simple_gla")
 examiner = Examiner(spec.load("simple_gla"), module, "cpu")
 with offline.elsewhere(module):
-    calls = ahead.certificate_calls(examiner, [(quick_cases("cuda")[0], "bfloat16")])
+    calls = certificate_calls(examiner, [(quick_cases("cuda")[0], "bfloat16")])
     warnings.filterwarnings("error", message="kernels were not compiled ahead")
     count = ahead.compile_calls(module, calls, workers=2)
     compiled = {

@@ -16,13 +16,16 @@ from dspace import spec as specs
 from dspace.errors import CertificationError, UserError
 from dspace.math import analyse
 from dspace.runtime import compiler
+from dspace.runtime.analysis import module_text
 from dspace.runtime.budgets import MOST, budget, gates
 from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
-from dspace.runtime.certify import Examiner, certify_module, verify
+from dspace.runtime.certify import certify_module
 from dspace.runtime.compare import compare
-from dspace.runtime.compiler import compile, module_text
+from dspace.runtime.compiler import compile
+from dspace.runtime.expected import Expected
 from dspace.runtime.load import load_file
 from dspace.runtime.narrow import Narrow
+from dspace.runtime.verification import verify
 
 ONE = (Case("plain", Shape(2, 9, 1, 2, 4, 3), variance=False),)
 
@@ -129,13 +132,13 @@ def test_faults_of_the_size_of_a_16_bit_budget_are_refused(affine_file: Path, wr
 def test_no_rounding_to_16_bits_excuses_a_result_without_digits(affine_file: Path, monkeypatch: pytest.MonkeyPatch):
     """However badly terms cancel: here the recurrence itself is made to err by its own size."""
     spec = specs.load(affine_file)
-    module, case = compile(spec, certify=False), Case("one token", Shape(1, 1, 1, 1, 4, 3), initial=False)
-    examiner = Examiner(spec, module, "cpu")
-    arguments = examiner._arguments(case, torch.bfloat16, 1)
-    expected = examiner._oracle(case, arguments, 1)[0]
-    narrow = Narrow(examiner, case, arguments, 1)
-    monkeypatch.setattr(narrow, "rounded", [{n: 2 * x for n, x in expected.items()}], raising=False)
-    allowed, errs = narrow.allowed("o", expected["o"], "chunk", 5e-3)
+    case = Case("one token", Shape(1, 1, 1, 1, 4, 3), initial=False)
+    expected = Expected(spec, "cpu")
+    arguments = expected.arguments(case, torch.bfloat16, 1)
+    results = expected.results(case, arguments, 1)[0]
+    narrow = Narrow(expected, case, arguments, 1)
+    monkeypatch.setattr(narrow, "rounded", [{n: 2 * x for n, x in results.items()}], raising=False)
+    allowed, errs = narrow.allowed("o", results["o"], "chunk", 5e-3)
     assert allowed == MOST and errs == pytest.approx(1.0)
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dspace.runtime.compiler import module_text
+from dspace.runtime.analysis import module_text
 
 NAME = "simple_gla"
 

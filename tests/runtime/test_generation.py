@@ -51,7 +51,7 @@ def test_unwritable_folder_is_a_user_error(affine_file: Path, tmp_path: Path):
 def test_text_does_not_depend_on_the_hash_seed(ratio_file: Path):
     program = (
         "import sys, hashlib\n"
-        "from dspace.runtime.compiler import module_text\n"
+        "from dspace.runtime.analysis import module_text\n"
         "texts = [module_text(s) for s in sys.argv[1:]]\n"
         "print(hashlib.sha256('\\0'.join(texts).encode()).hexdigest())\n"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.memory import SHAPES, Live, peak
-from dspace.runtime.compiler import module_text
+from dspace.runtime.analysis import module_text
 from dspace.runtime.load import load_file
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from dspace.runtime import offline, tuning, versions
+from dspace.runtime import offline, tuned, tuning, versions
 from dspace.runtime.cache import Cache
 from dspace.runtime.compiler import compile
 
@@ -50,8 +50,8 @@ def test_the_fastest_proposal_wins_and_others_read_it(
     assert tuning.tune_call(module, lambda: call(module), lambda run: 1 / 0) == []
 
     cache = Cache()
-    cache.store_tuning(tuning._file("cuda"), {choice.key: choice.config, "gone 1": [1]})
-    tuning.apply(module, cache)
+    cache.store_tuning(tuned.record_of("cuda"), {choice.key: choice.config, "gone 1": [1]})
+    tuned.apply(module, cache)
     call(module, steps=1000)
     assert module._CONFIGS[key] == choice.config
     call(module, size=32)  # other sizes keep their first proposal
@@ -71,12 +71,12 @@ def test_a_choice_that_is_no_proposal_any_more_is_ignored(module: ModuleType):
 def test_the_shipped_table_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     table = tmp_path / "tuned.json"
     table.write_text('{"a GPU": {"family 64": [64, [32, 4]]}}')
-    monkeypatch.setattr(tuning, "SHIPPED", table)
+    monkeypatch.setattr(tuned, "SHIPPED", table)
     monkeypatch.setattr(versions, "device_name", lambda device: "a GPU")
-    tuning.shipped.cache_clear()
-    assert tuning.shipped("cuda") == {"family 64": [64, [32, 4]]}
-    Cache().store_tuning(tuning._file("cuda"), {"family 16": (32, (16, 2))})
+    tuned.shipped.cache_clear()
+    assert tuned.shipped("cuda") == {"family 64": [64, [32, 4]]}
+    Cache().store_tuning(tuned.record_of("cuda"), {"family 16": (32, (16, 2))})
     tuning.write_table(table)
-    tuning.shipped.cache_clear()
-    assert tuning.shipped("cuda") == {"family 16": [32, [16, 2]], "family 64": [64, [32, 4]]}
-    tuning.shipped.cache_clear()
+    tuned.shipped.cache_clear()
+    assert tuned.shipped("cuda") == {"family 16": [32, [16, 2]], "family 64": [64, [32, 4]]}
+    tuned.shipped.cache_clear()
