@@ -107,6 +107,7 @@ def test_errors_in_the_pool_reach_the_caller(native, pool, here):
     large_call(native("ratio"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what ctypes prints where it is early
 def test_an_interrupt_is_not_lost_in_the_pool(native, pool):
     """Wherever it comes: also before a line that could catch it, where ctypes can only print what was raised."""
 
