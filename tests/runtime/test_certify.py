@@ -169,6 +169,23 @@ def test_planted_variance_is_refused(ratio_file: Path):
     assert "REFUSED" in str(certificate.table().title)
 
 
+def test_a_mistake_made_only_where_nothing_is_differentiated_is_refused(ratio_file: Path, monkeypatch):
+    """Nor variance asked for: the call of a model that only runs, for which a form may have a shorter way."""
+    module = compile(ratio_file, certify=False)
+    core = module._CORES["cpu", "chunk"]
+
+    @functools.wraps(core)
+    def wrong(*arguments):
+        output, variance, *final = core(*arguments)
+        runs_only = not torch.is_grad_enabled() and (variance is None or not variance.numel())
+        return (1.02 * output if runs_only else output, variance, *final)
+
+    monkeypatch.setitem(module._CORES, ("cpu", "chunk"), wrong)
+    case = (Case("variance", Shape(2, 9, 1, 2, 4, 3)),)
+    certificate = certify_module(specs.load(ratio_file), module, cases=case, dtypes=("float32",), seed=3)
+    assert {(c.form, c.quantity) for c in certificate.failures()} == {("chunk", "o without gradients")}
+
+
 def test_planted_mistake_in_the_reference_is_refused(affine_file: Path):
     module = planted(affine_file, r"outputs\.append\(\(", "outputs.append((1.00001 * ", "wrong_reference")
     certificate = certify_module(specs.load(affine_file), module, cases=ONE, dtypes=("float64",), seed=3)
@@ -223,6 +240,28 @@ def test_wrong_device_and_dtype_are_user_errors(affine_file: Path):
 
 def test_gates_are_what_decides_retention(ratio_file: Path):
     assert gates(analyse(specs.load(ratio_file)).recurrence) == {"g"}
+
+
+def test_a_parameter_that_decides_retention_has_the_budget_of_a_gate(tmp_path: Path):
+    path = tmp_path / "rate.toml"
+    path.write_text(
+        """
+name = "rate"
+[inputs]
+k = "k"
+v = "v"
+[parameters]
+rate = { axes = "", domain = "nonnegative" }
+gain = { axes = "", domain = "nonnegative" }
+[state.S]
+axes = "kv"
+update = "exp(-rate) * S + gain * v * k"
+[readout]
+output = "sum_k(S * k)"
+"""
+    )
+    recurrence = analyse(specs.load(path)).recurrence
+    assert (gates(recurrence), gates(recurrence, parameters=True)) == (set(), {"rate"})
 
 
 @pytest.mark.parametrize("draw", ("random", *CORNERS))
