@@ -88,9 +88,9 @@ def certify_module(
     )
 
 
-def bare(case: Case, form: str) -> Case:
-    """``case`` as a model that only runs asks for it: ``chunk`` without variance, on which a shorter way may depend."""
-    return replace(case, variance=False) if form == "chunk" else case
+def bare(case: Case) -> Case:
+    """``case`` as a model that only runs asks for it: without variance, on which a shorter way may depend."""
+    return replace(case, variance=False)
 
 
 def certificate_calls(examiner: Examiner, runs: Sequence[tuple[Case, str]]) -> list[Callable[[], object]]:
@@ -99,7 +99,7 @@ def certificate_calls(examiner: Examiner, runs: Sequence[tuple[Case, str]]) -> l
     def one(case: Case, dtype: str, form: str) -> None:
         arguments = examiner.expected.blank_arguments(case, getattr(torch, dtype))
         with torch.no_grad():
-            examiner.call(form, bare(case, form), arguments)
+            examiner.call(form, bare(case), arguments)
         results = examiner.call(form, case, arguments)
         outputs = [r for r in results.values() if r.requires_grad]
         if outputs:
@@ -131,7 +131,7 @@ class Examiner:
     def examine(self, case: Case, dtype: str, seed: int, forms: Sequence[str] = FORMS) -> Iterator[Check]:
         """All checks of one case in one dtype."""
         arguments, expected, cotangents = self.prepare(case, dtype, seed)
-        del self.prepared[case, dtype, seed]
+        del self.prepared[case, dtype, seed]  # memory: a full certificate has hundreds
         narrow = Narrow(self.expected, case, arguments, seed)
         for form in forms:
             found = self._run(form, case, arguments, cotangents)
@@ -166,7 +166,7 @@ class Examiner:
         try:
             results = self.call(form, case, arguments)
             with torch.no_grad():
-                plain = self.call(form, bare(case, form), arguments)
+                plain = self.call(form, bare(case), arguments)
             apart = {n + PLAIN: x for n, x in plain.items() if not torch.equal(x, results[n])}
             return with_gradients(results, cotangents, arguments) | apart
         except Exception as error:  # whatever a kernel raises is a finding, not a crash of the examiner

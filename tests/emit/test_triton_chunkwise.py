@@ -15,9 +15,10 @@ import torch
 
 import dspace.math
 import dspace.spec
-from dspace.emit.triton import features, printer
+from dspace.emit.triton import features, fold, printer
 from dspace.errors import CompilerBug
 from dspace.runtime import offline
+from tests.emit.names import left_to_a_spec
 from tests.emit.triton_interpreted import build, draw
 
 HERE = Path(__file__).parent
@@ -354,3 +355,11 @@ def test_whole_powers_keep_the_sign_of_their_base(exponent: int) -> None:
         tl = types.SimpleNamespace(exp=torch.exp, log=torch.log, abs=torch.abs)
         found = eval(text, {"tl": tl, "x": torch.tensor(value, dtype=torch.float64)})
         assert float(found) == pytest.approx(value**exponent, rel=1e-12)
+
+
+def test_no_name_of_the_folds_functions_is_left_to_a_spec():
+    def chosen(name: str) -> bool:
+        return name.startswith("_fold") or (name.startswith("_vector_k_") and name.endswith("kernel"))
+
+    functions, free = left_to_a_spec("palimpsa_folded", chosen, features._LOCAL | fold.LOCAL)
+    assert functions > 8 and free <= {"scale"}

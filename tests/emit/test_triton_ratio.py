@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -15,10 +14,10 @@ import torch
 
 import dspace.math
 import dspace.spec
-from dspace.emit import naming
 from dspace.emit.triton import ratio
 from dspace.plan.ratio import ratio_plan
 from dspace.runtime import offline
+from tests.emit.names import left_to_a_spec
 from tests.emit.ratio_interpreted import build
 from tests.emit.triton_interpreted import draw
 
@@ -239,19 +238,5 @@ def test_other_classes_and_decays_are_left_to_others() -> None:
 def test_no_name_of_the_emitted_functions_is_left_to_a_spec():
     """What they bind for themselves is reserved, or of a pattern that a spec's names are kept apart from."""
     kernels = {f"_{n}_kernel" for n in ("states", "reads", "local", "carry", "settle")}
-    bound: set[str] = set()
-    functions = 0
-    for function in ast.parse((Path(__file__).parents[2] / "kernels/palimpsa.py").read_text()).body:
-        if not isinstance(function, ast.FunctionDef) or not (function.name in kernels or "_ratio_" in function.name):
-            continue
-        functions += 1
-        nodes = list(ast.walk(function))
-        inside = {id(n) for c in nodes if isinstance(c, ast.comprehension) for n in ast.walk(c.target)}
-        bound |= {a.arg for a in function.args.args}
-        bound |= {
-            n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside
-        }
-    recurrence = dspace.math.analyse(dspace.spec.load("palimpsa")).recurrence
-    own = {v.name for v in (*recurrence.inputs, *recurrence.parameters, *recurrence.states)}
-    free = {n for n in bound - own - ratio._RESERVED - naming.INTERNAL if naming.KernelNamer()(n) == n}
+    functions, free = left_to_a_spec("palimpsa", lambda n: n in kernels or "_ratio_" in n, ratio._RESERVED)
     assert functions > 8 and free <= {"scale"}

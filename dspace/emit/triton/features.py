@@ -25,8 +25,8 @@ _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": 
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
 _SHAPE: dict[Axes, str] = {"": "", "k": ", size_k", "v": ", size_v"}
 _LOCAL = frozenset(
-    """after at backward base bases begin border borders carry channels chunks corner cotangents dtype end exclusive fast final
-    features fixed found gap given grads grid initial inputs inside left length like live local mask most options own
+    """after at backward base bases begin border borders carry channels chunks corner cotangents dtype end ending exclusive
+    fast features final fixed found from_future gap given grads grid initial inputs inside left length like live local mask most options own
     parameters pid pointers precision raw reads run saved scale segment segments sequence shape since single sizes spans stages
     starts states step tensors there through tile tiles token total triton tl until values warps wide within write zeros
     batch B BN BW C FAST H LENGTH N NT NW PACKED PRECISION REVERSE SINGLE STAGES T TOTAL W""".split()

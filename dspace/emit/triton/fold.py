@@ -17,7 +17,7 @@ from dspace.emit.triton.vector_group import VectorGroup
 from dspace.emit.triton.vector_kernels import Kernels
 
 LOCAL = frozenset(
-    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place".split()
+    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place config ends kept leaves packed o state_stages state_warps tile_k tile_v K V BK BV NK NV OT".split()
 )
 """Names of the kernel that no variable of a spec may have."""
 
