@@ -1558,6 +1558,8 @@ def _scores_key(q, k, G, spans, NT, chunks, config):
     return A
 
 
+
+
 def _forward_key(q, k, v,
     g,
     initial, scale, offsets, want_final=True, keep=None):

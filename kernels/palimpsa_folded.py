@@ -1496,35 +1496,6 @@ def _compose(decay_a, write_a, decay_b, write_b):
     return decay_a * decay_b, write_a * decay_b + write_b
 
 
-@_kernel
-def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
-    """First and end token of segment ``i_c``; empty for the spare segments of a packed batch."""
-    if PACKED:
-        begin = tl.load(spans + 2 * i_c).to(tl.int64)
-        end = tl.load(spans + 2 * i_c + 1).to(tl.int64)
-    else:
-        sequence = (i_c // NT).to(tl.int64)
-        begin = sequence * T + (i_c % NT).to(tl.int64) * LENGTH
-        end = tl.minimum(begin + LENGTH, sequence * T + T)
-    return begin, end
-
-
-_PROGRAMS = 256  # programs that keep a GPU busy with vector states: fewer walk at the pace of their latency
-_SHORTEST = 256  # tokens that a program walks at least
-
-
-def _segments(T, offsets, N, B, H, tiles, C):
-    """Segments that programs walk over: (spans, bases, NT, segments, length, whether each is a whole sequence).
-
-    Sequences stay whole where there are many, whatever their length, so that no length needs other kernels.
-    """
-    if offsets is None and 2 * N * H * tiles >= _PROGRAMS:
-        return None, None, 1, N, T, True
-    length = max(_cdiv(B * T * H * tiles, _PROGRAMS), _SHORTEST)
-    length = _cdiv(length, C) * C
-    return (*_plan(T, offsets, N, length), length, False)
-
-
 @_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
 def _carry_vector_kernel(
     total, local, start, border, final, offsets, bases, T, NT, H, LENGTH,
@@ -1555,458 +1526,6 @@ def _carry_vector_kernel(
         tl.store(border + there, after, mask=mask & (step + 1 < segments)[:, None])
         value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
     tl.store(final + i_nh * W + o_w, value, mask=m_w)
-
-
-@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
-def _vector_k_sums_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_total, Ibar_local,
-    spans, scale, T, NT, H, LENGTH,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
-):
-    """What a segment does to each state: S' = total S + local."""
-    NW: tl.constexpr = (W + BW - 1) // BW
-    pid = tl.program_id(0)
-    i_w = pid % NW
-    i_h = (pid // NW) % H
-    i_c = pid // (NW * H)
-    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
-    chunks = ((end - begin + C - 1) // C).to(tl.int32)
-    o_w = i_w * BW + tl.arange(0, BW)
-    if W % BW == 0:
-        m_w = o_w == o_w
-    else:
-        m_w = o_w < W
-    o_c = tl.arange(0, C)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_sum = tl.zeros([C, BW], dtype=tl.float32)
-    Ibar_whole = tl.full([1, BW], 0.0, tl.float32)
-    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        first = begin + i * C
-        corner = first * H + i_h
-        left = (end - first).to(tl.int32)
-        live = o_c < left
-        m_cw = live[:, None] & m_w[None, :]
-        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        b_row = b_next.to(tl.float32)
-        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        b = b_row[:, None]
-        g_row = g_next.to(tl.float32)
-        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        g = g_row[:, None]
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_past = tl.sum(step, axis=0)
-        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
-        write = b * k * k
-        Ibar_sum = tl.exp2(Ibar_past) * Ibar_sum + Ibar_until[:, None] * tl.where(m_cw, write, 0.0)
-        Ibar_whole += Ibar_past
-    tl.store(Ibar_total + at_border, tl.sum(tl.exp2(Ibar_whole), axis=0), mask=m_w)
-    tl.store(Ibar_local + at_border, tl.sum(Ibar_sum, axis=0), mask=m_w)
-
-@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
-def _vector_k_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, feature_0_out, Ibar_out, Ibar_border, Ibar_saved, Ibar_final,
-    spans, scale, T, NT, H, LENGTH,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
-):
-    """Ibar = exp(g) Ibar + b*k**2; features of every token."""
-    NW: tl.constexpr = (W + BW - 1) // BW
-    pid = tl.program_id(0)
-    i_w = pid % NW
-    i_h = (pid // NW) % H
-    i_c = pid // (NW * H)
-    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
-    chunks = ((end - begin + C - 1) // C).to(tl.int32)
-    o_w = i_w * BW + tl.arange(0, BW)
-    if W % BW == 0:
-        m_w = o_w == o_w
-    else:
-        m_w = o_w < W
-    o_c = tl.arange(0, C)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_start = tl.load(Ibar_border + at_border, mask=m_w, other=0.0)[None, :]
-    Ibar_start += tl.zeros([C, BW], dtype=tl.float32)
-    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    from_past = tl.where(o_c[:, None] >= o_c[None, :], 0.0, -float('inf'))
-    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        first = begin + i * C
-        corner = first * H + i_h
-        left = (end - first).to(tl.int32)
-        live = o_c < left
-        m_cw = live[:, None] & m_w[None, :]
-        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        b_row = b_next.to(tl.float32)
-        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        b = b_row[:, None]
-        g_row = g_next.to(tl.float32)
-        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        g = g_row[:, None]
-        if Ibar_saved is not None:
-            tl.store(Ibar_saved + (((first) // C + i_c) * H + i_h) * W + o_w[None, :] + o_c[:, None] * 0, Ibar_start, mask=(o_c == 0)[:, None] & m_w[None, :])
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_past = tl.sum(step, axis=0)
-        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
-        write = b * k * k
-        write = tl.where(m_cw, write, 0.0)
-        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
-        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
-        Ibar = Ibar_kept
-        ending = tl.zeros([C, C], dtype=tl.float32) + Ibar_until[None, :]  # the same for every row
-        Ibar_start = tl.dot(ending, write, tl.exp2(Ibar_past) * Ibar_start, input_precision=PRECISION)
-        inverse_0 = _reciprocal(I_p + Ibar, FAST)
-        feature_0_now = inverse_0 * q
-        tl.store(feature_0_out + corner * W + tile, (feature_0_now).to(feature_0_out.dtype.element_ty), mask=m_cw)
-        if Ibar_out is not None:
-            tl.store(Ibar_out + corner * W + tile, Ibar, mask=m_cw)
-    if SINGLE:
-        tl.store(Ibar_final + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_start, 0.0), axis=0), mask=m_w)
-
-@_kernel(do_not_specialize=["T", "NT", "H", "LENGTH"])
-def _vector_k_back_sums_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_saved, d_feature_0_in, d_Ibar_in, Ibar_total, Ibar_local,
-    spans, scale, T, NT, H, LENGTH,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
-):
-    """What a segment does to the cotangent of each state, last token first: dS' = total dS + local."""
-    NW: tl.constexpr = (W + BW - 1) // BW
-    pid = tl.program_id(0)
-    i_w = pid % NW
-    i_h = (pid // NW) % H
-    i_c = pid // (NW * H)
-    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
-    chunks = ((end - begin + C - 1) // C).to(tl.int32)
-    o_w = i_w * BW + tl.arange(0, BW)
-    if W % BW == 0:
-        m_w = o_w == o_w
-    else:
-        m_w = o_w < W
-    o_c = tl.arange(0, C)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_carry = 0.0 + tl.zeros([C, BW], dtype=tl.float32)
-    Ibar_whole = tl.full([1, BW], 0.0, tl.float32)
-    b_next = tl.load(b_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
-    g_next = tl.load(g_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
-    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
-    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
-    Ibar_ahead = tl.load(Ibar_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
-    for j in tl.range(0, chunks, num_stages=STAGES):
-        i = chunks - 1 - j
-        first = begin + i * C
-        corner = first * H + i_h
-        left = (end - first).to(tl.int32)
-        live = o_c < left
-        m_cw = live[:, None] & m_w[None, :]
-        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        b_row = b_next.to(tl.float32)
-        b_next = tl.load(b_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
-        b = b_row[:, None]
-        g_row = g_next.to(tl.float32)
-        g_next = tl.load(g_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
-        g = g_row[:, None]
-        Ibar_start = Ibar_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
-        Ibar_ahead = tl.load(Ibar_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_past = tl.sum(step, axis=0)
-        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
-        write = b * k * k
-        write = tl.where(m_cw, write, 0.0)
-        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
-        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
-        Ibar = Ibar_kept + write
-        d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        inverse_0 = _reciprocal(I_p + Ibar, FAST)
-        Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
-        if d_Ibar_in is not None:
-            Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        token = tl.where(m_cw, Ibar_in_token, 0.0)
-        Ibar_whole += Ibar_past
-        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(Ibar_sums)[None, :]  # the same for every row
-        Ibar_carry = tl.dot(since, token, tl.exp2(Ibar_past) * Ibar_carry, input_precision=PRECISION)
-    tl.store(Ibar_total + at_border, tl.sum(tl.exp2(Ibar_whole), axis=0), mask=m_w)
-    tl.store(Ibar_local + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_carry, 0.0), axis=0), mask=m_w)
-
-@_kernel(do_not_specialize=["TOTAL", "T", "NT", "H", "LENGTH"])
-def _vector_k_backward_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_saved, d_feature_0_in, d_Ibar_in, d_k_through, d_Ibar_border, d_q_out, d_k_out, d_b_out, d_g_out, d_I_p_out, d_Ibar_initial,
-    spans, TOTAL, scale, T, NT, H, LENGTH,
-    W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
-):
-    """Cotangents of the inputs, and of the parameters from each segment."""
-    NW: tl.constexpr = (W + BW - 1) // BW
-    pid = tl.program_id(0)
-    i_w = pid % NW
-    i_h = (pid // NW) % H
-    i_c = pid // (NW * H)
-    begin, end = _segment(spans, i_c, T, NT, LENGTH, PACKED)
-    chunks = ((end - begin + C - 1) // C).to(tl.int32)
-    o_w = i_w * BW + tl.arange(0, BW)
-    if W % BW == 0:
-        m_w = o_w == o_w
-    else:
-        m_w = o_w < W
-    o_c = tl.arange(0, C)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    at_border = (i_c.to(tl.int64) * H + i_h) * W + o_w
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar_carry = tl.load(d_Ibar_border + at_border, mask=m_w, other=0.0)[None, :] + tl.zeros([C, BW], dtype=tl.float32)
-    sum_I_p = tl.zeros([C, BW], dtype=tl.float32)
-    b_next = tl.load(b_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
-    g_next = tl.load(g_in + ((begin + (chunks - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (chunks - 1) * C) >= begin, end - (begin + (chunks - 1) * C), 0), other=0.0)
-    from_past = tl.where(o_c[:, None] > o_c[None, :], 0.0, -float('inf'))
-    from_future = tl.where(o_c[None, :] >= o_c[:, None], 0.0, -float('inf'))
-    Ibar_ahead = tl.load(Ibar_saved + (((begin + (chunks - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (chunks - 1) * C >= begin, tl.where(begin + (chunks - 1) * C < end, W, 0), 0), other=0.0)
-    for j in tl.range(0, chunks, num_stages=STAGES):
-        i = chunks - 1 - j
-        first = begin + i * C
-        corner = first * H + i_h
-        left = (end - first).to(tl.int32)
-        live = o_c < left
-        m_cw = live[:, None] & m_w[None, :]
-        q = tl.load(q_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        b_row = b_next.to(tl.float32)
-        b_next = tl.load(b_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
-        b = b_row[:, None]
-        g_row = g_next.to(tl.float32)
-        g_next = tl.load(g_in + ((begin + (i - 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i - 1) * C) >= begin, end - (begin + (i - 1) * C), 0), other=0.0)
-        g = g_row[:, None]
-        Ibar_start = Ibar_ahead[None, :] + tl.zeros([C, BW], dtype=tl.float32)
-        Ibar_ahead = tl.load(Ibar_saved + (((begin + (i - 1) * C) // C + i_c) * H + i_h) * W + o_w, mask=o_w < tl.where(begin + (i - 1) * C >= begin, tl.where(begin + (i - 1) * C < end, W, 0), 0), other=0.0)
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_past = tl.sum(step, axis=0)
-        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
-        write = b * k * k
-        write = tl.where(m_cw, write, 0.0)
-        gap = tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], from_past)
-        Ibar_kept = tl.dot(tl.exp2(gap), write, tl.exp2(Ibar_sums)[:, None] * Ibar_start, input_precision=PRECISION)
-        Ibar = Ibar_kept + write
-        d_feature_0 = tl.load(d_feature_0_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        inverse_0 = _reciprocal(I_p + Ibar, FAST)
-        Ibar_in_token = -d_feature_0 * inverse_0 * inverse_0 * q
-        if d_Ibar_in is not None:
-            Ibar_in_token += tl.load(d_Ibar_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        # cotangent of a state = its own part of this token + next token's decay times next cotangent
-        token = tl.where(m_cw, Ibar_in_token, 0.0)
-        gap = tl.minimum(Ibar_sums[None, :] - Ibar_sums[:, None], from_future)
-        d_Ibar = tl.dot(tl.exp2(gap), token, Ibar_until[:, None] * Ibar_carry, input_precision=PRECISION)
-        since = tl.zeros([C, C], dtype=tl.float32) + tl.exp2(Ibar_sums)[None, :]  # the same for every row
-        Ibar_carry = tl.dot(since, token, tl.exp2(Ibar_past) * Ibar_carry, input_precision=PRECISION)
-        grad_q = d_feature_0 * inverse_0
-        grad_k = 2.0 * b * d_Ibar * k
-        grad_b = d_Ibar * k * k
-        grad_g = Ibar_kept * d_Ibar
-        grad_I_p = -d_feature_0 * inverse_0 * inverse_0 * q
-        tl.store(d_q_out + corner * W + tile, (grad_q + tl.zeros([C, BW], dtype=tl.float32)).to(d_q_out.dtype.element_ty), mask=m_cw)
-        if d_k_through is not None:
-            grad_k += tl.load(d_k_through + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        tl.store(d_k_out + corner * W + tile, (grad_k + tl.zeros([C, BW], dtype=tl.float32)).to(d_k_out.dtype.element_ty), mask=m_cw)
-        tl.store(d_b_out + i_w * TOTAL + corner + o_c * H, tl.sum(tl.where(m_cw, grad_b, 0.0), axis=1), mask=live)
-        tl.store(d_g_out + i_w * TOTAL + corner + o_c * H, tl.sum(tl.where(m_cw, grad_g, 0.0), axis=1), mask=live)
-        sum_I_p += tl.where(m_cw, grad_I_p, 0.0)
-    tl.store(d_I_p_out + at_border, tl.sum(sum_I_p, axis=0), mask=m_w)
-    if SINGLE:
-        tl.store(d_Ibar_initial + at_border, tl.sum(tl.where(o_c[:, None] == 0, Ibar_carry, 0.0), axis=0), mask=m_w)
-
-
-_VECTOR_k = (True, True, False, False, False)  # which inputs and parameters have channels
-_VECTOR_k_through = (1,)  # inputs that are handed on, so that their other gradient is added here
-
-
-def _vector_k_proposals(W, dtype):
-    """Tokens a chunk, channels a program, warps forward and backward, stages; the first by default."""
-    if dtype == torch.float32 or W < 32:
-        return [(32, _tile(W, 32), 4, 4, 2), (32, _tile(W, 32), 2, 2, 2)]
-    found = [(64, 32, 4, 4, 3), (64, 32, 8, 8, 3), (32, 32, 2, 2, 3), (32, 32, 2, 2, 4)]
-    return found if W <= 32 else [*found, (32, 64, 8, 8, 3), (32, 64, 4, 4, 3)]
-
-
-def _vector_k_options(inputs, like, W, T, B, offsets, backward):
-    """Grid, tiles of channels, spans of the segments and other arguments of the launches."""
-    N, H = like.shape[:2]
-    dtype = next((t.dtype for t, wide in zip(inputs, _VECTOR_k) if wide), torch.float32)
-    C, BW, *warps, stages = _chosen(_vector_k_proposals, "vector_k " + _ID, W, dtype)
-    tiles = _cdiv(W, BW)
-    spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
-    fast = _fast(like)
-    precision = "tf32" if dtype != torch.float32 else "tf32x3" if fast else "ieee"
-    fixed = dict(
-        W=W, C=C, BW=BW, SINGLE=single, PRECISION=precision, STAGES=stages,
-        FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
-    )
-    carry = dict(W=W, BW=BW, BN=16, PACKED=offsets is not None, num_warps=1)
-    return (tiles * H * segments, 1, 1), tiles, segments, single, (T, NT, H, length), spans, bases, fixed, carry
-
-
-def _vector_k_slots(B, T, N):
-    """Places for the states at chunk borders, however a batch is cut into segments."""
-    return B * T // 32 * 2 + N
-
-
-def _vector_k_forward(*arguments, save=True):
-    *tensors, scale, raw, offsets, dtype = arguments
-    inputs, parameters, initial = tensors[:4], tensors[4:5], tensors[5:]
-    B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
-    W = tensors[5].shape[2]
-    like, N = initial[0], initial[0].shape[0]
-    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, False)
-    channels = (W,) if True else ()
-    features = [torch.empty((B, T, H, *channels), dtype=dtype.dtype, device=like.device) for _ in range(1)]
-    values = [like.new_empty((B, T, H, *channels) if raw else (0,)) for _ in initial]
-    saved = [like.new_empty((_vector_k_slots(B, T, N), H, *channels) if save else (0,)) for _ in initial]
-    final = [torch.empty_like(t) for t in initial]
-    borders = initial
-    if not single:
-        total, local, borders = ([like.new_empty((segments, H, *channels)) for _ in initial] for _ in range(3))
-        _launch(_vector_k_sums_kernel, grid, (*inputs, *parameters, *total, *local, spans), (scale, *sizes), (), **fixed)
-        for state in zip(total, local, initial, borders, final):
-            _launch(_carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (), REVERSE=False, **carry)
-    none = [None] * 1
-    pointers = (
-        *inputs, *parameters, *features, *(values if raw else none), *borders, *(saved if save else none), *final, spans,
-    )
-    _launch(_vector_k_kernel, grid, pointers, (scale, *sizes), (), **fixed)
-    return (*features, *values, *saved, *final)
-
-
-def _vector_k_backward(*arguments):
-    *tensors, scale, raw, offsets = arguments
-    inputs, parameters, saved = tensors[:4], tensors[4:5], tensors[5:6]
-    d_features, d_values = tensors[6:7], tensors[7:8]
-    d_through, d_final = tensors[8:9], tensors[9:]
-    like = d_final[0]
-    N, H = like.shape[:2]
-    B, T = inputs[0].shape[:2] if inputs else (d_features + d_values)[0].shape[:2]
-    W = like.shape[2] if True else 1
-    grid, tiles, segments, single, sizes, spans, bases, fixed, carry = _vector_k_options(inputs, like, W, T, B, offsets, True)
-    d_inputs = [
-        torch.empty_like(t) if wide else like.new_empty((tiles, B, T, H)) for t, wide in zip(inputs, _VECTOR_k)
-    ]
-    d_parameters = [like.new_empty((segments, H, W)) for _ in parameters]
-    d_initial = [torch.empty_like(t) for t in d_final]
-    d_borders = d_final
-    if not single:
-        total, local, d_borders = ([like.new_empty((segments, H, W)) for _ in d_final] for _ in range(3))
-        pointers = (*inputs, *parameters, *saved, *d_features, *d_values, *total, *local, spans)
-        _launch(_vector_k_back_sums_kernel, grid, pointers, (scale, *sizes), (), **fixed)
-        for state in zip(total, local, d_final, d_borders, d_initial):
-            _launch(_carry_vector_kernel, (tiles * N * H, 1, 1), (*state, offsets, bases), sizes, (), REVERSE=True, **carry)
-    pointers = (
-        *inputs, *parameters, *saved, *d_features, *d_values, *d_through, *d_borders, *d_inputs, *d_parameters, *d_initial,
-        spans,
-    )
-    _launch(_vector_k_backward_kernel, grid, pointers, (B * T * H, scale, *sizes), (), **fixed)
-    d_inputs = [d if wide else d.sum(0).to(t.dtype) for d, t, wide in zip(d_inputs, inputs, _VECTOR_k)]
-    d_parameters = [
-        d.sum(0).reshape(t.shape) if wide else d.sum((0, 2)) for d, t, wide in zip(d_parameters, parameters, _VECTOR_k[4:])
-    ]
-    return (*d_inputs, *d_parameters, *d_initial)
-
-
-_vector_k_op = torch.library.custom_op(
-    f"{_OPS}::vector_k", _vector_k_forward, mutates_args=(),
-    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, float scale, bool raw, Tensor? offsets, Tensor dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_vector_k_backward_op = torch.library.custom_op(
-    f"{_OPS}::vector_k_backward", _vector_k_backward, mutates_args=(),
-    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor? v0, Tensor? h0, Tensor f0, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_vector_k_op.register_fake
-def _vector_k_fake(*arguments):
-    *tensors, scale, raw, offsets, dtype = arguments
-    initial = tensors[5:]
-    B, T, H = dtype.shape[:3]
-    channels = initial[0].shape[2:]
-    features = [dtype.new_empty((B, T, H, *channels)) for _ in range(1)]
-    values = [t.new_empty((B, T, H, *channels) if raw else (0,)) for t in initial]
-    saved = [t.new_empty((_vector_k_slots(B, T, t.shape[0]), H, *channels)) for t in initial]
-    return (*features, *values, *saved, *(torch.empty_like(t) for t in initial))
-
-
-@_vector_k_backward_op.register_fake
-def _vector_k_backward_fake(*arguments):
-    tensors = arguments[:-3]
-    return (*(torch.empty_like(t) for t in tensors[:5]), *(torch.empty_like(t) for t in tensors[-1:]))
-
-
-def _vector_k_save(ctx, inputs, output):
-    *tensors, scale, raw, offsets, dtype = inputs
-    ctx.scale, ctx.raw, ctx.shape = scale, raw, [(t.shape, t.dtype) for t in output]
-    ctx.save_for_backward(*tensors[:5], *output[2:3], offsets)
-
-
-def _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward_op):
-    *saved, offsets = ctx.saved_tensors
-    cotangents = [None if t is None else t.contiguous() for t in cotangents]
-    for i in (*range(1), *range(3, 4)):
-        if cotangents[i] is None:
-            shape, dtype = ctx.shape[i]
-            cotangents[i] = saved[-1].new_zeros(shape, dtype=dtype)
-    values = [t if ctx.raw else None for t in cotangents[1:2]]
-    through = [*cotangents[4:], *[None] * 1][:1]
-    final = cotangents[3:4]
-    grads = run(*saved, *cotangents[:1], *values, *through, *final, ctx.scale, ctx.raw, offsets)
-    return (*grads, None, None, None, None)
-
-
-_vector_k_op.register_autograd(_vector_k_gradient, setup_context=_vector_k_save)
-
-
-class _vector_k_eager(torch.autograd.Function):
-    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        output = _vector_k_forward(*arguments)
-        _vector_k_save(ctx, arguments, output)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:3])
-        return (*output, *(arguments[i] for i in _VECTOR_k_through))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *cotangents):
-        return _vector_k_gradient(ctx, *cotangents, run=_vector_k_backward)
-
-
-def _vector_k(*arguments):
-    """Features of every token, values of the states (empty unless ``raw``), final states, inputs to use elsewhere."""
-    *tensors, scale, raw, offsets, like = arguments
-    tensors = [t.contiguous() for t in tensors]
-    through = [tensors[i] for i in _VECTOR_k_through]
-    if torch.compiler.is_compiling():
-        out = _vector_k_op(*tensors, scale, raw, offsets, like.detach())
-    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        out = _vector_k_eager.apply(*tensors, scale, raw, offsets, like.detach())
-        through = out[4:]
-    else:
-        out = _vector_k_forward(*tensors, scale, raw, offsets, like, save=False)
-    return out[:1], out[1:2], out[3:4], through
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2132,52 +1651,6 @@ def _cotangents_scalar_kernel(
         dS = tl.dot(query.to(OT), d_out.to(OT), dS, input_precision=PRECISION)
     if d_initial is not None:
         tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
-
-
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _outputs_scalar_kernel(
-    q, k, v,
-    G,
-    states, o, spans, scale, T, NT, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):
-    """o_t = scale (sum_s (q_t exp(Gq_t - G_s) k_s) v_s + (q_t exp(Gq_t)) S), one chunk and value tile a program."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_h = (pid // NV) % H
-    i_c = pid // (NV * H)
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
-    if begin < end:
-        o_c = tl.arange(0, C)
-        row = begin + o_c
-        live = row < end
-        at = row * H + i_h
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = o_v < V
-        scores = tl.zeros([C, C], dtype=tl.float32)
-        out = tl.zeros([C, BV], dtype=tl.float32)
-        for i_k in range(NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            query = tl.load(q + at[:, None] * K + o_k[None, :], mask=m_ck, other=0.0)
-            tile = o_k[:, None] * V + o_v[None, :]
-            S = tl.load(states + (i_c.to(tl.int64) * H + i_h) * K * V + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
-            key = tl.load(k + at[None, :] * K + o_k[:, None], mask=m_k[:, None] & live[None, :], other=0.0)
-            scores = tl.dot(query.to(OT), key.to(OT), scores, input_precision=PRECISION)
-            out = tl.dot(query.to(OT), S.to(OT), out, input_precision=PRECISION)
-        value = tl.load(v + at[:, None] * V + o_v[None, :], mask=live[:, None] & m_v[None, :], other=0.0)
-        causal = o_c[:, None] >= o_c[None, :]
-        part = tl.load(G + at, mask=live, other=0.0)
-        seen = part
-        out = out * tl.exp(seen)[:, None]
-        gap = tl.minimum(seen[:, None] - part[None, :], 0.0)
-        scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
-        out = tl.dot(scores.to(OT), value.to(OT), out, input_precision=PRECISION) * scale
-        tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2319,10 +1792,10 @@ def _config_proposals_scalar(K, V, dtype):
         # miscompiles the gradients for the warp-group ones. Two warps hold a chunk of 64 by spilling kilobytes.
         four, two = ((32, (k, v, 2, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (4, 2))
         return [four, two, (64, (k, v, 2, 3), (k, _tile(V, 128), 2, 1), (k, v, 2, 1))]
-    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 1)
+    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 3)
     deep = first[0], (k, v, 4, 4), first[2], first[3]
     wide = first[0], (k, _tile(V, 128), 4, 2), first[2], first[3]
-    return [first, deep, wide]
+    return [first, deep, wide, (*first[:3], (k, v, 4, 1))]
 
 
 def _config_scalar(K, V, dtype):
@@ -2359,165 +1832,6 @@ def _states_scalar(k, v,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return states, final
-
-
-def _forward_scalar(q, k, v,
-    g,
-    initial, scale, offsets, want_final=True, keep=None):
-    """o and the final state, None unless wanted; ``initial`` may be None: zero. ``keep`` gets what is made on the way."""
-    B, T, H, K = k.shape
-    V = v.shape[-1]
-    N = B if offsets is None else offsets.shape[0] - 1
-    config = _config_scalar(K, V, k.dtype)
-    C, _, (BK, BV, warps, stages), _ = config
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    G = _decay_sums_scalar(g, spans, T, NT, chunks, C)
-    states, final = _states_scalar(k, v,
-        G,
-        initial, offsets, bases, NT, chunks, config, N, want_final)
-    o = torch.empty_like(v)
-    OT, precision = _operands(k.dtype)
-    pointers = (
-        q, k, v,
-        G,
-        states, o, spans,
-    )
-    _launch(
-        _outputs_scalar_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
-        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
-    )
-    if keep is not None and states.numel() * states.element_size() <= _KEPT:
-        keep += [states,
-            G,
-        ]
-    return o, final
-
-
-def _backward_scalar(q, k, v,
-    g,
-    initial, d_o, d_final, scale, offsets, kept=()):
-    """Gradients of the tensors before d_o; None for that of an initial state that is None, as d_final may be: zero."""
-    B, T, H, K = k.shape
-    V = v.shape[-1]
-    N = B if offsets is None else offsets.shape[0] - 1
-    config = _config_scalar(K, V, k.dtype)
-    C, (BK, BV, warps, stages), _, gradients = config
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    if kept:
-        states, *kept = kept
-        G, *kept = kept
-    else:
-        G = _decay_sums_scalar(g, spans, T, NT, chunks, C)
-        states, _ = _states_scalar(k, v,
-            G,
-            initial, offsets, bases, NT, chunks, config, N, False)
-    OT, precision = _operands(k.dtype)
-    if d_o is None:
-        d_o = torch.zeros_like(v)
-    d_states = torch.empty_like(states)
-    d_initial = None if initial is None else torch.empty_like(initial)
-    dg = torch.empty_like(g)
-    grid = (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1)
-    pointers = (
-        q, d_o,
-        G,
-        d_final, d_states, d_initial, offsets, bases,
-    )
-    _launch(
-        _cotangents_scalar_kernel, grid, pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
-        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
-    )
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    BK, BV, warps, stages = gradients
-    pointers = (
-        q, k, v, d_o,
-        G, dg,
-        states, d_states, dq, dk, dv, spans,
-    )
-    _launch(
-        _gradients_scalar_kernel, (H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
-        OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
-    )
-    return (
-        dq, dk, dv,
-        dg,
-        d_initial,
-    )
-
-
-_linear_scalar_op = torch.library.custom_op(
-    f"{_OPS}::linear_scalar",
-    lambda *arguments: _forward_scalar(*arguments),
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, float scale, Tensor? offsets) -> (Tensor, Tensor)",
-)
-_linear_scalar_backward_op = torch.library.custom_op(
-    f"{_OPS}::linear_scalar_backward",
-    lambda *arguments: _backward_scalar(*arguments),
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor initial, Tensor d_o, Tensor d_final, float scale, Tensor? offsets)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_linear_scalar_op.register_fake
-def _linear_scalar_fake(q, k, v, *rest):
-    initial = rest[-3]
-    return torch.empty_like(v), torch.empty_like(initial)
-
-
-@_linear_scalar_backward_op.register_fake
-def _linear_scalar_backward_fake(*tensors):
-    return tuple(torch.empty_like(t) for t in tensors[:-4])
-
-
-def _linear_scalar_save(ctx, inputs, output):
-    *tensors, ctx.scale, offsets = inputs
-    ctx.save_for_backward(*tensors, offsets)
-
-
-def _linear_scalar_gradient(ctx, d_o, d_final):
-    *tensors, offsets = ctx.saved_tensors
-    grads = _linear_scalar_backward_op(*tensors, d_o.contiguous(), d_final.contiguous(), ctx.scale, offsets)
-    return (*grads, None, None)
-
-
-_linear_scalar_op.register_autograd(_linear_scalar_gradient, setup_context=_linear_scalar_save)
-
-
-class _linear_scalar_eager(torch.autograd.Function):
-    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, ctx.scale, offsets, _ = arguments
-        kept = []
-        results = _forward_scalar(*arguments, kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, offsets, *kept)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_o, d_final):
-        q, k, v, g, initial, offsets, *kept = ctx.saved_tensors
-        tensors = q, k, v, g, initial
-        given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
-        return (*_backward_scalar(*tensors, *given, ctx.scale, offsets, kept), None, None, None)
-
-
-def _linear_scalar(*arguments):
-    """o_t = scale q_t S_t and the final state of S_t = exp(g_t) S_(t-1) + k_t v_t, differentiable.
-
-    The initial state may be None: zero; the last argument says whether the final one is wanted.
-    """
-    *tensors, scale, offsets, want_final = arguments
-    tensors = [None if t is None else t.contiguous() for t in tensors]
-    if torch.compiler.is_compiling():
-        return _linear_scalar_op(*tensors, scale, offsets)
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        return _linear_scalar_eager.apply(*tensors, scale, offsets, want_final)
-    return _forward_scalar(*tensors, scale, offsets, want_final)
 
 
 @_kernel
@@ -2586,7 +1900,7 @@ def _fold_states_kernel(
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, keys_in, values_in, sums_in, states_in, out_at, spans,
+    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, keys_in, values_in, sums_in, states_in, out_at, query_out, Ibar_out, spans,
     scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
@@ -2630,9 +1944,15 @@ def _fold_kernel(
             Ibar_start = tl.load(Ibar_border + at_border * K + o_k, mask=m_k, other=0.0)
             Ibar = Ibar_since * Ibar_start[None, :]
             Ibar = tl.dot(Ibar_gap.to(OT), write.to(OT), Ibar, input_precision=PRECISION)
+            if Ibar_out is not None:
+                if pid % NV == 0:
+                    tl.store(Ibar_out + corner * K + (at[:, None] * K + o_k[None, :]), Ibar, mask=m_ck)
             inverse_0 = _reciprocal(I_p + Ibar, FAST)
             query = inverse_0 * q
             query = tl.where(m_ck, query, 0.0).to(OT)
+            if query_out is not None:
+                if pid % NV == 0:
+                    tl.store(query_out + corner * K + (at[:, None] * K + o_k[None, :]), query.to(query_out.dtype.element_ty), mask=m_ck)
             tile = o_k[:, None] * V + o_v[None, :]
             matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
@@ -2647,6 +1967,143 @@ def _fold_kernel(
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _fold_own_kernel(
+    d_query_in, x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, x_Ibar_total, x_Ibar_local, x_Ibar_cotangent, d_x_q_out, d_x_k_out, d_x_b_out, d_x_g_out, d_x_I_p_out,
+    spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Gradients of the query and, through the states of this chunk, of all that they are made from."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_c = pid // H
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_chunk = i_c.to(tl.int64) * H + i_h
+        x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_b = x_b_row[:, None]
+        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_g = x_g_row[:, None]
+        x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
+        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_whole = tl.exp2(tl.sum(step, axis=0))
+        x_Ibar_since = tl.exp2(x_Ibar_sums)[:, None]
+        x_Ibar_gap = tl.exp2(tl.where(o_c[:, None] > o_c[None, :], tl.minimum(x_Ibar_sums[:, None] - x_Ibar_sums[None, :], 0.0), -float('inf'))).to(OT)
+        x_Ibar_back = tl.exp2(tl.where(o_c[None, :] >= o_c[:, None], tl.minimum(x_Ibar_sums[None, :] - x_Ibar_sums[:, None], 0.0), -float('inf'))).to(OT)
+        sum_x_b = tl.zeros([C], dtype=tl.float32)
+        sum_x_g = tl.zeros([C], dtype=tl.float32)
+        sum_x_I_p = tl.zeros([C], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            tile = at[:, None] * K + o_k[None, :]
+            x_q = tl.load(x_q_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            write = x_b * x_k * x_k
+            x_Ibar_start = tl.load(x_Ibar_border + at_chunk * K + o_k, mask=m_k, other=0.0)
+            x_Ibar_kept = tl.dot(x_Ibar_gap, write.to(OT), x_Ibar_since * x_Ibar_start[None, :], input_precision=PRECISION)
+            x_Ibar = x_Ibar_kept + write
+            inverse_0 = _reciprocal(x_I_p + x_Ibar, FAST)
+            token_x_Ibar = -d_query * inverse_0 * inverse_0 * x_q
+            if x_Ibar_cotangent is not None:
+                token_x_Ibar += tl.load(x_Ibar_cotangent + corner * K + tile, mask=m_ck, other=0.0)
+            d_x_Ibar = tl.dot(x_Ibar_back, token_x_Ibar.to(OT), input_precision=PRECISION)
+            # before the first token: its row says it, with its decay
+            row = (o_c == 0)[:, None] & m_k[None, :]
+            tl.store(x_Ibar_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, x_Ibar_since * d_x_Ibar, mask=row)
+            tl.store(x_Ibar_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + x_Ibar_whole, mask=m_k)
+            grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
+            grad_x_b = d_x_Ibar * x_k * x_k
+            grad_x_g = d_x_Ibar * x_Ibar_kept
+            grad_x_q = d_query * inverse_0
+            grad_x_I_p = -d_query * inverse_0 * inverse_0 * x_q
+            grad_x_q = grad_x_q + tl.zeros([C, BK], dtype=tl.float32)
+            tl.store(d_x_q_out + corner * K + tile, grad_x_q.to(d_x_q_out.dtype.element_ty), mask=m_ck)
+            grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
+            grad_x_k += tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            tl.store(d_x_k_out + corner * K + tile, grad_x_k.to(d_x_k_out.dtype.element_ty), mask=m_ck)
+            sum_x_b += tl.sum(grad_x_b, axis=1)
+            grad_x_g = tl.where(m_ck, grad_x_g, 0.0)
+            sum_x_g += tl.sum(grad_x_g, axis=1)
+            sum_x_I_p += tl.sum(grad_x_I_p, axis=1)
+        tl.store(d_x_b_out + corner + at, sum_x_b, mask=live)
+        sum_x_g += tl.load(d_x_g_out + corner + at, mask=live)
+        tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)
+        sum_x_I_p = tl.sum(sum_x_I_p, axis=0)
+        tl.store(d_x_I_p_out + at_chunk, sum_x_I_p, mask=True)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _fold_behind_kernel(
+    x_k_in, x_b_in, x_g_in, x_Ibar_border, x_Ibar_after, d_x_k_out, d_x_b_out, d_x_g_out,
+    spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Adds to the gradients what follows from the cotangents of the vector states at the end of the chunk."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    i_h = pid % H
+    i_c = pid // H
+    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+    if begin < end:
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_chunk = i_c.to(tl.int64) * H + i_h
+        x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_b = x_b_row[:, None]
+        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_g = x_g_row[:, None]
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
+        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_past = tl.sum(step, axis=0)
+        x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
+        along_x_Ibar = tl.zeros([C], dtype=tl.float32)
+        started_x_Ibar = 0.0
+        sum_x_b = tl.zeros([C], dtype=tl.float32)
+        sum_x_g = tl.zeros([C], dtype=tl.float32)
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            tile = at[:, None] * K + o_k[None, :]
+            x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            write = x_b * x_k * x_k
+            after = tl.load(x_Ibar_after + at_chunk * K + o_k, mask=m_k, other=0.0)
+            start = tl.load(x_Ibar_border + at_chunk * K + o_k, mask=m_k, other=0.0)
+            d_x_Ibar = x_Ibar_until[:, None] * after[None, :]
+            along_x_Ibar += tl.sum(write * d_x_Ibar, axis=1)
+            started_x_Ibar += tl.sum(start * after, axis=0)
+            grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
+            grad_x_b = d_x_Ibar * x_k * x_k
+            grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
+            grad_x_k += tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            tl.store(d_x_k_out + corner * K + tile, grad_x_k.to(d_x_k_out.dtype.element_ty), mask=m_ck)
+            sum_x_b += tl.sum(grad_x_b, axis=1)
+        kept_x_Ibar = tl.exp2(x_Ibar_past) * started_x_Ibar + (tl.cumsum(along_x_Ibar, axis=0) - along_x_Ibar)
+        grad = kept_x_Ibar
+        sum_x_g += tl.where(live, grad, 0.0)
+        sum_x_b += tl.load(d_x_b_out + corner + at, mask=live)
+        tl.store(d_x_b_out + corner + at, sum_x_b, mask=live)
+        sum_x_g += tl.load(d_x_g_out + corner + at, mask=live)
+        tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)
+
+
+
+_FOLD = (True, True, False, False, False)  # which inputs and parameters have channels
+_FOLD_WITHIN = (6, 8)  # of the tensors those whose gradient is part of that of an input
+
 
 def _fold_proposals(K, V, dtype):
     """(k tile, v tile, warps, stages); the first, by default, is that of the outputs without a fold."""
@@ -2656,49 +2113,211 @@ def _fold_proposals(K, V, dtype):
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
 
 
-def _fold(q, k, b, g, I_p, Ibar, of_key, of_value, of_decay, of_start, scale, offsets, want_final):
-    """The read of every token and the final states, the matrix state's first; nothing is kept for a backward pass."""
-    leaves, starts = ([t.contiguous() for t in x] for x in ([q, k, b, g, I_p], [Ibar]))
-    key, value = of_key.contiguous(), of_value.contiguous()
+def _fold_gradients_proposals(K, dtype):
+    """(k tile, warps) of the two kernels of the gradients of what divides the query."""
+    k = _tile(K, 64)
+    if dtype != torch.bfloat16 or K < 64:
+        w = 4 if dtype != torch.bfloat16 else 2
+        return [(k, w, k, w)]
+    return [(k, 4, k, 4), (k, 8, k, 8), (k, 4, _tile(K, 128), 8), (k, 4, k, 8)]
+
+
+def _fold_forward(*arguments, save=True):
+    """The read of every token, final states (that of the matrix first), then what a backward pass needs.
+
+    That is: states of every token if ``raw``, queries as divided, vector states at chunk starts, decay sums, matrix
+    states there.
+    """
+    *tensors, scale, raw, offsets, want_final = arguments
+    leaves, starts = tensors[:5], tensors[5:6]
+    key, value, retention, start = tensors[6:]
     B, T, H, K = key.shape
     V = value.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
     config = _config_scalar(K, V, key.dtype)
-    C = config[0]
+    C, (tile_k, tile_v, state_warps, state_stages), *_ = config
     BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    packed, fast = offsets is not None, _fast(key)
-    borders = [torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts]
+    like, packed, fast = starts[0], offsets is not None, _fast(key)
+    borders = [like.new_empty((chunks, H, K)) for _ in starts]
     ends = [torch.empty_like(t) for t in starts]
-    sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C)
-    kept = key.dtype if key.dtype == torch.bfloat16 else torch.float32
-    states = torch.empty((chunks, H, K, V), dtype=kept, device=key.device)
-    final = torch.empty((N, H, K, V), dtype=torch.float32, device=key.device) if want_final else None
+    sums = _decay_sums_scalar(retention, spans, T, NT, chunks, C)
+    states = torch.empty((chunks, H, K, V), dtype=key.dtype if key.dtype == torch.bfloat16 else torch.float32, device=key.device)
+    final = like.new_empty((N, H, K, V)) if want_final else None
     OT, precision = _operands(key.dtype)
-    tile_k, tile_v, state_warps, state_stages = config[1]
     _launch(
         _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
-        (
-            *leaves, *starts, *borders, *ends, key, value,
-            sums, None if of_start is None else of_start.contiguous(), states, final, offsets, bases,
-        ),
+        (*leaves, *starts, *borders, *ends, key, value, sums, start, states, final, offsets, bases),
         (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
         PACKED=packed, num_warps=state_warps, num_stages=state_stages,
     )
     o = torch.empty_like(value)
+    query = torch.empty_like(key) if save else None
+    values = [like.new_empty((B, T, H, K)) if raw else None for _ in starts]
     _launch(
         _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
-        (*leaves, *borders, key, value, sums, states, o, spans), (scale, T, NT, H), (),
+        (*leaves, *borders, key, value, sums, states, o, query, *values, spans), (scale, T, NT, H), (),
         K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed, num_warps=warps, num_stages=stages,
     )
-    return o, final, *ends
+    return o, final, *ends, *values, query, *borders, sums, states
 
 
-def _kept_by_nobody(*tensors):
-    """Whether no gradient of these will be asked for."""
+def _fold_backward(*arguments, kept=()):
+    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns."""
+    *tensors, scale, offsets = arguments
+    leaves, key, value, retention, start = tensors[:5], *tensors[6:10]
+    query, *borders = tensors[10:12]
+    d_o, d_final, *d_ends = tensors[12:]
+    d_ends, d_values = d_ends[:1], d_ends[1:]
+    B, T, H, K = key.shape
+    V = value.shape[-1]
+    N = B if offsets is None else offsets.shape[0] - 1
+    config = _config_scalar(K, V, key.dtype)
+    C, (BK, BV, warps, stages), _, gradients = config
+    spans, bases, NT, chunks = _plan(T, offsets, N, C)
+    like, packed, fast = borders[0], offsets is not None, _fast(key)
+    OT, precision = _operands(key.dtype)
+    if kept:
+        sums, states = kept
+    else:
+        sums = _decay_sums_scalar(retention, spans, T, NT, chunks, C)
+        states, _ = _states_scalar(key, value, sums, start, offsets, bases, NT, chunks, config, N, False)
+    d_o = torch.zeros_like(value) if d_o is None else d_o
+    d_ends = [like.new_zeros((N, H, K)) if d is None else d for d in d_ends]
+    d_states, d_start = torch.empty_like(states), None if start is None else torch.empty_like(start)
+    _launch(
+        _cotangents_scalar_kernel, (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1),
+        (query, d_o, sums, d_final, d_states, d_start, offsets, bases), (scale, T, NT, H), (),
+        K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, PACKED=packed, num_warps=warps, num_stages=stages,
+    )
+    d_leaves = [torch.empty_like(t) if wide else like.new_empty((B, T, H)) for t, wide in zip(leaves[:4], _FOLD)]
+    # of parameters for every chunk; of a packed batch some chunks are empty
+    new = like.new_zeros if packed else like.new_empty
+    d_leaves += [new((chunks, H, K) if wide else (chunks, H)) for wide in _FOLD[4:]]
+    d_key, d_value = d_leaves[1], torch.empty_like(value)
+    d_retention = d_leaves[3]
+    d_query = torch.empty_like(query)
+    BK, BV, warps, stages = gradients
+    _launch(
+        _gradients_scalar_kernel, (H * chunks, 1, 1),
+        (query, key, value, d_o, sums, d_retention, states, d_states, d_query, d_key, d_value, spans),
+        (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, PACKED=packed,
+        num_warps=warps, num_stages=stages,
+    )
+    total, local, after = ([torch.empty_like(t) for t in borders] for _ in range(3))
+    BK, warps, BK_behind, warps_behind = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
+    fixed = dict(K=K, C=C, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed)
+    _launch(
+        _fold_own_kernel, (H * chunks, 1, 1),
+        (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
+        **fixed, BK=BK, num_warps=warps, num_stages=1,
+    )
+    d_starts = [torch.empty_like(d) for d in d_ends]
+    BW = _tile(K, 32)
+    for state in zip(total, local, d_ends, after, d_starts):
+        _launch(
+            _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
+            W=K, BW=BW, BN=16, REVERSE=True, PACKED=packed, num_warps=1,
+        )
+    touched = [(leaves[i], d_leaves[i]) for i in (1, 2, 3)]
+    _launch(
+        _fold_behind_kernel, (H * chunks, 1, 1),
+        (*[t for t, _ in touched], *borders, *after, *[d for _, d in touched], spans), (scale, T, NT, H), (),
+        **fixed, BK=BK_behind, num_warps=warps_behind, num_stages=1,
+    )
+    d_leaves = [
+        d if wide else d.to(t.dtype) for d, t, wide in zip(d_leaves[:4], leaves, _FOLD)
+    ] + [d.sum(0).reshape(t.shape) for d, t in zip(d_leaves[4:], leaves[4:])]
+    return *d_leaves, *d_starts, None, d_value, None, d_start
+
+
+def _fold_outputs(*arguments):
+    """What the operator returns: no None, and nothing that is cheaper made again."""
+    found = _fold_forward(*arguments, True)
+    values = [found[2].new_empty(0) if t is None else t for t in found[3:4]]
+    return (*found[:3], *values, *found[4:6])
+
+
+_fold_op = torch.library.custom_op(
+    f"{_OPS}::fold", _fold_outputs, mutates_args=(),
+    schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor t7, Tensor t8, Tensor t9, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_fold_backward_op = torch.library.custom_op(
+    f"{_OPS}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments) if d is not None),
+    mutates_args=(), schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor t7, Tensor t8, Tensor t9, Tensor t10, Tensor t11, Tensor? d0, Tensor? d1, Tensor? d2, Tensor? d3, float scale, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_fold_op.register_fake
+def _fold_fake(*arguments):
+    *tensors, scale, raw, offsets = arguments
+    starts, (key, value, *_, start) = tensors[5:6], tensors[6:]
+    B, T, H, K = key.shape
+    N = start.shape[0]
+    C = _config_scalar(K, value.shape[-1], key.dtype)[0]
+    chunks = N * _cdiv(T, C) if offsets is None else T // C + N
+    ends = [torch.empty_like(t) for t in starts]
+    values = [t.new_empty((B, T, H, K) if raw else (0,)) for t in starts]
+    borders = [t.new_empty((chunks, H, K)) for t in starts]
+    return (torch.empty_like(value), torch.empty_like(start), *ends, *values, torch.empty_like(key), *borders)
+
+
+@_fold_backward_op.register_fake
+def _fold_backward_fake(*arguments):
+    return tuple(torch.empty_like(t) for i, t in enumerate(arguments[:10]) if i not in _FOLD_WITHIN)
+
+
+def _fold_save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.raw, offsets = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[4:], offsets)
+
+
+def _fold_gradient(ctx, *cotangents):
+    *saved, offsets = ctx.saved_tensors
+    given = [None if d is None else d.contiguous() for d in cotangents[:4]]
+    given[3:] = given[3:] if ctx.raw else [None] * 1
+    found = iter(_fold_backward_op(*saved, *given, ctx.scale, offsets))
+    return (*(None if i in _FOLD_WITHIN else next(found) for i in range(10)), None, None, None)
+
+
+_fold_op.register_autograd(_fold_gradient, setup_context=_fold_save)
+
+
+class _fold_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a small problem takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.scale, _, offsets, _ = arguments
+        found = _fold_forward(*arguments)
+        kept = found[6:]
+        if kept[-1].numel() * kept[-1].element_size() > _KEPT:
+            kept = ()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *found[4:6], offsets, *kept)
+        return found[:4]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        saved = ctx.saved_tensors
+        given = [None if d is None else d.contiguous() for d in cotangents]
+        found = _fold_backward(*saved[:12], *given, ctx.scale, saved[12], kept=saved[13:])
+        return (*found, None, None, None, None)
+
+
+def _fold(*arguments):
+    """The read of every token, the final states (that of the matrix first), and if ``raw`` vector states of every token."""
+    *tensors, scale, raw, offsets, want_final = arguments
+    tensors = [None if t is None else t.contiguous() for t in tensors]
     if torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]))
+        found = _fold_op(*tensors, scale, raw, offsets)
+    elif torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        found = _fold_eager.apply(*tensors, scale, raw, offsets, want_final)
+    else:
+        found = _fold_forward(*tensors, scale, raw, offsets, want_final, save=False)
+    return found[0], found[1], found[2:3], found[3:4]
 
 
 def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_variance, want_final=True):
@@ -2711,30 +2330,14 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     if Ibar is None:
         Ibar = torch.zeros(batch if offsets is None else offsets.shape[0] - 1, heads, size_k, device=q.device)
 
-    if not want_variance and _kept_by_nobody(q, k, v, b, g, I_p, M, Ibar):
-        # q/(I_p + Ibar) inside the kernel of the outputs
-        read_0_M, M_final, Ibar_final = _fold(
-            q, k, b, g, I_p, Ibar, k.to(dtype), v.to(dtype), g, M, scale, offsets, want_final
-        )
-        output = (read_0_M).to(q.dtype)
-        return output, None, M_final, Ibar_final
-
-    # Ibar_t = exp(g) * Ibar_(t-1) + b*k**2, at every token
-    # k_feature_0 = q/(I_p + Ibar)
-    features, values, final, through = _vector_k(
-        q, k, b, g, I_p, Ibar, scale, want_variance, offsets, q.new_empty(0, dtype=dtype).expand(batch, steps, heads, 0)
+    # Ibar_t = exp(g) * Ibar_(t-1) + b*k**2
+    # M_t = exp(g) * M_(t-1) + (k) (v), read with q/(I_p + Ibar)
+    read_0_M, M_final, final, values = _fold(
+        q, k, b, g, I_p, Ibar, k.to(dtype), v.to(dtype), g, M, scale, want_variance, offsets, want_final
     )
-    k_feature_0 = features[0]
-    k = through[0]
     Ibar_final = final[0]
     if want_variance:
         Ibar_all = values[0][..., :, None]
-
-    # M_t = exp(g) * M_(t-1) + (k) (v)
-    M_decay = g
-    M_key = k.to(dtype)
-    M_value = v.to(dtype)
-    read_0_M, M_final = _linear_scalar(k_feature_0, M_key, M_value, M_decay, M, scale, offsets, want_final)
 
     output = (read_0_M).to(q.dtype)
     variance = None

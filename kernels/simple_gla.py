@@ -1457,10 +1457,10 @@ def _config_proposals_scalar(K, V, dtype):
         # miscompiles the gradients for the warp-group ones. Two warps hold a chunk of 64 by spilling kilobytes.
         four, two = ((32, (k, v, 2, 3), (k, _tile(V, 128), w, 1), (k, v, w, 1)) for w in (4, 2))
         return [four, two, (64, (k, v, 2, 3), (k, _tile(V, 128), 2, 1), (k, v, 2, 1))]
-    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 1)
+    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 3)
     deep = first[0], (k, v, 4, 4), first[2], first[3]
     wide = first[0], (k, _tile(V, 128), 4, 2), first[2], first[3]
-    return [first, deep, wide]
+    return [first, deep, wide, (*first[:3], (k, v, 4, 1))]
 
 
 def _config_scalar(K, V, dtype):
@@ -1497,6 +1497,8 @@ def _states_scalar(k, v,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
     return states, final
+
+
 
 
 def _forward_scalar(q, k, v,

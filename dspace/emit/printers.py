@@ -36,7 +36,7 @@ class Printer:
     def show(self, expr: sympy.Expr) -> tuple[str, int]:
         if expr.is_Symbol:
             return self.names.get(expr.name, expr.name), ATOM
-        if expr.is_number and not expr.args or expr.is_Rational:
+        if expr.is_number and not expr.atoms(SumK, SumV):  # exp(-0.1) too: no dialect has it of a plain number
             return self.number(expr)
         if expr.is_Add:
             return self.add(expr), ADD

@@ -12,6 +12,7 @@ from typing import Any
 
 from dspace.errors import UserError
 from dspace.study.figures import age_curve
+from dspace.study.page import comparison_arms, importance_rows, verdict
 from dspace.study.results import Record, Results, collect, open_home
 from dspace.study.schema import METRICS, SEED, StudyFile
 from dspace.study.storage import Home, storage_errors
@@ -106,28 +107,36 @@ def versions_of(results: Results) -> dict[str, str]:
 
 def raw(results: Results, command: str) -> dict[str, Any]:
     """Every finished trial with its curve, as plain data."""
-    versions = versions_of(results)
+    study = results.study
     return {
-        "study": results.study.model_dump(mode="json", exclude_defaults=True),
+        "study": study.model_dump(mode="json", exclude_defaults=True),
         "command": command,
-        "versions": versions,
-        "trials": [
-            {
-                "number": t.number,
-                "state": t.state,
-                "params": t.params,
-                "metrics": t.metrics,
-                "test": t.test,
-                "seconds": round(t.seconds, 1),
-                "curve": t.curve,
-                "recall_by_age": t.attributes.get("recall_by_age"),
-                **{k: t.attributes[k] for k in KEPT if k in t.attributes},
-                **({"note": t.attributes["pruned"]} if "pruned" in t.attributes else {}),
-            }
-            for t in results.trials
-            if t.state in ("complete", "pruned")
-        ],
+        "versions": versions_of(results),
+        "trials": _finished(results.trials),
+        **({"front": results.front} if len(study.objectives) > 1 else {}),
+        "importances": results.importances,
+        **({"comparisons": {n: _finished(found) for n, found in results.comparisons.items()}} if study.compare else {}),
     }
+
+
+def _finished(trials: Sequence[Record]) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": t.number,
+            "state": t.state,
+            "params": t.params,
+            "metrics": t.metrics,
+            "test": t.test,
+            "seconds": round(t.seconds, 1),
+            "curve": t.curve,
+            "recall_by_age": t.attributes.get("recall_by_age"),
+            **({"arm": t.arm} if t.arm else {}),
+            **{k: t.attributes[k] for k in KEPT if k in t.attributes},
+            **({"note": t.attributes["pruned"]} if "pruned" in t.attributes else {}),
+        }
+        for t in trials
+        if t.state in ("complete", "pruned")
+    ]
 
 
 def table(results: Results, lines: Sequence[Line], command: str) -> str:
@@ -145,6 +154,9 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
         f"`{command}`, commit {versions.get('commit', 'unknown')}, on {versions.get('machine', 'an unknown machine')}; "
         f"{stated}. Trials: {counts}.",
         "",
+        *compared(results),
+        *front(results),
+        *importances(results),
         f"Each structure at its best setting (chosen on validation data), {metric} on test data: mean and standard "
         "deviation over seeds.",
         "",
@@ -175,6 +187,76 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
         for line in lines
     ]
     return "\n".join(text) + f"\n\n![accuracy and recall]({study.name}.png)\n"
+
+
+def compared(results: Results) -> list[str]:
+    """Of each comparison: what it asks, its arms with every seed, and what can be said of their difference."""
+    text = []
+    for name in results.comparisons:
+        asked, arms = results.study.compare[name], comparison_arms(results, name)
+        if not arms:
+            continue
+        trials = {t.arm: t for t in results.comparisons[name] if t.state == "complete"}
+        text += [
+            f"## Comparison {name!r}",
+            "",
+            f"{asked.doc} {asked.metric} on test data, mean and standard deviation over seeds.",
+            "",
+            f"| arm | {asked.metric} | seeds | state bytes | expected ms | structure and setting |",
+            "|---|---|---|---|---|---|",
+        ]
+        for arm in arms:
+            first = trials[arm.name]
+            cost = first.metrics.get("gpu_ms")
+            setting = {k: v for k, v in first.params.items() if k not in ("arm", "repeat")}
+            text.append(
+                f"| {arm.name} | {_spread(arm.values)} | {', '.join(f'{v:.4f}' for v in arm.values)} | {arm.state_bytes:.0f} "
+                f"| {'' if cost is None else f'{cost:.4f}'} | {_setting(setting)} |"
+            )
+        text += ["", verdict(arms, asked.metric), ""]
+    return text
+
+
+def front(results: Results) -> list[str]:
+    """The trials that no other dominates, where there are several objectives."""
+    study = results.study
+    if len(study.objectives) < 2:
+        return []
+    chosen = [t for t in results.trials if t.number in results.front]
+    first, way = next(iter(study.objectives.items()))
+    chosen.sort(key=lambda t: t.metrics[first], reverse=way == "maximize")
+    text = [
+        "## The front",
+        "",
+        "The trials of the search that no other is at least as good as in everything; objectives on validation data.",
+        "",
+        f"| trial | {' | '.join(study.objectives)} | structure | setting |",
+        f"|---|{'---|' * len(study.objectives)}---|---|",
+    ]
+    for t in chosen:
+        numbers = {n: v for n, v in t.params.items() if n not in study.structural_axes}
+        values = " | ".join(f"{t.metrics[n]:.4g}" for n in study.objectives)
+        text.append(f"| {t.number} | {values} | {structure(t, study)} | {_setting(numbers)} |")
+    return [*text, ""]
+
+
+def importances(results: Results) -> list[str]:
+    """What each axis explains alone of each objective."""
+    rows = importance_rows(results)
+    if not rows:
+        return []
+    names = list(results.importances)
+    text = [
+        "## What matters",
+        "",
+        "Percent of the variation over trials that an axis explains alone (adjusted R squared).",
+        "",
+        f"| axis | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for row in rows:
+        text.append(f"| {row['axis']} | {' | '.join('' if s is None else f'{s:.0f}' for s in row['shares'])} |")
+    return [*text, "", "## Structures", ""]
 
 
 def difference(mine: Line, other: Line, metric: str) -> str:

@@ -180,6 +180,52 @@ update = "exp(2 * matrix) * decay + key * value**2"
 output = "scale * sum_k(scores * query / (out + S + 2 * decay))"
 """
 
+# Two writes to the state that is read: the precision is a vector state with a kernel of its own, in products.
+TWICE = """
+name = "twice"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+w = "v"
+g = { axes = "", domain = "nonpositive" }
+[parameters]
+u = { axes = "k", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + v * k + w * tanh(k)"
+[state.y]
+axes = "k"
+init = "0"
+update = "exp(g) * y + k**2"
+[readout]
+output = "scale * sum_k(S * q / (u + y))"
+"""
+
+# A precision that fades by a constant, whose key is a function of an input, whose state shows in the output too.
+STEADY = """
+name = "steady"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+[parameters]
+u = { axes = "", domain = "positive", init = 1.0 }
+rate = { axes = "", domain = "positive", init = 0.3 }
+gain = { axes = "k", domain = "positive", init = 1.0 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(-rate) * S + v * tanh(k)"
+[state.y]
+axes = "k"
+init = "0"
+update = "exp(-0.1) * y + gain * k**2 + rate * k**4"
+[readout]
+output = "scale * sum_k(S * q / (u + y)) + tanh(sum_k(y)) * scale"
+"""
+
 # A start that fades: a state to which no token adds anything.
 FADING = """
 name = "fading"
@@ -198,6 +244,10 @@ output = "scale * sum_k(S * q)"
 
 CASES = [
     (FADING, 75, ODD, True),
+    (TWICE, 75, ODD, True, SHORT),
+    (TWICE, 40, {"k": 40, "v": 16}, False, WHOLE),
+    (STEADY, 75, ODD, True),
+    (STEADY, 34, {"k": 40, "v": 16}, False),
     (NAMED, 20, {"k": 8, "v": 4}, False),
     (DIVIDED, 70, {"k": 48, "v": 40}, False),
     ("simple_gla", 75, ODD, True),
@@ -224,7 +274,7 @@ CASES = [
 LEAN = [c for c in CASES if c[0] in ("simple_gla", "gla", "palimpsa_folded", MANY) and c[3] and len(c) == 4]
 """Cases that are run without initial and final states too, and with nothing kept for the backward pass."""
 NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several", FADING: "fading"}
-NAMES |= {NAMED: "named", DIVIDED: "divided"}
+NAMES |= {NAMED: "named", DIVIDED: "divided", TWICE: "twice", STEADY: "steady"}
 
 
 def identity(case: tuple) -> str:
@@ -271,9 +321,13 @@ def test_gates_that_keep_all_or_nothing(interpreted: dict[str, dict[str, float]]
 
 
 def test_a_gradient_of_an_input_used_twice_is_added_in_the_kernel() -> None:
-    launch = next(x for x in calls("palimpsa_folded", 16, torch.bfloat16) if x.name == "_vector_k_backward_kernel")
-    through = launch.kernel.arg_names.index("d_k_through")
-    assert launch.args[through] is not None and "d_q_through" not in launch.kernel.arg_names
+    """Of the key, which the precision sees too, and of the decay that both states have."""
+    launches = {x.name: x for x in calls("palimpsa_folded", 16, torch.bfloat16)}
+    first, second = launches["_gradients_scalar_kernel"], launches["_fold_own_kernel"]
+    given = dict(zip(first.kernel.arg_names, first.args, strict=False))
+    added = dict(zip(second.kernel.arg_names, second.args, strict=False))
+    assert given["dk"] is added["d_x_k_out"] and given["dg"] is added["d_x_g_out"]
+    assert given["dq"] is added["d_query_in"] and given["dq"] is not added["d_x_q_out"]
 
 
 def calls(name: str, size: int, dtype: torch.dtype) -> list[offline.Launch]:
@@ -343,7 +397,7 @@ def test_a_call_and_its_backward_are_one_graph(packed: bool) -> None:
 
     with offline.recording(made) as launches:
         torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors).backward()
-    assert len({launch.name for launch in launches}) == 10
+    assert len({launch.name for launch in launches}) == 9
     assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
 
 
@@ -358,8 +412,20 @@ def test_whole_powers_keep_the_sign_of_their_base(exponent: int) -> None:
 
 
 def test_no_name_of_the_folds_functions_is_left_to_a_spec():
-    def chosen(name: str) -> bool:
-        return name.startswith("_fold") or (name.startswith("_vector_k_") and name.endswith("kernel"))
+    """Kernels of the gradients call a spec's variables otherwise, and the host takes them by position."""
+    apart = {"_fold_own_kernel", "_fold_behind_kernel"}
+    walking = {"_fold_walk", "_fold_states_kernel", "_fold_kernel"}
+    functions, free = left_to_a_spec("palimpsa_folded", lambda n: n in walking, features._LOCAL | fold.LOCAL)
+    assert functions == 3 and free <= {"scale"}
+    functions, free = left_to_a_spec("palimpsa_folded", lambda n: n in apart, frozenset())
+    assert functions == 2 and {n for n in free if n.startswith("x_")} <= {
+        f"x_{v}" for v in ("q", "k", "b", "g", "I_p", "Ibar")
+    }
 
-    functions, free = left_to_a_spec("palimpsa_folded", chosen, features._LOCAL | fold.LOCAL)
-    assert functions > 8 and free <= {"scale"}
+
+def test_no_name_of_the_vector_kernels_is_left_to_a_spec():
+    def chosen(name: str) -> bool:
+        return name.startswith("_vector_k_") and name.endswith("kernel")
+
+    functions, free = left_to_a_spec("normalized_linear_attention", chosen, features._LOCAL)
+    assert functions == 4 and free <= {"scale"}

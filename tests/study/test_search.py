@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 
 from dspace.errors import StudyError, UserError
 from dspace.study.engine import run
+from dspace.study.page import comparison_arms
 from dspace.study.phase import is_stale
+from dspace.study.publish import publish
 from dspace.study.reading import load, loads
 from dspace.study.results import collect, open_home
 from dspace.study.schema import ModelTable, PruneTable
@@ -88,7 +91,8 @@ def test_a_head_gets_as_many_value_channels_as_its_state_holds() -> None:
 @pytest.mark.timeout(300)
 def test_the_space_is_searched_and_the_best_are_trained_again_on_fresh_data(tmp_path: Path) -> None:
     path = tmp_path / "wide.toml"
-    path.write_text(SPACE)
+    both = 'accuracy = "maximize"\ngpu_ms = "minimize"\n[best]\nby = "accuracy"'
+    path.write_text(SPACE.replace('accuracy = "maximize"', both))
     run(path, 1, folder=tmp_path / "run", quiet=True)
     results = collect(open_home(tmp_path / "run"))
     assert {t.state for t in results.trials} == {"complete"}
@@ -98,6 +102,15 @@ def test_the_space_is_searched_and_the_best_are_trained_again_on_fresh_data(tmp_
     searched = {t.attributes["data_hash"] for t in results.trials if t.state == "complete"}
     fresh = {t.attributes["data_hash"] for t in compared}
     assert len(searched) == len(fresh) == 1 and searched != fresh
+    arms = comparison_arms(results, "best")
+    assert [a.name for a in arms] == results.study.compare["best"].names, "those that the search found too"
+    raw, page, _ = publish(tmp_path / "run", tmp_path)
+    published = json.loads(raw.read_text())
+    assert {t["arm"] for t in published["comparisons"]["best"]} == {a.name for a in arms}
+    assert published["front"] == results.front and published["importances"] == results.importances
+    text = page.read_text()
+    assert all(f"| {a.name} | {a.mean:.4f}" in text for a in arms) and "## The front" in text
+    assert ("## What matters" in text) == bool(results.importances)
 
 
 def test_constraints_are_told_to_the_sampler_and_bar_the_best(toy: Path) -> None:

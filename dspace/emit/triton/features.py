@@ -16,7 +16,7 @@ from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
-from dspace.emit.triton.vector_group import VectorGroup
+from dspace.emit.triton.vector_group import Fold, VectorGroup, kind
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
 from dspace.plan.affine import AffinePlan, affine_plan
@@ -57,21 +57,18 @@ def section(analysis: Analysis) -> Section | None:
     )
 
 
-def core_source(decay: str, exclusive: bool) -> str:
-    """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key"."""
+def core_source(decay: str, exclusive: bool, passes: bool = True) -> str:
+    """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key".
+
+    Without ``passes``: the kernels of states and gradients only, between which the fold has its own.
+    """
     flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
     texts = [boundary.DECAY_SUMS] if flags["decay"] else []
     texts += [boundary.STATES, boundary.COTANGENTS]
     texts += [channel.SCORES, chunkwise.OUTPUTS, channel.VALUES, channel.KEYS] if flags["key"] else []
-    texts += [chunkwise.OUTPUTS, chunkwise.GRADIENTS] if not flags["key"] else []
-    texts += [host.CORE, host.OPERATORS]
+    texts += [*([chunkwise.OUTPUTS] if passes else []), chunkwise.GRADIENTS] if not flags["key"] else []
+    texts += [host.CORE, *([host.PASSES, host.OPERATORS] if passes else [])]
     return host.renamed("\n".join(specialise(t, flags) for t in texts), decay).replace("_TAG", f"_{decay}")
-
-
-def kind(state: AffineState) -> str:
-    if state.log_decay == 0 or state.decay == 1:
-        return "none"
-    return "key" if state.decay_axes == "k" else "scalar"
 
 
 class _Core:
@@ -93,22 +90,24 @@ class _Core:
         self.groups: list[VectorGroup] = []
         self.features: dict[sympy.Expr, str] = {}
         self.out: list[str] = []
-        self.folded: sympy.Expr | None = None
-        """The query that needs no tensor of its own where nothing is differentiated."""
+        self.folded: Fold | None = None
+        """Where the only query divides by the vector states: both are computed in the kernels of the matrix state."""
 
     def parts(self) -> list[str]:
         """Everything but the core function, in order."""
         kinds = sorted({kind(s) for s in self.plan.matrix_states})
         parts = [launching.COMMON, launching.TABLES, boundary.SPAN]
+        kernel_names = dict(self.names)
+        if self.folded is not None:
+            parts += [launching.FAST, vector.COMPOSE, vector.CARRY, core_source(kinds[0], False, passes=False)]
+            parts.append(fold.source(self.folded, kernel_names))
+            return [p.strip("\n") + "\n" for p in parts]
         if self.groups:
-            parts += [launching.FAST, vector.COMPOSE, vector_host.PLAN, vector.CARRY]
+            parts += [launching.FAST, vector.COMPOSE, vector.SEGMENT, vector_host.PLAN, vector.CARRY]
             if self.plan.exclusive:
                 parts.append(vector.BEFORE)
-        kernel_names = dict(self.names)
         parts += [vector.source(group, kernel_names) for group in self.groups]
         parts += [core_source(k, self.plan.exclusive) for k in kinds]
-        if self.folded is not None:
-            parts.append(fold.source(self.groups[0], kernel_names, self.folded, kinds[0]))
         return [p.strip("\n") + "\n" for p in parts]
 
     def lines(self) -> list[str]:
@@ -128,14 +127,16 @@ class _Core:
             shape = f"batch if offsets is None else offsets.shape[0] - 1, heads{_SHAPE[s.axes]}"
             write(f"    if {names[s.name]} is None:")
             write(f"        {names[s.name]} = torch.zeros({shape}, device={like}.device)")
-        first = len(self.out)
-        self._vector_states()
-        for state in plan.matrix_states:
-            self._matrix_state(state)
-        self._results(like)
-        self.folded = self._foldable()
+        calls = self._vector_states()
+        self.folded = fold.folding(plan, self.groups)
         if self.folded is not None:
-            self.out[first:first] = self._fold(like)
+            self._fold(self.folded, calls[0][2])
+        else:
+            for call in calls:
+                self._call_group(*call)
+            for state in plan.matrix_states:
+                self._matrix_state(state)
+        self._results(like)
         # Aligned float32 copies, only of what expressions mention, and where only the variance does, with it.
         asked = next((i for i, line in enumerate(self.out) if line == _WANTED), len(self.out))
         always = _words("\n".join([*self.out[body:asked], *self.out[asked + 2 :]]))
@@ -188,8 +189,12 @@ class _Core:
     def _per_token(self, symbol: sympy.Symbol) -> bool:
         return any(symbol == v.symbol for v in self.recurrence.inputs) or symbol in self.vector_symbols
 
-    def _vector_states(self) -> None:
-        """One group for each axis; queries on that axis that need its states only are computed with them."""
+    def _vector_states(self) -> list[tuple[VectorGroup, set, list[sympy.Expr]]]:
+        """One group for each axis; queries on that axis that need its states only are computed with them.
+
+        Beside each group the symbols of its states, and the expressions elsewhere that may need them.
+        """
+        calls = []
         plan, r = self.plan, self.recurrence
         queries = [q for read in plan.readout.reads for q in (read.queries or {}).values()]
         outside = [plan.readout.output, plan.readout.variance or sympy.S.Zero]
@@ -227,13 +232,19 @@ class _Core:
                 through=tuple(v for v in r.inputs if v.symbol in used & elsewhere and v.axes and v.axes == axes),
             )
             self.groups.append(group)
-            self._call_group(group, own, outside)
+            calls.append((group, own, outside))
+        return calls
 
-    def _call_group(self, group: VectorGroup, own: set, outside: list[sympy.Expr]) -> None:
-        names, plan, write = self.names, self.plan, self.out.append
+    @staticmethod
+    def _raw(own: set, outside: list[sympy.Expr]) -> str:
+        """When the states themselves are needed at every token: "True", "want_variance", "False"."""
         always = any(e.free_symbols & own for e in (*outside[:1], *outside[2:]))
         sometimes = bool(outside[1].free_symbols & own)
-        raw = "True" if always else "want_variance" if sometimes else "False"
+        return "True" if always else "want_variance" if sometimes else "False"
+
+    def _call_group(self, group: VectorGroup, own: set, outside: list[sympy.Expr]) -> None:
+        names, write = self.names, self.out.append
+        raw = self._raw(own, outside)
         states = [names[s.name] for s in group.states]
         arguments = [names[v.name] for v in (*group.inputs, *group.parameters)] + states
         write("")
@@ -254,50 +265,40 @@ class _Core:
         align = _ALIGN[group.axes]
         for i, state in enumerate(states):
             write(f"    {state}_final = final[{i}]")
-            if raw == "False":
-                continue
-            guard = "" if always else f"if {raw}:\n        "
-            value = f"values[{i}]"
-            if plan.exclusive:
-                value = f"_before({value}, {state}, offsets)"
-            write(f"    {guard}{state}_all = {value}{align}")
+            self._every_token(state, f"values[{i}]", raw, align)
 
-    def _foldable(self) -> sympy.Expr | None:
-        """The only query, if it and nothing else needs the vector states, which are products on its axis."""
-        plan, reads = self.plan, self.plan.readout.reads
-        if len(self.groups) != 1 or len(plan.matrix_states) != 1 or len(reads) != 1 or plan.exclusive:
-            return None
-        group, state = self.groups[0], plan.matrix_states[0]
-        query = (reads[0].queries or {}).get(state.name)
-        if group.axes != "k" or not group.products or list(group.features.values()) != [query]:
-            return None
-        if len(state.writes) != 1 or kind(state) == "key" or len(reads[0].queries or {}) != 1:
-            return None
-        others = (state.log_decay, state.writes[0].key, state.writes[0].value, plan.readout.output)
-        return None if any(sympy.sympify(e).free_symbols & self.vector_symbols for e in others) else query
+    def _every_token(self, state: str, value: str, raw: str, align: str) -> None:
+        """A vector state of every token under the name that expressions have for it."""
+        if raw == "False":
+            return
+        guard = "" if raw == "True" else f"if {raw}:\n        "
+        if self.plan.exclusive:
+            value = f"_before({value}, {state}, offsets)"
+        self.out.append(f"    {guard}{state}_all = {value}{align}")
 
-    def _fold(self, like: str) -> list[str]:
-        """Lines that leave the core where nothing is differentiated."""
-        names, group, state = self.names, self.groups[0], self.plan.matrix_states[0]
-        leaves = [names[v.name] for v in (*group.inputs, *group.parameters)]
+    def _fold(self, made: Fold, outside: list[sympy.Expr]) -> None:
+        """The one call of a fold."""
+        names, group, state, write = self.names, made.group, self.plan.matrix_states[0], self.out.append
+        self.scaled = self._scale_of_reads()
+        (w,) = state.writes
         states = [names[s.name] for s in group.states]
+        arguments = [names[v.name] for v in (*group.inputs, *group.parameters)] + states
+        arguments += [self._feature(w.key, "k", "dtype"), self._feature(w.value, "v", "dtype")]
+        arguments += [] if made.decay == "none" else [self._decay(state, 1)]
+        raw = self._raw({self.symbols[s.name] for s in group.states}, outside)
+        write("")
+        for s in group.states:
+            write(f"    # {s.name}_t = {s.decay} * {s.name}_(t-1) + {group.write(s)}")
+        write(
+            f"    # {state.name}_t = {state.decay} * {state.name}_(t-1) + ({w.key}) ({w.value}), read with {made.query}"
+        )
         read = f"{self.plan.readout.reads[0].symbol}_{names[state.name]}"
-        decay = "" if kind(state) == "none" else f"{self._decay(state, 1)}, "
-        (write,) = state.writes
-        key, value = self._feature(write.key, "k", "dtype"), self._feature(write.value, "v", "dtype")
-        every = [names[v.name] for v in (*self.recurrence.inputs, *self.recurrence.parameters)]
-        every += [names[s.name] for s in self.recurrence.states]
-        final = [f"{names[s.name]}_final" for s in self.recurrence.states]
-        return [
-            "",
-            f"    if not want_variance and _kept_by_nobody({', '.join(every)}):",
-            f"        # {self.folded} inside the kernel of the outputs",
-            f"        {read}, {names[state.name]}_final, {', '.join(f'{s}_final' for s in states)} = _fold(",
-            f"            {', '.join([*leaves, *states])}, {key}, {value}, {decay}{names[state.name]}, {self.scaled}, offsets, want_final",
-            "        )",
-            *(f"    {line}" for line in self._output(like)),
-            f"        return output, None, {', '.join(final)}",
-        ]
+        write(f"    {read}, {names[state.name]}_final, final, values = _fold(")
+        write(f"        {', '.join(arguments)}, {names[state.name]}, {self.scaled}, {raw}, offsets, want_final")
+        write("    )")
+        for i, name in enumerate(states):
+            write(f"    {name}_final = final[{i}]")
+            self._every_token(name, f"values[{i}]", raw, _ALIGN[group.axes])
 
     def _matrix_state(self, state: AffineState) -> None:
         names, write = self.names, self.out.append

@@ -1,32 +1,60 @@
-"""The fold without a tensor of divided queries: what divides a query is evaluated inside the kernel of the outputs.
+"""The fold: what divides a query is evaluated inside the kernel of the outputs, and of the gradients.
 
-Where nothing is differentiated, the vector states are needed at chunk starts only, from the keys alone: programs beside
-those of the matrix state walk over the same keys at the same time. Inside a chunk they are one more product of the
-matrix of decays, beside the scores. So a forward pass reads every input once more at most and writes the outputs alone.
-With gradients the divided queries are stored, since the backward pass reads them twice (:mod:`dspace.emit.triton.vector`).
+The vector states are needed at chunk starts only, from the keys alone: programs beside those of the matrix state walk
+over the same keys at the same time. Inside a chunk they are one more product of the matrix of decays, beside the
+scores. So a forward pass reads every input once more at most and writes the outputs alone, with gradients also the
+queries as divided (:mod:`dspace.emit.triton.fold_gradient`), which the backward pass reads twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
 
+from dspace.emit.triton import fold_gradient, fold_host
 from dspace.emit.triton.printer import inverses_of
-from dspace.emit.triton.vector_group import VectorGroup
+from dspace.emit.triton.vector_group import Fold, VectorGroup, kind
 from dspace.emit.triton.vector_kernels import Kernels
+from dspace.plan.affine import AffinePlan
 
 LOCAL = frozenset(
-    "keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place config ends kept leaves packed o state_stages state_warps tile_k tile_v K V BK BV NK NV OT".split()
+    "query_out keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place config ends kept leaves packed o state_stages state_warps tile_k tile_v K V BK BV NK NV OT".split()
 )
 """Names of the kernel that no variable of a spec may have."""
 
 
-def source(group: VectorGroup, names: Mapping[str, str], query: sympy.Expr, decay: str) -> str:
-    """The kernels and function ``_fold`` of one query; ``decay`` of the matrix state: "none" or "scalar"."""
-    writer, scalar = Kernels(group, names), decay == "scalar"
+def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
+    """The fold, if the only query and nothing else that is read or written needs vector states, products on its axis."""
+    reads = plan.readout.reads
+    if len(groups) != 1 or len(plan.matrix_states) != 1 or len(reads) != 1 or plan.exclusive:
+        return None
+    group, state = groups[0], plan.matrix_states[0]
+    query = (reads[0].queries or {}).get(state.name)
+    if group.axes != "k" or not group.products or query is None or list(group.features.values()) != [query]:
+        return None
+    if len(state.writes) != 1 or kind(state) == "key" or len(reads[0].queries or {}) != 1:
+        return None
+    (w,), own = state.writes, {group.symbols[s.name] for s in group.states}
+    if any(sympy.sympify(e).free_symbols & own for e in (state.log_decay, w.key, w.value)):
+        return None
+    key = next((v for v in group.inputs if v.symbol == w.key and v.axes == "k"), None)
+    retention = next((v for v in group.inputs if v.symbol == state.log_decay and not v.axes), None)
+    return Fold(group, query, kind(state), key, retention)
+
+
+def source(fold: Fold, names: Mapping[str, str]) -> str:
+    """The kernels and the function ``_fold`` of one query."""
+    writer = Kernels(fold.group, names)
     return "\n\n".join(
-        [_walk(writer), _states_of_all(writer, decay), _kernel(writer, query, scalar), _host(group, names, decay)]
+        [
+            _walk(writer),
+            _states_of_all(writer, fold.decay),
+            _kernel(writer, fold.query, fold.decay == "scalar"),
+            fold_gradient.own(fold, names),
+            fold_gradient.behind(fold, names),
+            fold_host.host(fold),
+        ]
     )
 
 
@@ -107,7 +135,8 @@ def _fold_states_kernel(
 def _kernel(writer: Kernels, query: sympy.Expr, decays: bool) -> str:
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves] + [f"{s}_border" for s in writer.states]
-    pointers += ["keys_in", "values_in", *(["sums_in"] if decays else []), "states_in", "out_at", "spans"]
+    pointers += ["keys_in", "values_in", *(["sums_in"] if decays else []), "states_in", "out_at"]
+    pointers += ["query_out", *(f"{s}_out" for s in writer.states), "spans"]
     lines = f'''
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_kernel(
@@ -174,12 +203,18 @@ def _fold_kernel(
             f"{pad}{s}_start = tl.load({s}_border + at_border * K + o_k, mask=m_k, other=0.0)",
             f"{pad}{s} = {s}_since * {s}_start[None, :]",
             f"{pad}{s} = tl.dot({s}_gap.to(OT), write.to(OT), {s}, input_precision=PRECISION)",
+            f"{pad}if {s}_out is not None:",
+            f"{pad}    if pid % NV == 0:",
+            f"{pad}        tl.store({s}_out + corner * K + (at[:, None] * K + o_k[None, :]), {s}, mask=m_ck)",
         ]
     changed, inverse = inverses_of({"query": query})
     lines += [" " * 4 + line for line in writer.inverses(inverse, names)]
     lines += writer.statements(changed, names, 12)
     lines += """
             query = tl.where(m_ck, query, 0.0).to(OT)
+            if query_out is not None:
+                if pid % NV == 0:
+                    tl.store(query_out + corner * K + (at[:, None] * K + o_k[None, :]), query.to(query_out.dtype.element_ty), mask=m_ck)
             tile = o_k[:, None] * V + o_v[None, :]
             matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
@@ -201,62 +236,3 @@ def _fold_kernel(
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 """.strip("\n").splitlines()
     return "\n".join(lines) + "\n"
-
-
-def _host(group: VectorGroup, names: Mapping[str, str], decay: str) -> str:
-    leaves = [names[v.name] for v in (*group.inputs, *group.parameters)]
-    states = [names[s.name] for s in group.states]
-    scalar = decay == "scalar"
-    lists = [f"[{', '.join(x)}]" for x in (leaves, states)]
-    return f'''
-def _fold_proposals(K, V, dtype):
-    """(k tile, v tile, warps, stages); the first, by default, is that of the outputs without a fold."""
-    first = _config_{decay}(K, V, dtype)[2]
-    if dtype != torch.bfloat16 or min(K, V) < 64:
-        return [first]
-    return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
-
-
-def _fold({", ".join([*leaves, *states])}, of_key, of_value, {"of_decay, " if scalar else ""}of_start, scale, offsets, want_final):
-    """The read of every token and the final states, the matrix state's first; nothing is kept for a backward pass."""
-    leaves, starts = ([t.contiguous() for t in x] for x in ({lists[0]}, {lists[1]}))
-    key, value = of_key.contiguous(), of_value.contiguous()
-    B, T, H, K = key.shape
-    V = value.shape[-1]
-    N = B if offsets is None else offsets.shape[0] - 1
-    config = _config_{decay}(K, V, key.dtype)
-    C = config[0]
-    BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
-    spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    packed, fast = offsets is not None, _fast(key)
-    borders = [torch.empty((chunks, H, K), dtype=torch.float32, device=key.device) for _ in starts]
-    ends = [torch.empty_like(t) for t in starts]
-    {f"sums = _decay_sums_scalar(of_decay.contiguous(), spans, T, NT, chunks, C){chr(10)}    " if scalar else ""}kept = key.dtype if key.dtype == torch.bfloat16 else torch.float32
-    states = torch.empty((chunks, H, K, V), dtype=kept, device=key.device)
-    final = torch.empty((N, H, K, V), dtype=torch.float32, device=key.device) if want_final else None
-    OT, precision = _operands(key.dtype)
-    tile_k, tile_v, state_warps, state_stages = config[1]
-    _launch(
-        _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
-        (
-            *leaves, *starts, *borders, *ends, key, value,
-            {"sums, " if scalar else ""}None if of_start is None else of_start.contiguous(), states, final, offsets, bases,
-        ),
-        (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
-        PACKED=packed, num_warps=state_warps, num_stages=state_stages,
-    )
-    o = torch.empty_like(value)
-    _launch(
-        _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
-        (*leaves, *borders, key, value, {"sums, " if scalar else ""}states, o, spans), (scale, T, NT, H), (),
-        K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed, num_warps=warps, num_stages=stages,
-    )
-    return o, final, *ends
-
-
-def _kept_by_nobody(*tensors):
-    """Whether no gradient of these will be asked for."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]))
-'''

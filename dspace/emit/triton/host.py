@@ -1,6 +1,6 @@
 """Source of the host side of a linear-attention core: configuration, launches, custom operators.
 
-Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`: ``CORE`` and ``OPERATORS``, once for each kind of
+Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`: ``CORE``, ``PASSES`` and ``OPERATORS``, once for each kind of
 decay, with names told apart by :func:`renamed`. They stand on :mod:`dspace.emit.triton.launching`.
 """
 
@@ -35,11 +35,15 @@ def _config_proposals(K, V, dtype):
 #if key
     first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 1), (k, v, 8, 1)
 #else
-    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 1)
+    first = 64, (k, v, 4, 3), (k, _tile(V, 128), 4, 2), (k, v, 4, 3)
 #endif
     deep = first[0], (k, v, 4, 4), first[2], first[3]
     wide = first[0], (k, _tile(V, 128), 4, 2), first[2], first[3]
+#if key
     return [first, deep, wide]
+#else
+    return [first, deep, wide, (*first[:3], (k, v, 4, 1))]
+#endif
 
 
 def _config(K, V, dtype):
@@ -98,6 +102,9 @@ def _scores(q, k, G, spans, NT, chunks, config):
 
 
 #endif
+'''
+
+PASSES = '''
 def _forward(q, k, v,
 #if decay
     g,

@@ -25,8 +25,9 @@ COMPOSE = '''
 def _compose(decay_a, write_a, decay_b, write_b):
     """One step S -> decay S + write after another."""
     return decay_a * decay_b, write_a * decay_b + write_b
+'''
 
-
+SEGMENT = '''
 @_kernel
 def _segment(spans, i_c, T, NT, LENGTH, PACKED: tl.constexpr):
     """First and end token of segment ``i_c``; empty for the spare segments of a packed batch."""

@@ -42,3 +42,38 @@ class VectorGroup:
 
     def write(self, state: AffineState) -> sympy.Expr:
         return sympy.Add(*(w.key * w.value for w in state.writes))
+
+    def log_decay(self, state: AffineState) -> sympy.Expr:
+        """Of a group of products."""
+        assert state.log_decay is not None
+        return state.log_decay
+
+
+def kind(state: AffineState) -> str:
+    """What decays: "none", "scalar" (one number per token) or "key" (one for each key channel)."""
+    if state.log_decay == 0 or state.decay == 1:
+        return "none"
+    return "key" if state.decay_axes == "k" else "scalar"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A group whose states only divide the query of a matrix state: then no kernel of its own walks over them."""
+
+    group: VectorGroup
+    query: sympy.Expr
+    decay: str
+    """Of the matrix state: "none" or "scalar"."""
+    key: Variable | None
+    """The input that is the key as it is, so that the key's gradient is part of that input's."""
+    retention: Variable | None
+    """The input that is the log decay of the matrix state as it is, likewise."""
+
+    @property
+    def touched(self) -> frozenset[Variable]:
+        """Inputs and parameters to whose gradients later chunks add: those of the writes and decays."""
+        states = self.group.states
+        symbols = set().union(
+            *(self.group.write(s).free_symbols | self.group.log_decay(s).free_symbols for s in states)
+        )
+        return frozenset(v for v in (*self.group.inputs, *self.group.parameters) if v.symbol in symbols)

@@ -149,10 +149,12 @@ class Kernels:
         rows = {**self.names, **{v.name: f"{self.names[v.name]}_row" for v in self.narrow}}
         assert state.log_decay is not None
         step, s = TritonPrinter(rows)(state.log_decay), self.names[state.name]
+        if not state.log_decay.free_symbols:
+            step = f"tl.full([C], {step}, tl.float32)"
         return [
             "        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits",
             f"        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum({step}, -40.0), 0.0), 0.0)"
-            if state.log_decay.free_symbols
+            if state.log_decay != 0
             else "        step = tl.zeros([C], dtype=tl.float32)",
             f"        {s}_sums = tl.cumsum(step, axis=0)",
         ]
