@@ -1833,11 +1833,15 @@ def _reads_kernel(
                             y_read_0 = M * q[i_s] * _reciprocal(I_p + Ibar, FAST)
                             if K % (16 * I) != 0:
                                 y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
+                            if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
+                                y_read_0 = tl.where(first_g + i_g < V, y_read_0, 0.0)
                             total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
                             if VARIANCE:
                                 y_read_1 = q[i_s] * q[i_s] * _reciprocal(I_p + Ibar, FAST)
                                 if K % (16 * I) != 0:
                                     y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
+                                if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
+                                    y_read_1 = tl.where(first_g + i_g < V, y_read_1, 0.0)
                                 total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
                         sum_read_0 = _sum_columns_into(sum_read_0, total_read_0, i_o, i_g, OT, FAST)
                         if VARIANCE:

@@ -102,6 +102,30 @@ update = "exp(decay_0) * zero + border * full_key_0**2"
 output = "scale * sum_k(B * key_0 / (row + zero))"
 """
 
+# A divisor that is its own state, so that it is 0 beyond the last channel.
+BARE = """
+name = "bare_divisor"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+b = { axes = "v", domain = "nonnegative" }
+[parameters]
+c = { axes = "", domain = "positive", init = 1.0 }
+rate = { axes = "", domain = "nonnegative", init = 0.1 }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(-rate) * S + v * k"
+[state.R]
+axes = "kv"
+init = "c"
+update = "exp(-rate) * R + b * k**2"
+[readout]
+output = "scale * sum_k(S * q / R)"
+variance = "scale**2 * sum_k(q**2 / R)"
+"""
+
 
 def case(
     name: str, spec: str, steps: int, k: int, v: int, packed: bool = False, window: int = 0, lean: bool = False
@@ -130,6 +154,8 @@ CASES = [
     case("read before", EXCLUSIVE, 40, 12, 5, window=16),
     case("lasting", LASTING, 35, 12, 5),
     case("named", NAMED, 20, 5, 3),
+    case("bare divisor", BARE, 20, 20, 5),
+    case("bare divisor, one token", BARE, 1, 16, 3),
 ]
 
 
