@@ -178,7 +178,8 @@ def reads_kernel(words: Words) -> str:
             lines += [
                 " " * pad + "if K % (16 * I) != 0:",
                 " " * pad + f"    y_{r} = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_{r}, 0.0)",
-                " " * pad + "if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums",
+                " " * pad
+                + "if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums",
                 " " * pad + f"    y_{r} = tl.where(first_g + i_g < V, y_{r}, 0.0)",
                 " " * pad + f"total_{r} = y_{r} if i_s == 0 else total_{r} + y_{r}",
             ]
