@@ -9,7 +9,7 @@ borders.
 
 Inside a chunk a decay of one number per token is a matrix of decays between tokens, and the states of all tokens
 are a product with it; with any other decay they are a scan. The backward expressions are the symbolic derivatives of
-the same maps.
+the same maps. Where the only query divides by such states, :mod:`dspace.emit.triton.fold` has a shorter way.
 """
 
 from __future__ import annotations
