@@ -273,6 +273,8 @@ CASES = [
 ]
 LEAN = [c for c in CASES if c[0] in ("simple_gla", "gla", "palimpsa_folded", MANY) and c[3] and len(c) == 4]
 """Cases that are run without initial and final states too, and with nothing kept for the backward pass."""
+OPERATORS = [(SEVERAL, 40, ODD, False), *(c for c in LEAN if c[0] != MANY)]
+"""Cases that go through the custom operators of torch.compile, with their own autograd."""
 NAMES = {MANY: "many", EXCLUSIVE: "exclusive", CHANNELS: "channels", SEVERAL: "several", FADING: "fading"}
 NAMES |= {NAMED: "named", DIVIDED: "divided", TWICE: "twice", STEADY: "steady"}
 
@@ -294,6 +296,9 @@ def interpreted() -> dict[str, dict[str, float]]:
         {**dict(zip(fields, c, strict=False)), "id": f"lean {identity(c)}", "lean": True, "settings": {"_KEPT": -1}}
         for c in LEAN
     ]
+    asked += [
+        {**dict(zip(fields, c, strict=False)), "id": f"operators {identity(c)}", "operators": True} for c in OPERATORS
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
@@ -313,6 +318,12 @@ def test_outputs_and_every_gradient_match_float64(interpreted: dict[str, dict[st
 def test_states_that_nobody_gives_or_wants(interpreted: dict[str, dict[str, float]], case: str) -> None:
     worst = {name: error for name, error in interpreted[f"lean {case}"].items() if not error < 5e-6}
     assert len(LEAN) == 4 and len(interpreted[f"lean {case}"]) > 3 and not worst
+
+
+@pytest.mark.parametrize("case", [identity(c) for c in OPERATORS])
+def test_operators_and_their_gradients(interpreted: dict[str, dict[str, float]], case: str) -> None:
+    worst = {name: error for name, error in interpreted[f"operators {case}"].items() if not error < 5e-6}
+    assert len(OPERATORS) == 4 and len(interpreted[f"operators {case}"]) > 5 and not worst
 
 
 def test_gates_that_keep_all_or_nothing(interpreted: dict[str, dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ Triton decides when it is imported whether it interprets, hence a process of its
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import sys
@@ -114,6 +115,7 @@ if __name__ == "__main__":
         try:
             made = build(case["spec"])
             vars(made).update(case.get("settings", {}))
+            torch.compiler.is_compiling = functools.partial(bool, case.get("operators", False))
             found[case["id"]] = errors(
                 made, case["steps"], case["sizes"], case["packed"], case.get("gates"), case.get("lean", False)
             )
