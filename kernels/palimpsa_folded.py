@@ -1836,7 +1836,7 @@ def _states_scalar(k, v,
 
 @_kernel
 def _fold_walk(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
     begin, end, base, i_nh, i_h, o_w, scale, H, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Ibar = exp(g) Ibar + b*k**2 at chunk starts."""
@@ -1844,39 +1844,39 @@ def _fold_walk(
     o_c = tl.arange(0, C)
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    I_p = tl.load(I_p_in + i_h).to(tl.float32)
-    Ibar = tl.load(Ibar_start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
-    b_next = tl.load(b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    g_next = tl.load(g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
+    x_Ibar = tl.load(x_Ibar_start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    x_b_next = tl.load(x_b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
+    x_g_next = tl.load(x_g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
     for i in tl.range(0, chunks, num_stages=STAGES):
         first = begin + i * C
         corner = first * H + i_h
         left = (end - first).to(tl.int32)
         live = o_c < left
         m_cw = live[:, None] & m_w[None, :]
-        k = tl.load(k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        b_row = b_next.to(tl.float32)
-        b_next = tl.load(b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        b = b_row[:, None]
-        g_row = g_next.to(tl.float32)
-        g_next = tl.load(g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
-        g = g_row[:, None]
+        x_k = tl.load(x_k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
+        x_b_row = x_b_next.to(tl.float32)
+        x_b_next = tl.load(x_b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        x_b = x_b_row[:, None]
+        x_g_row = x_g_next.to(tl.float32)
+        x_g_next = tl.load(x_g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        x_g = x_g_row[:, None]
         place = ((base + i) * H + i_h) * W + o_w
-        tl.store(Ibar_border + place, Ibar, mask=m_w)
+        tl.store(x_Ibar_border + place, x_Ibar, mask=m_w)
         # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_past = tl.sum(step, axis=0)
-        Ibar_until = tl.exp2(tl.minimum(Ibar_past - Ibar_sums, 0.0))
-        write = b * k * k
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
+        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_past = tl.sum(step, axis=0)
+        x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
+        write = x_b * x_k * x_k
         write = tl.where(m_cw, write, 0.0)
-        Ibar = tl.exp2(Ibar_past) * Ibar + tl.sum(Ibar_until[:, None] * write, axis=0)
-    tl.store(Ibar_final + i_nh * W + o_w, Ibar, mask=m_w)
+        x_Ibar = tl.exp2(x_Ibar_past) * x_Ibar + tl.sum(x_Ibar_until[:, None] * write, axis=0)
+    tl.store(x_Ibar_final + i_nh * W + o_w, x_Ibar, mask=m_w)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_states_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
     of_key, of_value, of_sums, start, states, final, offsets, bases, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
@@ -1893,14 +1893,14 @@ def _fold_states_kernel(
     else:
         begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
         _fold_walk(
-            q_in, k_in, b_in, g_in, I_p_in, Ibar_start, Ibar_border, Ibar_final,
+            x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
             begin, end, base, i_nh, i_nh % H, i_k * BK + tl.arange(0, BK), scale, H, K, C, BK, STAGES,
         )
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_kernel(
-    q_in, k_in, b_in, g_in, I_p_in, Ibar_border, keys_in, values_in, sums_in, states_in, out_at, query_out, Ibar_out, spans,
+    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, keys_in, values_in, sums_in, states_in, out_at, query_out, x_Ibar_out, spans,
     scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
@@ -1921,40 +1921,41 @@ def _fold_kernel(
         o_v = (pid % NV) * BV + tl.arange(0, BV)
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
-        b_row = tl.load(b_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        b = b_row[:, None]
-        g_row = tl.load(g_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        g = g_row[:, None]
-        I_p = tl.load(I_p_in + i_h).to(tl.float32)
+        x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_b = x_b_row[:, None]
+        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_g = x_g_row[:, None]
+        x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
         # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(g_row, -40.0), 0.0), 0.0)
-        Ibar_sums = tl.cumsum(step, axis=0)
-        Ibar_gap = tl.exp2(tl.where(causal, tl.minimum(Ibar_sums[:, None] - Ibar_sums[None, :], 0.0), -float('inf')))
-        Ibar_since = tl.exp2(Ibar_sums)[:, None]
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
+        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_gap = tl.exp2(tl.where(causal, tl.minimum(x_Ibar_sums[:, None] - x_Ibar_sums[None, :], 0.0), -float('inf')))
+        x_Ibar_since = tl.exp2(x_Ibar_sums)[:, None]
         scores = tl.zeros([C, C], dtype=tl.float32)
         out = tl.zeros([C, BV], dtype=tl.float32)
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
             m_ck = live[:, None] & m_k[None, :]
-            q = tl.load(q_in + corner * K + (at[:, None] * K + o_k[None, :]), mask=m_ck, other=0.0).to(tl.float32)
-            k = tl.load(k_in + corner * K + (at[:, None] * K + o_k[None, :]), mask=m_ck, other=0.0).to(tl.float32)
-            write = b * k * k
+            tile = at[:, None] * K + o_k[None, :]
+            x_q = tl.load(x_q_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            write = x_b * x_k * x_k
             write = tl.where(m_ck, write, 0.0)
-            Ibar_start = tl.load(Ibar_border + at_border * K + o_k, mask=m_k, other=0.0)
-            Ibar = Ibar_since * Ibar_start[None, :]
-            Ibar = tl.dot(Ibar_gap.to(OT), write.to(OT), Ibar, input_precision=PRECISION)
-            if Ibar_out is not None:
+            x_Ibar_start = tl.load(x_Ibar_border + at_border * K + o_k, mask=m_k, other=0.0)
+            x_Ibar = x_Ibar_since * x_Ibar_start[None, :]
+            x_Ibar = tl.dot(x_Ibar_gap.to(OT), write.to(OT), x_Ibar, input_precision=PRECISION)
+            if x_Ibar_out is not None:
                 if pid % NV == 0:
-                    tl.store(Ibar_out + corner * K + (at[:, None] * K + o_k[None, :]), Ibar, mask=m_ck)
-            inverse_0 = _reciprocal(I_p + Ibar, FAST)
-            query = inverse_0 * q
+                    tl.store(x_Ibar_out + corner * K + tile, x_Ibar, mask=m_ck)
+            inverse_0 = _reciprocal(x_I_p + x_Ibar, FAST)
+            query = inverse_0 * x_q
             query = tl.where(m_ck, query, 0.0).to(OT)
             if query_out is not None:
                 if pid % NV == 0:
-                    tl.store(query_out + corner * K + (at[:, None] * K + o_k[None, :]), query.to(query_out.dtype.element_ty), mask=m_ck)
-            tile = o_k[:, None] * V + o_v[None, :]
-            matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+                    tl.store(query_out + corner * K + tile, query.to(query_out.dtype.element_ty), mask=m_ck)
+            square = o_k[:, None] * V + o_v[None, :]
+            matrix = tl.load(states_in + at_border * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
             scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
@@ -2039,7 +2040,7 @@ def _fold_own_kernel(
         sum_x_g += tl.load(d_x_g_out + corner + at, mask=live)
         tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)
         sum_x_I_p = tl.sum(sum_x_I_p, axis=0)
-        tl.store(d_x_I_p_out + at_chunk, sum_x_I_p, mask=True)
+        tl.store(d_x_I_p_out + at_chunk, sum_x_I_p)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])

@@ -50,3 +50,10 @@ def affine_plan(analysis: Analysis) -> AffinePlan | None:
         exclusive=analysis.recurrence.read == "before",
         chunk=CHANNEL_CHUNK if per_channel else SCALAR_CHUNK,
     )
+
+
+def kind(state: AffineState) -> str:
+    """What decays: "none", "scalar" (one number per token) or "key" (one for each key channel)."""
+    if state.log_decay == 0 or state.decay == 1:
+        return "none"
+    return "key" if state.decay_axes == "k" else "scalar"

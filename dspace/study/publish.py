@@ -146,6 +146,7 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
     versions = versions_of(results)
     stated = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("machine", "commit"))
     counts = ", ".join(f"{n} {state}" for state, n in results.counts().items())
+    sections = [*compared(results), *front(results), *importances(results)]
     text = [
         f"# {study.title or study.name}",
         "",
@@ -154,9 +155,8 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
         f"`{command}`, commit {versions.get('commit', 'unknown')}, on {versions.get('machine', 'an unknown machine')}; "
         f"{stated}. Trials: {counts}.",
         "",
-        *compared(results),
-        *front(results),
-        *importances(results),
+        *sections,
+        *(["## Structures", ""] if sections else []),
         f"Each structure at its best setting (chosen on validation data), {metric} on test data: mean and standard "
         "deviation over seeds.",
         "",
@@ -256,7 +256,7 @@ def importances(results: Results) -> list[str]:
     ]
     for row in rows:
         text.append(f"| {row['axis']} | {' | '.join('' if s is None else f'{s:.0f}' for s in row['shares'])} |")
-    return [*text, "", "## Structures", ""]
+    return [*text, ""]
 
 
 def difference(mine: Line, other: Line, metric: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 import dspace.math
 import dspace.spec
-from dspace.emit.triton import features, fold, printer
+from dspace.emit.triton import features, printer
 from dspace.errors import CompilerBug
 from dspace.runtime import offline
 from tests.emit.names import left_to_a_spec
@@ -423,15 +423,15 @@ def test_whole_powers_keep_the_sign_of_their_base(exponent: int) -> None:
 
 
 def test_no_name_of_the_folds_functions_is_left_to_a_spec():
-    """Kernels of the gradients call a spec's variables otherwise, and the host takes them by position."""
-    apart = {"_fold_own_kernel", "_fold_behind_kernel"}
-    walking = {"_fold_walk", "_fold_states_kernel", "_fold_kernel"}
-    functions, free = left_to_a_spec("palimpsa_folded", lambda n: n in walking, features._LOCAL | fold.LOCAL)
-    assert functions == 3 and free <= {"scale"}
-    functions, free = left_to_a_spec("palimpsa_folded", lambda n: n in apart, frozenset())
-    assert functions == 2 and {n for n in free if n.startswith("x_")} <= {
+    """Its kernels call a spec's variables otherwise than anything else, and the host takes them by position."""
+    kernels = {"_fold_walk", "_fold_states_kernel", "_fold_kernel", "_fold_own_kernel", "_fold_behind_kernel"}
+    functions, bound = left_to_a_spec("palimpsa_folded", lambda n: n in kernels, frozenset())
+    assert functions == 5 and {n for n in bound if n.startswith("x_")} <= {
         f"x_{v}" for v in ("q", "k", "b", "g", "I_p", "Ibar")
     }
+    host = {"_fold_forward", "_fold_backward", "_fold"}
+    functions, bound = left_to_a_spec("palimpsa_folded", lambda n: n in host, frozenset())
+    assert functions == 3 and not {n for n in bound if n.startswith("x_")}
 
 
 def test_no_name_of_the_vector_kernels_is_left_to_a_spec():

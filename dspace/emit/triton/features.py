@@ -16,10 +16,10 @@ from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
 from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
 from dspace.emit.triton.printer import specialise
-from dspace.emit.triton.vector_group import Fold, VectorGroup, kind
+from dspace.emit.triton.vector_group import Fold, VectorGroup
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
-from dspace.plan.affine import AffinePlan, affine_plan
+from dspace.plan.affine import AffinePlan, affine_plan, kind
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
@@ -77,7 +77,7 @@ class _Core:
     def __init__(self, recurrence: Recurrence, plan: AffinePlan) -> None:
         self.recurrence = recurrence
         self.plan = plan
-        reserved = INTERNAL | _LOCAL | fold.LOCAL | set(dir(builtins)) | {"scale"}
+        reserved = INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"}
         self.names = internal_names(recurrence, KernelNamer(reserved))
         self.table = recurrence.axes_table() | {r.symbol: "v" for r in plan.readout.reads}
         aligned = {v.name: f"{self.names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}

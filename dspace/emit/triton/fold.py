@@ -13,15 +13,10 @@ from collections.abc import Mapping, Sequence
 import sympy
 
 from dspace.emit.triton import fold_gradient, fold_host
+from dspace.emit.triton.chunk_kernels import LOOP, PAD, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
-from dspace.emit.triton.vector_group import Fold, VectorGroup, kind
-from dspace.emit.triton.vector_kernels import Kernels
-from dspace.plan.affine import AffinePlan
-
-LOCAL = frozenset(
-    "query_out keys_in values_in sums_in states_in out_at o_k o_v m_k m_v m_ck scores out query causal corner at_border seen matrix key_tile value_tile of_key of_value of_decay of_start want_final key value keys values sums start states final offsets bases i_nh i_k i_v i_h o_w m_w tile chunks first left live m_cw step write place config ends kept leaves packed o state_stages state_warps tile_k tile_v K V BK BV NK NV OT".split()
-)
-"""Names of the kernel that no variable of a spec may have."""
+from dspace.emit.triton.vector_group import Fold, VectorGroup
+from dspace.plan.affine import AffinePlan, kind
 
 
 def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
@@ -45,7 +40,7 @@ def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
 
 def source(fold: Fold, names: Mapping[str, str]) -> str:
     """The kernels and the function ``_fold`` of one query."""
-    writer = Kernels(fold.group, names)
+    writer = ChunkKernels(fold.group, names)
     return "\n\n".join(
         [
             _walk(writer),
@@ -58,7 +53,7 @@ def source(fold: Fold, names: Mapping[str, str]) -> str:
     )
 
 
-def _walk(writer: Kernels) -> str:
+def _walk(writer: ChunkKernels) -> str:
     """The vector states of one tile of channels at the start of every chunk."""
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves]
@@ -89,7 +84,7 @@ def _fold_walk(
     return "\n".join(lines) + "\n"
 
 
-def _states_of_all(writer: Kernels, decay: str) -> str:
+def _states_of_all(writer: ChunkKernels, decay: str) -> str:
     """All states at chunk starts: programs behind those of a head's tiles of values have its vector states."""
     vectors = [f"{writer.names[v.name]}_in" for v in writer.leaves]
     vectors += [f"{s}_{part}" for part in ("start", "border", "final") for s in writer.states]
@@ -132,7 +127,7 @@ def _fold_states_kernel(
     )
 
 
-def _kernel(writer: Kernels, query: sympy.Expr, decays: bool) -> str:
+def _kernel(writer: ChunkKernels, query: sympy.Expr, decays: bool) -> str:
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves] + [f"{s}_border" for s in writer.states]
     pointers += ["keys_in", "values_in", *(["sums_in"] if decays else []), "states_in", "out_at"]
@@ -162,14 +157,7 @@ def _fold_kernel(
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
 '''.strip("\n").splitlines()
-    narrow = [v for v in writer.leaves if not group.wide(v)]
-    for v in narrow:
-        name = names[v.name]
-        if v in group.parameters:
-            lines.append(f"        {name} = tl.load({name}_in + i_h).to(tl.float32)")
-        else:
-            lines.append(f"        {name}_row = tl.load({name}_in + corner + at, mask=live, other=0.0).to(tl.float32)")
-            lines.append(f"        {name} = {name}_row[:, None]")
+    lines += writer.rows(writer.leaves)
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.decay_sums(state)
         lines.append(
@@ -179,33 +167,18 @@ def _fold_kernel(
     lines += """
         scores = tl.zeros([C, C], dtype=tl.float32)
         out = tl.zeros([C, BV], dtype=tl.float32)
-        for i_k in range(NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
 """.strip("\n").splitlines()
-    pad = " " * 12
-    for v in writer.leaves:
-        if not group.wide(v):
-            continue
-        name = names[v.name]
-        if v in group.parameters:
-            lines.append(
-                f"{pad}{name} = tl.load({name}_in + i_h * K + o_k, mask=m_k, other=1.0).to(tl.float32)[None, :]"
-            )
-        else:
-            at = f"{name}_in + corner * K + (at[:, None] * K + o_k[None, :])"
-            lines.append(f"{pad}{name} = tl.load({at}, mask=m_ck, other=0.0).to(tl.float32)")
+    lines += [*LOOP, *writer.wide(writer.leaves)]
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.statements({"write": group.write(state)}, names, 12)
         lines += [
-            f"{pad}write = tl.where(m_ck, write, 0.0)",
-            f"{pad}{s}_start = tl.load({s}_border + at_border * K + o_k, mask=m_k, other=0.0)",
-            f"{pad}{s} = {s}_since * {s}_start[None, :]",
-            f"{pad}{s} = tl.dot({s}_gap.to(OT), write.to(OT), {s}, input_precision=PRECISION)",
-            f"{pad}if {s}_out is not None:",
-            f"{pad}    if pid % NV == 0:",
-            f"{pad}        tl.store({s}_out + corner * K + (at[:, None] * K + o_k[None, :]), {s}, mask=m_ck)",
+            f"{PAD}write = tl.where(m_ck, write, 0.0)",
+            f"{PAD}{s}_start = tl.load({s}_border + at_border * K + o_k, mask=m_k, other=0.0)",
+            f"{PAD}{s} = {s}_since * {s}_start[None, :]",
+            f"{PAD}{s} = tl.dot({s}_gap.to(OT), write.to(OT), {s}, input_precision=PRECISION)",
+            f"{PAD}if {s}_out is not None:",
+            f"{PAD}    if pid % NV == 0:",
+            f"{PAD}        tl.store({s}_out + corner * K + tile, {s}, mask=m_ck)",
         ]
     changed, inverse = inverses_of({"query": query})
     lines += [" " * 4 + line for line in writer.inverses(inverse, names)]
@@ -214,9 +187,9 @@ def _fold_kernel(
             query = tl.where(m_ck, query, 0.0).to(OT)
             if query_out is not None:
                 if pid % NV == 0:
-                    tl.store(query_out + corner * K + (at[:, None] * K + o_k[None, :]), query.to(query_out.dtype.element_ty), mask=m_ck)
-            tile = o_k[:, None] * V + o_v[None, :]
-            matrix = tl.load(states_in + at_border * (K * V) + tile, mask=m_k[:, None] & m_v[None, :], other=0.0)
+                    tl.store(query_out + corner * K + tile, query.to(query_out.dtype.element_ty), mask=m_ck)
+            square = o_k[:, None] * V + o_v[None, :]
+            matrix = tl.load(states_in + at_border * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
             scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)

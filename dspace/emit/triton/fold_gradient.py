@@ -16,13 +16,12 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
+from dspace.emit.triton.chunk_kernels import LOOP, PAD, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold
-from dspace.emit.triton.vector_kernels import Kernels
 from dspace.math.ir import Variable
 
 _QUERY = sympy.Symbol("d_query", real=True)
-_PAD = " " * 12
 
 _HEAD = """
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -45,14 +44,6 @@ def _fold_{name}_kernel(
         at_chunk = i_c.to(tl.int64) * H + i_h
 """
 
-_LOOP = """
-        for i_k in range(NK):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            tile = at[:, None] * K + o_k[None, :]
-"""
-
 
 def own(fold: Fold, names: Mapping[str, str]) -> str:
     """The kernel of what the tokens of a chunk say about their states, and of the query's own gradient."""
@@ -73,8 +64,8 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
             f"        {s}_gap = tl.exp2(tl.where({later}, tl.minimum({here} - {there}, 0.0), -float('inf'))).to(OT)",
             f"        {s}_back = tl.exp2(tl.where({earlier}, tl.minimum({there} - {here}, 0.0), -float('inf'))).to(OT)",
         ]
-    lines += [*writer.zeros(leaves), *_LOOP.strip("\n").splitlines(), *writer.wide(leaves)]
-    lines.append(f"{_PAD}d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)")
+    lines += [*writer.zeros(leaves), *LOOP, *writer.wide(leaves)]
+    lines.append(f"{PAD}d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)")
     lines += writer.states_of_tokens()
     tokens, gradients = writer.from_query()
     together, inverse = inverses_of({**tokens, **gradients})
@@ -82,14 +73,14 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
     lines += writer.statements({n: together[n] for n in tokens}, writer.local, 12)
     for s in states:
         lines += [
-            f"{_PAD}if {s}_cotangent is not None:",
-            f"{_PAD}    token_{s} += tl.load({s}_cotangent + corner * K + tile, mask=m_ck, other=0.0)",
+            f"{PAD}if {s}_cotangent is not None:",
+            f"{PAD}    token_{s} += tl.load({s}_cotangent + corner * K + tile, mask=m_ck, other=0.0)",
             *writer.masked(f"token_{s}", tokens[f"token_{s}"]),
-            f"{_PAD}d_{s} = tl.dot({s}_back, token_{s}.to(OT), input_precision=PRECISION)",
-            f"{_PAD}# before the first token: its row says it, with its decay",
-            f"{_PAD}row = (o_c == 0)[:, None] & m_k[None, :]",
-            f"{_PAD}tl.store({s}_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, {s}_since * d_{s}, mask=row)",
-            f"{_PAD}tl.store({s}_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + {s}_whole, mask=m_k)",
+            f"{PAD}d_{s} = tl.dot({s}_back, token_{s}.to(OT), input_precision=PRECISION)",
+            f"{PAD}# before the first token: its row says it, with its decay",
+            f"{PAD}row = (o_c == 0)[:, None] & m_k[None, :]",
+            f"{PAD}tl.store({s}_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, {s}_since * d_{s}, mask=row)",
+            f"{PAD}tl.store({s}_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + {s}_whole, mask=m_k)",
         ]
     lines += writer.statements({n: together[n] for n in gradients}, writer.local, 12)
     for v in leaves:
@@ -116,17 +107,17 @@ def behind(fold: Fold, names: Mapping[str, str]) -> str:
             f"        started_{s} = 0.0",
         ]
     written = set().union(*(group.write(s).free_symbols for s in group.states))
-    lines += [*writer.zeros(touched), *_LOOP.strip("\n").splitlines()]
+    lines += [*writer.zeros(touched), *LOOP]
     lines += writer.wide(v for v in touched if v.symbol in written)
     for state, s in zip(group.states, states, strict=True):
         lines += writer.statements({"write": group.write(state)}, writer.names, 12)
         lines += [
             *writer.masked("write", group.write(state)),
-            f"{_PAD}after = tl.load({s}_after + at_chunk * K + o_k, mask=m_k, other=0.0)",
-            f"{_PAD}start = tl.load({s}_border + at_chunk * K + o_k, mask=m_k, other=0.0)",
-            f"{_PAD}d_{s} = {s}_until[:, None] * after[None, :]",
-            f"{_PAD}along_{s} += tl.sum(write * d_{s}, axis=1)",
-            f"{_PAD}started_{s} += tl.sum(start * after, axis=0)",
+            f"{PAD}after = tl.load({s}_after + at_chunk * K + o_k, mask=m_k, other=0.0)",
+            f"{PAD}start = tl.load({s}_border + at_chunk * K + o_k, mask=m_k, other=0.0)",
+            f"{PAD}d_{s} = {s}_until[:, None] * after[None, :]",
+            f"{PAD}along_{s} += tl.sum(write * d_{s}, axis=1)",
+            f"{PAD}started_{s} += tl.sum(start * after, axis=0)",
         ]
     gradients = writer.from_states(touched)
     changed, inverse = inverses_of(gradients)
@@ -141,46 +132,16 @@ def behind(fold: Fold, names: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class _Gradients(Kernels):
-    """Writes the two kernels, in which no variable of a spec has its own name, nor that of anything else."""
+class _Gradients(ChunkKernels):
+    """Writes the two kernels."""
 
     def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
-        super().__init__(fold.group, {n: v if n == "scale" else f"x_{v}" for n, v in names.items()})
+        super().__init__(fold.group, names)
         self.query = fold.query
         self.local = {**self.names, "d_query": "d_query"}
 
     def head(self, name: str, pointers: list[str], about: str) -> list[str]:
         return _HEAD.format(name=name, pointers=", ".join(pointers), about=about).strip("\n").splitlines()
-
-    def rows(self, variables: Iterable[Variable]) -> list[str]:
-        """Loads of inputs and parameters without channels."""
-        lines = []
-        for v in variables:
-            name = self.names[v.name]
-            if self.group.wide(v):
-                continue
-            if v in self.group.parameters:
-                lines.append(f"        {name} = tl.load({name}_in + i_h).to(tl.float32)")
-            else:
-                lines.append(
-                    f"        {name}_row = tl.load({name}_in + corner + at, mask=live, other=0.0).to(tl.float32)"
-                )
-                lines.append(f"        {name} = {name}_row[:, None]")
-        return lines
-
-    def wide(self, variables: Iterable[Variable]) -> list[str]:
-        """Loads of a tile of inputs and parameters with channels."""
-        lines = []
-        for v in variables:
-            name = self.names[v.name]
-            if not self.group.wide(v):
-                continue
-            if v in self.group.parameters:
-                load = f"tl.load({name}_in + i_h * K + o_k, mask=m_k, other=1.0).to(tl.float32)[None, :]"
-            else:
-                load = f"tl.load({name}_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)"
-            lines.append(f"{_PAD}{name} = {load}")
-        return lines
 
     def zeros(self, variables: Iterable[Variable]) -> list[str]:
         """Gradients of inputs and parameters without channels, token by token, to be summed over channels."""
@@ -193,7 +154,7 @@ class _Gradients(Kernels):
     def masked(self, name: str, expr: sympy.Expr) -> list[str]:
         """``name`` with 0 outside the tile, where it is not 0 anyway because what was loaded there is."""
         loaded = {v.symbol: 0 for v in self.leaves if v in self.group.inputs and self.group.wide(v)}
-        return [] if expr.subs({**loaded, _QUERY: 0}) == 0 else [f"{_PAD}{name} = tl.where(m_ck, {name}, 0.0)"]
+        return [] if expr.subs({**loaded, _QUERY: 0}) == 0 else [f"{PAD}{name} = tl.where(m_ck, {name}, 0.0)"]
 
     def states_of_tokens(self) -> list[str]:
         """Every state after each token, and without its own write (``kept``)."""
@@ -202,9 +163,9 @@ class _Gradients(Kernels):
             lines += self.statements({"write": self.group.write(state)}, self.names, 12)
             lines += [
                 *self.masked("write", self.group.write(state)),
-                f"{_PAD}{s}_start = tl.load({s}_border + at_chunk * K + o_k, mask=m_k, other=0.0)",
-                f"{_PAD}{s}_kept = tl.dot({s}_gap, write.to(OT), {s}_since * {s}_start[None, :], input_precision=PRECISION)",
-                f"{_PAD}{s} = {s}_kept + write",
+                f"{PAD}{s}_start = tl.load({s}_border + at_chunk * K + o_k, mask=m_k, other=0.0)",
+                f"{PAD}{s}_kept = tl.dot({s}_gap, write.to(OT), {s}_since * {s}_start[None, :], input_precision=PRECISION)",
+                f"{PAD}{s} = {s}_kept + write",
             ]
         return lines
 
@@ -238,30 +199,29 @@ class _Gradients(Kernels):
         """Lines that store the gradient of an input or parameter (or add it to what is there), or sum it over channels."""
         name = self.names[v.name]
         if not self.group.wide(v):
-            return [*self.masked(f"grad_{name}", grad), f"{_PAD}sum_{name} += tl.sum(grad_{name}, axis=1)"]
+            return [*self.masked(f"grad_{name}", grad), f"{PAD}sum_{name} += tl.sum(grad_{name}, axis=1)"]
         if v in self.group.parameters:
             there, mask = f"d_{name}_out + at_chunk * K + o_k", "m_k"
-            lines = [*self.masked(f"grad_{name}", grad), f"{_PAD}grad_{name} = tl.sum(grad_{name}, axis=0)"]
+            lines = [*self.masked(f"grad_{name}", grad), f"{PAD}grad_{name} = tl.sum(grad_{name}, axis=0)"]
         else:
             there, mask = f"d_{name}_out + corner * K + tile", "m_ck"
-            lines = [f"{_PAD}grad_{name} = grad_{name} + tl.zeros([C, BK], dtype=tl.float32)"]
+            lines = [f"{PAD}grad_{name} = grad_{name} + tl.zeros([C, BK], dtype=tl.float32)"]
         if adds:
-            lines.append(f"{_PAD}grad_{name} += tl.load({there}, mask={mask}, other=0.0).to(tl.float32)")
-        return [*lines, f"{_PAD}tl.store({there}, grad_{name}.to(d_{name}_out.dtype.element_ty), mask={mask})"]
+            lines.append(f"{PAD}grad_{name} += tl.load({there}, mask={mask}, other=0.0).to(tl.float32)")
+        return [*lines, f"{PAD}tl.store({there}, grad_{name}.to(d_{name}_out.dtype.element_ty), mask={mask})"]
 
     def store(self, v: Variable, adds: bool) -> list[str]:
         """Lines that store (or add to what is there) a gradient that was summed over channels."""
         name = self.names[v.name]
         if self.group.wide(v):
             return []
-        there, mask = f"d_{name}_out + corner + at", "mask=live"
-        lines = []
+        there, mask, lines = f"d_{name}_out + corner + at", ", mask=live", []
         if v in self.group.parameters:
-            there, mask = f"d_{name}_out + at_chunk", "mask=True"
+            there, mask = f"d_{name}_out + at_chunk", ""
             lines.append(f"        sum_{name} = tl.sum(sum_{name}, axis=0)")
         if adds:
-            lines.append(f"        sum_{name} += tl.load({there}, {mask})")
-        return [*lines, f"        tl.store({there}, sum_{name}, {mask})"]
+            lines.append(f"        sum_{name} += tl.load({there}{mask})")
+        return [*lines, f"        tl.store({there}, sum_{name}{mask})"]
 
     def of_decays(self, variables: Iterable[Variable]) -> list[str]:
         """What the cotangents at the end of the chunk say about decays."""

@@ -49,13 +49,6 @@ class VectorGroup:
         return state.log_decay
 
 
-def kind(state: AffineState) -> str:
-    """What decays: "none", "scalar" (one number per token) or "key" (one for each key channel)."""
-    if state.log_decay == 0 or state.decay == 1:
-        return "none"
-    return "key" if state.decay_axes == "k" else "scalar"
-
-
 @dataclass(frozen=True)
 class Fold:
     """A group whose states only divide the query of a matrix state: then no kernel of its own walks over them."""

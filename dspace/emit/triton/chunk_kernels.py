@@ -1,0 +1,58 @@
+"""Source of kernels with a chunk of a head a program, over tiles of key channels: what those of the fold share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dspace.emit.triton.vector_group import VectorGroup
+from dspace.emit.triton.vector_kernels import Kernels
+from dspace.math.ir import Variable
+
+PAD = " " * 12
+"""Before the lines of the loop."""
+
+LOOP = """
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            tile = at[:, None] * K + o_k[None, :]
+""".strip("\n").splitlines()
+"""Head of the loop over tiles of key channels, with the places of a tile behind the chunk's ``corner``."""
+
+
+class ChunkKernels(Kernels):
+    """Writes kernels in which no variable of a spec has its own name, so that it meets no other."""
+
+    def __init__(self, group: VectorGroup, names: Mapping[str, str]) -> None:
+        super().__init__(group, {n: v if n == "scale" else f"x_{v}" for n, v in names.items()})
+
+    def rows(self, variables: Iterable[Variable]) -> list[str]:
+        """Loads of inputs and parameters without channels."""
+        lines = []
+        for v in variables:
+            name = self.names[v.name]
+            if self.group.wide(v):
+                continue
+            if v in self.group.parameters:
+                lines.append(f"        {name} = tl.load({name}_in + i_h).to(tl.float32)")
+            else:
+                lines.append(
+                    f"        {name}_row = tl.load({name}_in + corner + at, mask=live, other=0.0).to(tl.float32)"
+                )
+                lines.append(f"        {name} = {name}_row[:, None]")
+        return lines
+
+    def wide(self, variables: Iterable[Variable]) -> list[str]:
+        """Loads of a tile of inputs and parameters with channels."""
+        lines = []
+        for v in variables:
+            name = self.names[v.name]
+            if not self.group.wide(v):
+                continue
+            if v in self.group.parameters:
+                load = f"tl.load({name}_in + i_h * K + o_k, mask=m_k, other=1.0).to(tl.float32)[None, :]"
+            else:
+                load = f"tl.load({name}_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)"
+            lines.append(f"{PAD}{name} = {load}")
+        return lines
