@@ -6,6 +6,7 @@ import html
 import math
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def content(results: Results) -> dict[str, Any]:
                 "metric": study.compare[name].metric,
                 "arms": arms[name],
                 "figure": figures.comparison(arms[name], study.compare[name].metric),
-                "verdict": verdict(arms[name], study.compare[name].metric),
+                "verdict": verdict(arms[name], study.compare[name].metric, study.compare[name].arms),
                 "seeds": study.compare[name].seeds,
             }
             for name in results.comparisons
@@ -119,32 +120,62 @@ def comparison_arms(results: Results, name: str) -> list[Arm]:
     return found
 
 
-def verdict(arms: list[Arm], metric: str) -> str:
-    """What a comparison says, with its doubt: the first arm against the others, ranked."""
+def verdict(arms: list[Arm], metric: str, named: Collection[str] = ()) -> str:
+    """What a comparison says, with its doubt: the best arm against the second, then against each of the references.
+
+    ``named``: the arms that the study file writes out; they are the references, all others were found by the search.
+    """
     if len(arms) < 2:
         return ""
     sign = 1 if METRICS[metric][0] == "maximize" else -1
-    first, second = sorted(arms, key=lambda a: -sign * a.mean)[:2]
-    difference = abs(first.mean - second.mean)
-    n, m = len(first.values), len(second.values)
-    error = math.sqrt(first.spread**2 / n + second.spread**2 / m)
+    first, second, *others = sorted(arms, key=lambda a: -sign * a.mean)
     sizes = [arm.state_bytes for arm in arms]
-    same = max(sizes) <= 1.02 * min(sizes)  # channels are whole numbers: bytes are equal within those of one
-    size = (
-        f"at equal state ({bytes_text(first.state_bytes)})"
-        if same
-        else f"with {bytes_text(first.state_bytes)} against {bytes_text(second.state_bytes)} of state (not equal)"
-    )
-    scores = (
-        f"{first.name} {first.mean:.3f} ± {first.spread:.3f}, {second.name} {second.mean:.3f} ± {second.spread:.3f}"
-    )
+    size = f"at equal state ({bytes_text(first.state_bytes)})" if _same(sizes) else _unequal(first, second)
+    scores = f"{_score(first)}, {_score(second)} over {_seeds(min(len(first.values), len(second.values)))}"
+    said = [
+        f"{size[0].upper()}{size[1:]}, {metric}: {scores}. "
+        f"The difference of {abs(first.mean - second.mean):.3f} is {_trust(first, second)}."
+    ]
+    if first.name in named and any(arm.name not in named for arm in arms):
+        said.append(
+            f"{first.name}, which the study file names, is itself the best: no arm from the search has a better mean."
+        )
+    for arm in others:
+        if arm.name in named:
+            unequal = "" if _same([first.state_bytes, arm.state_bytes]) else f", {_unequal(first, arm)}"
+            said.append(
+                f"Against {_score(arm)} over {_seeds(len(arm.values))}, which the study file names{unequal}: "
+                f"the difference of {first.name} is {first.mean - arm.mean:+.3f}, {_trust(first, arm)}."
+            )
+    return " ".join(said)
+
+
+def _score(arm: Arm) -> str:
+    return f"{arm.name} {arm.mean:.3f}" + (f" ± {arm.spread:.3f}" if len(arm.values) > 1 else "")
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _same(sizes: list[float]) -> bool:
+    """Whether states are of one size: channels are whole numbers, so bytes are equal within those of one."""
+    return max(sizes) <= 1.02 * min(sizes)
+
+
+def _unequal(first: Arm, other: Arm) -> str:
+    return f"with {bytes_text(first.state_bytes)} against {bytes_text(other.state_bytes)} of state (not equal)"
+
+
+def _trust(first: Arm, other: Arm) -> str:
+    """Whether the difference of two means can be told from chance."""
+    n, m = len(first.values), len(other.values)
     if min(n, m) < 2:
-        trust = "one seed cannot say whether that is chance"
-    elif difference > 2 * error:
-        trust = f"more than twice its standard error of {error:.3f}"
-    else:
-        trust = f"within twice its standard error of {error:.3f}: no difference can be claimed"
-    return f"{size[0].upper()}{size[1:]}, {metric}: {scores} over {min(n, m)} seeds. The difference of {difference:.3f} is {trust}."
+        return "not to be judged: one seed has no spread"
+    error = math.sqrt(first.spread**2 / n + other.spread**2 / m)
+    if abs(first.mean - other.mean) > 2 * error:
+        return f"more than twice its standard error of {error:.3f}"
+    return f"within twice its standard error of {error:.3f}: no difference can be claimed"
 
 
 def headline(results: Results) -> str:
@@ -163,8 +194,11 @@ def headline(results: Results) -> str:
 
 def importance_rows(results: Results) -> list[dict[str, Any]]:
     """An axis a row, an objective a column; shares in percent."""
-    names = sorted(
-        {axis for shares in results.importances.values() for axis in shares},
+    found = [
+        axis for axis in results.study.every_axis if any(axis in shares for shares in results.importances.values())
+    ]
+    names = sorted(  # those that explain the same stay in the order of the study file
+        found,
         key=lambda axis: -sum(shares.get(axis, 0) for shares in results.importances.values()),
     )
     return [

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from dspace.study.phase import Phase
+from dspace.study.phase import Phase, retries
+from dspace.study.queue import is_attempt
 
 _DONE = ("COMPLETE", "PRUNED", "FAIL")
 
@@ -49,18 +50,23 @@ class Progress:
         for t in trials:
             if t.state.name in _DONE and t.number not in self.told:
                 self.told.add(t.number)
-                done = f"[{len(self.told)}/{self._total(trials)}]"
+                done = f"[{self._done(trials)}/{self._total(trials)}]"
                 print(
                     f"{time.time() - self.started:7.1f} s  {done:>9}  {describe(t, self.phase)}",
                     file=sys.stderr,
                     flush=True,
                 )
 
+    def _done(self, trials: list[Any]) -> int:
+        """How many of what is told count: a trial that another repeats does not, nor one that was there twice."""
+        return len({t.number for t in trials if is_attempt(t)} & self.told - retries(trials))
+
     def _total(self, trials: list[Any]) -> int:
+        """Trials of the phase. Those of a comparison are made before it begins: a repeat of each arm that the file
+        writes or the search found, none of an arm without a completed trial."""
         if self.phase.comparison is None:
             return self.phase.study.budget.trials
-        comparison = self.phase.study.compare[self.phase.comparison]
-        return comparison.seeds * len(comparison.arms)
+        return len({(t.user_attrs.get("arm"), t.user_attrs.get("repeat")) for t in trials})
 
     def _table(self, trials: list[Any]) -> Any:
         from rich.table import Table

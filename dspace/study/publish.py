@@ -6,35 +6,26 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dspace.errors import UserError
-from dspace.study.figures import age_curve
 from dspace.study.page import comparison_arms, importance_rows, verdict
-from dspace.study.results import Record, Results, collect, open_home
-from dspace.study.schema import METRICS, SEED, StudyFile
+from dspace.study.picture import deviation, draw
+from dspace.study.results import (
+    Line,
+    Record,
+    Results,
+    best_lines,
+    collect,
+    lines_of,
+    open_home,
+    structure,
+)
 from dspace.study.storage import Home, storage_errors
 
 KEPT = ("seed", "train_seconds", "device", "engine", "stacked", "spec_name", "spec_hash", "data_hash", "parameters")
-
-
-@dataclass(frozen=True)
-class Line:
-    """The trials of one structure at one setting of its numbers: they differ in their seed only."""
-
-    name: str
-    setting: dict[str, Any]
-    trials: tuple[Record, ...]
-
-    def values(self, metric: str, test: bool = True) -> list[float]:
-        """The metric of each seed, on the data that no choice was made with (``test``) or on the other."""
-        return [t.test.get(metric, t.metrics[metric]) if test else t.metrics[metric] for t in self.trials]
-
-    @property
-    def seeds(self) -> list[Any]:
-        return [t.attributes.get("seed") for t in self.trials]
 
 
 def publish(
@@ -68,35 +59,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def lines_of(results: Results) -> list[Line]:
-    """All lines, structures in the order of the study file."""
-    study = results.study
-    seeds = {n for n, a in study.axes.items() if a.target == SEED}
-    found: dict[tuple[str, str], list[Record]] = {}
-    for t in results.trials:
-        if t.state == "complete":
-            numbers = {n: v for n, v in t.params.items() if n not in seeds and n not in study.structural_axes}
-            found.setdefault((structure(t, study), json.dumps(numbers, sort_keys=True)), []).append(t)
-    return [Line(name, json.loads(numbers), tuple(trials)) for (name, numbers), trials in found.items()]
-
-
-def structure(record: Record, study: StudyFile) -> str:
-    """The structural choices of a trial in one word."""
-    return "-".join(str(record.params[n]) for n in study.structural_axes if n in record.params) or study.base
-
-
-def best_lines(results: Results, lines: Sequence[Line]) -> list[Line]:
-    """The best line of each structure, chosen on the data that the search sees."""
-    metric = results.study.best.by
-    sign = 1 if METRICS[metric][0] == "maximize" else -1
-    best: dict[str, Line] = {}
-    for line in lines:
-        known = best.get(line.name)
-        if known is None or sign * _mean(line.values(metric, False)) > sign * _mean(known.values(metric, False)):
-            best[line.name] = line
-    return list(best.values())
 
 
 def versions_of(results: Results) -> dict[str, str]:
@@ -168,8 +130,8 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
         seconds = [t.attributes.get("train_seconds", t.seconds) / t.attributes.get("stacked", 1) for t in line.trials]
         text.append(
             f"| {line.name} | {_spread(line.values(metric))} | {len(line.trials)} | {_setting(line.setting)} "
-            f"| {first.metrics.get('state_bytes', 0):.0f} | {_mean(line.values('tokens_per_second', False)):.3g} "
-            f"| {_mean(seconds) / 60:.2f} |"
+            f"| {first.metrics.get('state_bytes', 0):.0f} | {fmean(line.values('tokens_per_second', False)):.3g} "
+            f"| {fmean(seconds) / 60:.2f} |"
         )
     if len(best) > 1:
         text += ["", f"Differences of {best[0].name} to the others, over the seeds that both have:", ""]
@@ -213,7 +175,7 @@ def compared(results: Results) -> list[str]:
                 f"| {arm.name} | {_spread(arm.values)} | {', '.join(f'{v:.4f}' for v in arm.values)} | {arm.state_bytes:.0f} "
                 f"| {'' if cost is None else f'{cost:.4f}'} | {_setting(setting)} |"
             )
-        text += ["", verdict(arms, asked.metric), ""]
+        text += ["", verdict(arms, asked.metric, asked.arms), ""]
     return text
 
 
@@ -264,63 +226,17 @@ def difference(mine: Line, other: Line, metric: str) -> str:
     theirs = dict(zip(other.seeds, other.values(metric), strict=True))
     pairs = [v - theirs[s] for s, v in zip(mine.seeds, mine.values(metric), strict=True) if s in theirs]
     if not pairs:
-        pairs = [_mean(mine.values(metric)) - _mean(other.values(metric))]
+        pairs = [fmean(mine.values(metric)) - fmean(other.values(metric))]
     if len(pairs) < 2:
         return f"{other.name}: {pairs[0]:+.4f} (one seed: its spread is not known)"
-    error = _deviation(pairs) / math.sqrt(len(pairs))
-    sure = "more than" if abs(_mean(pairs)) > 2 * error else "within"
-    return f"{other.name}: {_mean(pairs):+.4f} ± {error:.4f} (standard error, {len(pairs)} seeds; {sure} twice it)"
-
-
-def draw(results: Results, lines: Sequence[Line], path: Path) -> None:
-    """Accuracy against progress, final accuracy against learning rate, recall against age."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metric, best = results.study.best.by, best_lines(results, lines)
-    rates = [n for n, a in results.study.axes.items() if a.target == "train.learning_rate"]
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for i, line in enumerate(best):
-        colour = f"C{i % 10}"
-        for j, t in enumerate(line.trials):
-            points = [(row["step"], row[metric]) for row in t.curve if metric in row]
-            axes[0].plot(
-                *zip(*points, strict=True) if points else ([], []), color=colour, lw=1.2, label="" if j else line.name
-            )
-            ages = age_curve(t)
-            axes[2].plot(*zip(*ages, strict=True) if ages else ([], []), color=colour, lw=1.2)
-        if rates:
-            same = sorted((s for s in lines if s.name == line.name), key=lambda s: s.setting.get(rates[0], 0))
-            x = [s.setting.get(rates[0]) for s in same]
-            y, e = [_mean(s.values(metric)) for s in same], [_deviation(s.values(metric)) for s in same]
-            axes[1].errorbar(x, y, e, color=colour, marker="o", ms=4, capsize=3, lw=1.2)
-    axes[0].set(xlabel="steps", ylabel=f"{metric}, validation")
-    axes[1].set(xlabel="learning rate", ylabel=f"{metric}, test; mean and deviation over seeds", xscale="log")
-    axes[2].set(xlabel="tokens since the binding", ylabel="recall, test")
-    axes[0].legend(fontsize=8)
-    for each in axes:
-        each.grid(alpha=0.3)
-    figure.suptitle(results.study.title or results.study.name)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    error = deviation(pairs) / math.sqrt(len(pairs))
+    sure = "more than" if abs(fmean(pairs)) > 2 * error else "within"
+    return f"{other.name}: {fmean(pairs):+.4f} ± {error:.4f} (standard error, {len(pairs)} seeds; {sure} twice it)"
 
 
 def _setting(setting: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items()) or "as it is"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-
-
 def _spread(values: Sequence[float]) -> str:
-    return f"{_mean(values):.4f} ± {_deviation(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+    return f"{fmean(values):.4f} ± {deviation(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dspace.errors import UserError
 from dspace.study.phase import Phase, best_of, params_of, retries
 from dspace.study.reading import load, nearest
-from dspace.study.schema import Axis, StudyFile
+from dspace.study.schema import METRICS, SEED, Axis, StudyFile
 from dspace.study.storage import Home, connect, home_of
 
 
@@ -134,9 +138,9 @@ def _records(trials: list[Any]) -> list[Record]:
     return records
 
 
-def pareto(trials: list[Record], study: StudyFile) -> list[int]:
-    """Completed trials that no other dominates."""
-    signs = {n: 1 if d == "maximize" else -1 for n, d in study.objectives.items()}
+def pareto(trials: list[Record], study: StudyFile, objectives: Sequence[str] = ()) -> list[int]:
+    """Completed trials that no other dominates in these objectives (in all of the study where none is named)."""
+    signs = {n: 1 if study.objectives[n] == "maximize" else -1 for n in objectives or study.objectives}
     points = [(t.number, [s * t.metrics[n] for n, s in signs.items()]) for t in trials if t.state == "complete"]
 
     def dominated(mine: list[float]) -> bool:
@@ -170,16 +174,65 @@ def _numeric(axis: Axis) -> bool:
 
 
 def _explained(pairs: list[tuple[Any, float]], numeric: bool) -> float | None:
-    """Adjusted R squared of the groups' means; None where there is too little to say."""
+    """Adjusted R squared of the groups' means; None where there is too little to say.
+
+    Sums are exact: those of ``sum`` differ from Python 3.11 to 3.12, and results are kept with all their digits.
+    """
     groups: dict[Any, list[float]] = {}
     for i, (x, y) in enumerate(sorted(pairs, key=lambda p: p[0] if numeric else str(p[0]))):
         groups.setdefault(3 * i // len(pairs) if numeric else x, []).append(y)
     n, k = len(pairs), len(groups)
     if k < 2 or n - k < 2:
         return None
-    mean = sum(y for _, y in pairs) / n
-    total = sum((y - mean) ** 2 for _, y in pairs)
+    mean = math.fsum(y for _, y in pairs) / n
+    total = math.fsum((y - mean) ** 2 for _, y in pairs)
     if total <= 1e-12 * (1 + mean * mean):
         return None
-    rest = sum((y - sum(g) / len(g)) ** 2 for g in groups.values() for y in g)
+    rest = math.fsum((y - math.fsum(g) / len(g)) ** 2 for g in groups.values() for y in g)
     return max(1 - (rest / (n - k)) / (total / (n - 1)), 0.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """The trials of one structure at one setting of its numbers: they differ in their seed only."""
+
+    name: str
+    setting: dict[str, Any]
+    trials: tuple[Record, ...]
+
+    def values(self, metric: str, test: bool = True) -> list[float]:
+        """The metric of each seed, on the data that no choice was made with (``test``) or on the other."""
+        return [t.test.get(metric, t.metrics[metric]) if test else t.metrics[metric] for t in self.trials]
+
+    @property
+    def seeds(self) -> list[Any]:
+        return [t.attributes.get("seed") for t in self.trials]
+
+
+def lines_of(results: Results) -> list[Line]:
+    """All lines, structures in the order of the study file."""
+    study = results.study
+    seeds = {n for n, a in study.axes.items() if a.target == SEED}
+    found: dict[tuple[str, str], list[Record]] = {}
+    for t in results.trials:
+        if t.state == "complete":
+            numbers = {n: v for n, v in t.params.items() if n not in seeds and n not in study.structural_axes}
+            found.setdefault((structure(t, study), json.dumps(numbers, sort_keys=True)), []).append(t)
+    return [Line(name, json.loads(numbers), tuple(trials)) for (name, numbers), trials in found.items()]
+
+
+def structure(record: Record, study: StudyFile) -> str:
+    """The structural choices of a trial in one word."""
+    return "-".join(str(record.params[n]) for n in study.structural_axes if n in record.params) or study.base
+
+
+def best_lines(results: Results, lines: Sequence[Line]) -> list[Line]:
+    """The best line of each structure, chosen on the data that the search sees."""
+    metric = results.study.best.by
+    sign = 1 if METRICS[metric][0] == "maximize" else -1
+    best: dict[str, Line] = {}
+    for line in lines:
+        known = best.get(line.name)
+        if known is None or sign * fmean(line.values(metric, False)) > sign * fmean(known.values(metric, False)):
+            best[line.name] = line
+    return list(best.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from dspace.spec import builtin_names, load
 from dspace.study import formulas
 from dspace.study.engine import run
 from dspace.study.figures import Arm
-from dspace.study.page import report, verdict
+from dspace.study.page import comparison_arms, content, report, verdict
+from dspace.study.publish import compared
 from dspace.study.results import Record, collect, open_home, pareto
 from dspace.study.svg import Plot, ticks
 from dspace.study.winner import export
@@ -124,6 +126,54 @@ def test_a_verdict_claims_no_more_than_the_spread_allows() -> None:
     close = [Arm("a", (0.80, 0.90), 64), Arm("b", (0.81, 0.91), 128)]
     assert "no difference can be claimed" in verdict(close, "accuracy") and "not equal" in verdict(close, "accuracy")
     assert "one seed" in verdict([Arm("a", (0.8,), 64), Arm("b", (0.9,), 64)], "accuracy")
+
+
+def test_a_verdict_measures_the_best_against_the_arms_that_the_file_names() -> None:
+    mine, found = Arm("mine", (0.1, 0.2, 0.3), 64), [Arm("top1", (0.7, 0.8, 0.9), 64), Arm("top2", (0.6, 0.7, 0.8), 64)]
+    text = verdict([mine, *found], "accuracy", {"mine": {}})
+    assert text.startswith(verdict([mine, *found], "accuracy")), "best against second first, as it was"
+    assert "Against mine 0.200 ± 0.100 over 3 seeds, which the study file names: " in text
+    assert text.endswith("the difference of top1 is +0.600, more than twice its standard error of 0.082.")
+    wide = Arm("mine", (0.1, 0.9, 0.2), 128)
+    text = verdict([wide, *found], "accuracy", ["mine"])
+    assert "with 64 B against 128 B of state (not equal): the difference of top1 is +0.400, within twice" in text
+    lower = [Arm("mine", (3.0, 3.1), 64), Arm("top1", (1.0, 1.1), 64), Arm("top2", (2.0, 2.1), 64)]
+    assert "of top1 is -2.000, more than twice" in verdict(lower, "loss", ["mine"])
+
+
+def test_a_verdict_says_nothing_twice() -> None:
+    top = [Arm("top1", (0.7, 0.8), 64), Arm("top2", (0.5, 0.6), 64)]
+    second = [Arm("mine", (0.65, 0.75), 64), *top]
+    assert verdict(second, "accuracy", ["mine"]) == verdict(second, "accuracy"), "it is compared already"
+    best = verdict([Arm("mine", (0.9, 1.0), 64), *top], "accuracy", ["mine"])
+    assert best.endswith(
+        "mine, which the study file names, is itself the best: no arm from the search has a better mean."
+    )
+    assert "Against" not in best
+    both = verdict([Arm("mine", (0.9, 1.0), 64), *top, Arm("yours", (0.1, 0.2), 64)], "accuracy", ["mine", "yours"])
+    assert "mine, which the study file names, is itself the best" in both and "Against yours 0.150" in both
+    written = [Arm("mine", (0.9, 1.0), 64), Arm("yours", (0.1, 0.2), 64)]
+    assert "itself the best" not in verdict(written, "accuracy", ["mine", "yours"]), "nothing came from the search"
+
+
+def test_a_verdict_of_one_seed_claims_no_spread() -> None:
+    arms = [Arm("mine", (0.1,), 64), Arm("top1", (0.8,), 64), Arm("top2", (0.7,), 64)]
+    text = verdict(arms, "accuracy", ["mine"])
+    assert "Against mine 0.100 over one seed, which the study file names: " in text and "0.000" not in text
+    assert text.endswith("the difference of top1 is +0.700, not to be judged: one seed has no spread.")
+
+
+def test_the_page_says_what_the_file_asked(page: Path) -> None:
+    results = collect(open_home(page.parent))
+    arms = comparison_arms(results, "shapes")
+    results.comparisons["shapes"] += [
+        replace(t, params={**t.params, "arm": "third"}) for t in results.comparisons["shapes"]
+    ]
+    asked = results.study.compare["shapes"]
+    wider = asked.model_copy(update={"arms": {**asked.arms, "third": {"shape": "flat"}}})
+    results.study = results.study.model_copy(update={"compare": {"shapes": wider}})
+    assert len(arms) == 2 and "which the study file names" in content(results)["comparisons"][0]["verdict"]
+    assert any("which the study file names" in line for line in compared(results))
 
 
 def test_ticks_are_round() -> None:
