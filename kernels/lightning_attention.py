@@ -1759,7 +1759,7 @@ def _sequential_kernel(
             if t % EVERY == 0:
                 slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
                 tl.store(S_saved + slot * K * V + t_kv, (S).to(S_saved.dtype.element_ty), mask=m_kv)
-        c0 = tl.exp(-slope)
+        c0 = tl.exp(-1.0 * slope)
         S_new = S * c0 + k * v
         if OUTPUT:
             sum0 = tl.sum(_live(S_new * q, m_k, EXACT_K), axis=0)[None, :]
@@ -1828,7 +1828,7 @@ def _sequential_backward_kernel(
             v = v_next_.to(tl.float32)[None, :]
             k_next_ = tl.load(k_in_ + ahead * K + r_k, mask=r_k < K, other=0.0)
             v_next_ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
-            c0_ = tl.exp(-slope)
+            c0_ = tl.exp(-1.0 * slope)
             S_new_ = S * c0_ + k * v
             S_after_ = S_new_
             S = S_after_
@@ -1853,7 +1853,7 @@ def _sequential_backward_kernel(
             v_next__ = tl.load(v_in_ + ahead * V + r_v, mask=r_v < V, other=0.0)
             d_output = d_output_next.to(tl.float32)[None, :]
             d_output_next = tl.load(d_output_in + ahead * V + r_v, mask=r_v < V, other=0.0)
-            c0__ = tl.exp(-slope)
+            c0__ = tl.exp(-1.0 * slope)
             sum0_ = tl.sum(_live(S * d_output, m_v, EXACT_V), axis=1)[:, None]
             row0 = q * scale
             x0 = d_S + d_output * row0
@@ -1865,7 +1865,7 @@ def _sequential_backward_kernel(
             tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
             tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (sum1).to(d_k_out.dtype.element_ty), mask=m_k)
             tl.store(d_v_out + at * V + o_v, (sum2).to(d_v_out.dtype.element_ty), mask=m_v)
-            sum_slope += -c0__ * sum4
+            sum_slope += -1.0 * c0__ * sum4
             d_S_after = x1
             d_S = d_S_after
             S = S_old

@@ -1504,7 +1504,7 @@ def _sequential_backward_kernel(
             tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
             tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
             tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
-            sum_I_p += -sum7
+            sum_I_p += -1.0 * sum7
             d_M_after = x3
             d_Ibar_after = x6
             d_M = d_M_after
@@ -1633,7 +1633,7 @@ def _sequential_backward_variance_kernel(
             sum1__ = tl.sum(_live(d_variance * x0__, m_v, EXACT_V), axis=1)[:, None]
             row1____ = q * scale
             row2__ = c0_ * q * q
-            x4_ = x0__ * x0__ * (-M * d_output_ * row1____ - d_variance * row2__)
+            x4_ = x0__ * x0__ * (-1.0 * M * d_output_ * row1____ - d_variance * row2__)
             x5_ = d_Ibar_ + x4_
             sum2_ = tl.sum(_live(b * x5_, m_v, EXACT_V), axis=1)[:, None]
             x2_ = d_M_ + row1____ * x1_

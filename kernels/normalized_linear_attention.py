@@ -2351,7 +2351,7 @@ def _sequential_backward_kernel(
             tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c0_ * sum3 - c1 * z).to(d_q_out.dtype.element_ty), mask=m_k)
             tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row1 + sum4).to(d_k_out.dtype.element_ty), mask=m_k)
             tl.store(d_v_out + at * V + o_v, (sum5).to(d_v_out.dtype.element_ty), mask=m_v)
-            sum_eps += -c1
+            sum_eps += -1.0 * c1
             d_S_after = x0
             d_z_after = row1
             d_S = d_S_after

@@ -1465,6 +1465,125 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 
 @_kernel
+def _half(x, i_n):
+    """Column half i_n of float32 tiles."""
+    half = tl.arange(0, 2)[None, :, None, None, None]
+    chosen = tl.where(half == i_n, x.to(tl.int32, bitcast=True), 0)  # of integers, so that the sum costs nothing
+    return tl.sum(chosen, 1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@_kernel
+def _mma_8(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """z + x y' where x and y are column halves. z may be one half, for both; x or y one tile for all of the other's."""
+    z = tl.broadcast_to(z, [z.shape[0], 2, 2, 2, 32])
+    if FAST:
+        x, y = tl.broadcast(x, y)
+        x, z = tl.broadcast(x, z)
+        y, z = tl.broadcast(y, z)
+        # said to be impure, or Triton would let it compute on halves and broadcast what comes out
+        if x.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9}, {$12}, {$16, $17, $18, $19};
+                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {$8, $9}, {$13}, {$20, $21, $22, $23};
+                """,
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+        elif PRECISION == "tf32x3":
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a<8>;
+                .reg .b32 b<8>;
+                .reg .b32 la<8>;
+                .reg .b32 lb<8>;
+                .reg .f32 t;
+                mov.f32 $0, $24;
+                mov.f32 $1, $25;
+                mov.f32 $2, $26;
+                mov.f32 $3, $27;
+                mov.f32 $4, $28;
+                mov.f32 $5, $29;
+                mov.f32 $6, $30;
+                mov.f32 $7, $31;
+                cvt.rna.tf32.f32 a0, $8;
+                sub.f32 t, $8, a0;
+                cvt.rna.tf32.f32 la0, t;
+                cvt.rna.tf32.f32 b0, $16;
+                sub.f32 t, $16, b0;
+                cvt.rna.tf32.f32 lb0, t;
+                cvt.rna.tf32.f32 a1, $9;
+                sub.f32 t, $9, a1;
+                cvt.rna.tf32.f32 la1, t;
+                cvt.rna.tf32.f32 b1, $17;
+                sub.f32 t, $17, b1;
+                cvt.rna.tf32.f32 lb1, t;
+                cvt.rna.tf32.f32 a2, $10;
+                sub.f32 t, $10, a2;
+                cvt.rna.tf32.f32 la2, t;
+                cvt.rna.tf32.f32 b2, $18;
+                sub.f32 t, $18, b2;
+                cvt.rna.tf32.f32 lb2, t;
+                cvt.rna.tf32.f32 a3, $11;
+                sub.f32 t, $11, a3;
+                cvt.rna.tf32.f32 la3, t;
+                cvt.rna.tf32.f32 b3, $19;
+                sub.f32 t, $19, b3;
+                cvt.rna.tf32.f32 lb3, t;
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {la0, la2, la1, la3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {la0, la2, la1, la3}, {b2, b3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {lb0, lb1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {lb2, lb3}, {$4, $5, $6, $7};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {b2, b3}, {$4, $5, $6, $7};
+                }""",
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a<8>;
+                .reg .b32 b<8>;
+                mov.f32 $0, $24;
+                mov.f32 $1, $25;
+                mov.f32 $2, $26;
+                mov.f32 $3, $27;
+                mov.f32 $4, $28;
+                mov.f32 $5, $29;
+                mov.f32 $6, $30;
+                mov.f32 $7, $31;
+                cvt.rna.tf32.f32 a0, $8;
+                cvt.rna.tf32.f32 b0, $16;
+                cvt.rna.tf32.f32 a1, $9;
+                cvt.rna.tf32.f32 b1, $17;
+                cvt.rna.tf32.f32 a2, $10;
+                cvt.rna.tf32.f32 b2, $18;
+                cvt.rna.tf32.f32 a3, $11;
+                cvt.rna.tf32.f32 b3, $19;
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {a0, a2, a1, a3}, {b0, b1}, {$0, $1, $2, $3};
+                mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$4, $5, $6, $7}, {a0, a2, a1, a3}, {b2, b3}, {$4, $5, $6, $7};
+                }""",
+                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+    else:
+        first = tl.arange(0, 2)[None, :, None, None, None] == 0
+        x, y = tl.where(first, x, 0.0).to(x.dtype), tl.where(first, y, 0.0).to(y.dtype)
+        return _mma(x, y, z, PRECISION, FAST)
+
+
+@_kernel
+def _held(x, unequal, FAST: tl.constexpr):
+    """x (finite) in a column half, to start sums of products from: each element in a register of its own.
+
+    ``unequal`` are numbers that the compiler cannot know to be equal: of equal ones it would keep one register, and
+    copy it before each product.
+    """
+    if FAST:
+        return x + 0.0 * unequal
+    else:
+        return x + tl.zeros([1, 1, 2, 2, 32], tl.float32)
+
+
+@_kernel
 def _picked(x, i_g):
     x, source = tl.broadcast(x, 4 * i_g + tl.arange(0, 32)[None, None, None, None, :] % 4)
     if x.dtype.primitive_bitwidth == 16:
@@ -1545,14 +1664,14 @@ def _sum_columns(x, FAST: tl.constexpr):
 
 
 @_kernel
-def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
-    """z, with the sums over the tiles and columns of x added in column 8 i_o + i_g."""
+def _sum_columns_into(z, x, i_g, OT: tl.constexpr, FAST: tl.constexpr):
+    """z, a column half, with the sums over the tiles and columns of x added in column i_g."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
-    half, column_8 = _tile_columns()
     if FAST and OT == tl.bfloat16:  # operands of 16 bits are good enough: a product with a column of ones sums them
-        ones = tl.where(8 * half + lane // 4 == 8 * i_o + i_g, 0x3F803F80, 0)
+        ones = tl.where(lane // 4 == i_g, 0x3F803F80, 0)
         x, ones = tl.broadcast(tl.sum(x, 0, keep_dims=True), ones)
-        return tl.inline_asm_elementwise(
+        x, z = tl.broadcast(x, z)
+        both = tl.inline_asm_elementwise(
             """{
             .reg .b32 a<4>;
             cvt.rn.bf16x2.f32 a0, $17, $16;
@@ -1560,13 +1679,17 @@ def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
             cvt.rn.bf16x2.f32 a2, $21, $20;
             cvt.rn.bf16x2.f32 a3, $23, $22;
             mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {a0, a1, a2, a3}, {$24, $24}, {$8, $9, $10, $11};
-            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {a0, a1, a2, a3}, {$28, $28}, {$12, $13, $14, $15};
+            mov.f32 $4, 0f00000000;
+            mov.f32 $5, 0f00000000;
+            mov.f32 $6, 0f00000000;
+            mov.f32 $7, 0f00000000;
             }""",
-            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [z, x, ones],
-            dtype=tl.float32, is_pure=True, pack=8,
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [z, x, ones], dtype=tl.float32, is_pure=True, pack=8,
         )
+        return _half(both, 0)
     else:
-        return tl.where((half == i_o) & (column_8 == i_g), z + _sum_columns(x, FAST), z)
+        half, column_8 = _tile_columns()
+        return tl.where(column_8 == i_g, z + _sum_columns(x, FAST), z)
 
 
 @_kernel
@@ -1583,20 +1706,20 @@ def _rows(within, rounded, x, i_g, FAST: tl.constexpr):
 
 
 @_kernel
-def _lead(since, i_o, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
-    """An operand with since in column 8 i_o + 2 i_u + ODD and zeros elsewhere."""
+def _lead(since, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
+    """A column half of an operand with since in column 2 i_u + ODD and zeros elsewhere."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
-    half, column_8 = _tile_columns()
     if FAST and OT == tl.bfloat16:
         pair = tl.where(tl.arange(0, 2)[None, None, None, :, None] == ODD, since, 0.0).to(OT)
-        pair, place = tl.broadcast(pair, 4 * half + lane % 4)
-        pair, own = tl.broadcast(pair, 4 * i_o + i_u + 0 * place)
+        pair, place = tl.broadcast(pair, lane % 4)
+        pair, own = tl.broadcast(pair, i_u + 0 * place)
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.eq.s32 p, $2, $4; selp.b32 $0, $1, 0, p; }", "=r,r,r,r,r,r", [pair, place, own],
             dtype=tl.bfloat16, is_pure=True, pack=2,
         )
     else:
-        return tl.where((half == i_o) & (column_8 == 2 * i_u + ODD), since, 0.0).to(OT)
+        half, column_8 = _tile_columns()
+        return tl.where(column_8 == 2 * i_u + ODD, since, 0.0).to(OT)
 
 
 @_kernel
@@ -1750,6 +1873,7 @@ def _reads_kernel(
     since_0 = tl.exp(seen_row)
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
+    held_Ibar = _held(I_p, _half(within_0, 0), FAST)
     o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
     if NK == 1:
         first_k = 0
@@ -1771,13 +1895,13 @@ def _reads_kernel(
         next_Ibar_0 = ()
         for i_s in tl.static_range(N):
             channel = first_k + i_s * 16 * I + o_k + row
-            at_tile = (0 + column) * K + channel
-            next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (0 + column < V) & (channel < K)).to(OT),)
-            next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (0 + column < V) & (channel < K)).to(OT),)
-    for i_v in range((V + 15) // 16):
-        first_v = i_v * 16
-        sum_read_0 = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels
-        sum_read_1 = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels
+            at_tile = (0 + column_8) * K + channel
+            next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (0 + column_8 < V) & (channel < K)).to(OT),)
+            next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (0 + column_8 < V) & (channel < K)).to(OT),)
+    for i_v in range((V + 7) // 8):
+        first_g = i_v * 8
+        sum_read_0 = tl.zeros([1, 1, 2, 2, 32], tl.float32)  # columns: value channels
+        sum_read_1 = tl.zeros([1, 1, 2, 2, 32], tl.float32)  # columns: value channels
         for i_k in range(NK):
             if NK > 1:
                 first_k = i_k * 16 * I * N
@@ -1798,56 +1922,54 @@ def _reads_kernel(
                 next_Ibar_0 = ()
                 for i_s in tl.static_range(N):
                     channel = first_k + i_s * 16 * I + o_k + row
-                    at_tile = ((first_v + 16) + column) * K + channel
-                    next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, ((first_v + 16) + column < V) & (channel < K)).to(OT),)
-                    next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, ((first_v + 16) + column < V) & (channel < K)).to(OT),)
+                    at_tile = ((first_g + 8) + column_8) * K + channel
+                    next_M_0 = next_M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, ((first_g + 8) + column_8 < V) & (channel < K)).to(OT),)
+                    next_Ibar_0 = next_Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, ((first_g + 8) + column_8 < V) & (channel < K)).to(OT),)
             else:
                 M_0 = ()
                 Ibar_0 = ()
                 for i_s in tl.static_range(N):
                     channel = first_k + i_s * 16 * I + o_k + row
-                    at_tile = (first_v + column) * K + channel
-                    M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
-                    Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
-            for i_o in range(2):
-                first_g = first_v + 8 * i_o
-                if NK == 1 and AHEAD >= 1:
-                    v_8 = next_v_8
-                    b_8 = next_b_8
-                    next_v_8 = _get(v_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
-                    next_b_8 = _get(b_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
-                else:
-                    v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                    b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):
-                    for i_j in tl.static_range(UNROLL):
-                        i_g = UNROLL * i_u + i_j
-                        lead_0 = _lead(since_0, i_o, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)
-                        rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
-                        rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
-                        for i_s in tl.static_range(N):
-                            M = _mma(lead_0, M_0[i_s], zero, PRECISION, FAST)
-                            M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
-                            Ibar = _mma(lead_0, Ibar_0[i_s], zero, PRECISION, FAST)
-                            Ibar = _mma(rows_1_0, key_1[i_s], Ibar, PRECISION, FAST)
-                            y_read_0 = M * q[i_s] * _reciprocal(I_p + Ibar, FAST)
-                            if K % (16 * I) != 0:
-                                y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
-                            if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
-                                y_read_0 = tl.where(first_g + i_g < V, y_read_0, 0.0)
-                            total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
-                            if VARIANCE:
-                                y_read_1 = q[i_s] * q[i_s] * _reciprocal(I_p + Ibar, FAST)
-                                if K % (16 * I) != 0:
-                                    y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
-                                if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
-                                    y_read_1 = tl.where(first_g + i_g < V, y_read_1, 0.0)
-                                total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
-                        sum_read_0 = _sum_columns_into(sum_read_0, total_read_0, i_o, i_g, OT, FAST)
+                    at_tile = (first_g + column_8) * K + channel
+                    M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_g + column_8 < V) & (channel < K)).to(OT),)
+                    Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_g + column_8 < V) & (channel < K)).to(OT),)
+            if NK == 1 and AHEAD >= 1:
+                v_8 = next_v_8
+                b_8 = next_b_8
+                next_v_8 = _get(v_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
+                next_b_8 = _get(b_in + start * V + column * H * V + (first_g + 8) + lane_row, live_column & ((first_g + 8) + lane_row < V))
+            else:
+                v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+                b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+            for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):
+                for i_j in tl.static_range(UNROLL):
+                    i_g = UNROLL * i_u + i_j
+                    lead_0 = _lead(since_0, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)
+                    rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
+                    rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
+                    for i_s in tl.static_range(N):
+                        M = _mma_8(lead_0, M_0[i_s], zero, PRECISION, FAST)
+                        M = _mma(rows_0_0, key_0[i_s], M, PRECISION, FAST)
+                        Ibar = _mma_8(lead_0, Ibar_0[i_s], held_Ibar, PRECISION, FAST)
+                        Ibar = _mma(rows_1_0, key_1[i_s], Ibar, PRECISION, FAST)
+                        y_read_0 = M * q[i_s] * _reciprocal(Ibar, FAST)
+                        if K % (16 * I) != 0:
+                            y_read_0 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_0, 0.0)
+                        if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
+                            y_read_0 = tl.where(first_g + i_g < V, y_read_0, 0.0)
+                        total_read_0 = y_read_0 if i_s == 0 else total_read_0 + y_read_0
                         if VARIANCE:
-                            sum_read_1 = _sum_columns_into(sum_read_1, total_read_1, i_o, i_g, OT, FAST)
-        at_v = start * V + row * H * V + first_v + column
-        m_out = live_row & (first_v + column < V)
+                            y_read_1 = q[i_s] * q[i_s] * _reciprocal(Ibar, FAST)
+                            if K % (16 * I) != 0:
+                                y_read_1 = tl.where(first_k + i_s * 16 * I + o_k + column < K, y_read_1, 0.0)
+                            if V % UNROLL != 0:  # what is not finite beyond the last channel would spread in the sums
+                                y_read_1 = tl.where(first_g + i_g < V, y_read_1, 0.0)
+                            total_read_1 = y_read_1 if i_s == 0 else total_read_1 + y_read_1
+                    sum_read_0 = _sum_columns_into(sum_read_0, total_read_0, i_g, OT, FAST)
+                    if VARIANCE:
+                        sum_read_1 = _sum_columns_into(sum_read_1, total_read_1, i_g, OT, FAST)
+        at_v = start * V + row * H * V + first_g + column_8
+        m_out = live_row & (first_g + column_8 < V)
         _put(read_0_out + at_v, sum_read_0 * (scale), m_out)
         if VARIANCE:
             _put(read_1_out + at_v, sum_read_1 * (scale * scale), m_out)
@@ -1887,6 +2009,7 @@ def _local_kernel(
     first_0 = tl.exp(_step(decay_0_in + start, begin < end))
     I_p = tl.load(I_p_in + i_h).to(tl.float32)
     zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)
+    held_Ibar = _held(I_p, _half(back_0.to(tl.float32), 1), FAST)
     first_k = tl.program_id(1) * 16 * I * N
     o_k = 16 * tl.arange(0, I)[:, None, None, None, None]
     q = ()
@@ -1908,99 +2031,96 @@ def _local_kernel(
         d_key_1 = d_key_1 + (zero,)
     sum_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)
     sum_1 = tl.zeros([1, 2, 1, 2, 32], tl.float32)
-    for i_v in range((V + 15) // 16):
-        first_v = i_v * 16
+    for i_v in range((V + 7) // 8):
+        first_g = i_v * 8
         M_0 = ()
         Ibar_0 = ()
         for i_s in tl.static_range(N):
             channel = first_k + i_s * 16 * I + o_k + row
-            at_tile = (first_v + column) * K + channel
-            M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
-            Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_v + column < V) & (channel < K)).to(OT),)
-        for i_o in tl.static_range(2):
-            first_g = first_v + 8 * i_o
-            v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-            b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-            d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-            d_read_0_8 = d_read_0_8.to(tl.float32) * (scale)
+            at_tile = (first_g + column_8) * K + channel
+            M_0 = M_0 + (_get(chunks + (slot * 2 + 0) * V * K + at_tile, (first_g + column_8 < V) & (channel < K)).to(OT),)
+            Ibar_0 = Ibar_0 + (_get(chunks + (slot * 2 + 1) * V * K + at_tile, (first_g + column_8 < V) & (channel < K)).to(OT),)
+        v_8 = _get(v_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+        b_8 = _get(b_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+        d_read_0_8 = _get(d_read_0_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+        d_read_0_8 = d_read_0_8.to(tl.float32) * (scale)
+        if VARIANCE:
+            d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
+            d_read_1_8 = d_read_1_8.to(tl.float32) * (scale * scale)
+        all_d_value_0_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
+        all_d_value_1_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
+        for i_g in range(0, tl.minimum(8, V - first_g)):
+            d_read_0 = _pick(d_read_0_8, i_g, FAST)
             if VARIANCE:
-                d_read_1_8 = _get(d_read_1_in + start * V + column * H * V + first_g + lane_row, live_column & (first_g + lane_row < V))
-                d_read_1_8 = d_read_1_8.to(tl.float32) * (scale * scale)
-            all_d_value_0_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
-            all_d_value_1_0 = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels
-            for i_g in range(0, tl.minimum(8, V - first_g)):
-                d_read_0 = _pick(d_read_0_8, i_g, FAST)
+                d_read_1 = _pick(d_read_1_8, i_g, FAST)
+            v = _pick(v_8, i_g, FAST)
+            b = _pick(b_8, i_g, FAST)
+            value_0 = v
+            value_1 = b
+            lead_0 = tl.where(column_8 == i_g, since_0, 0.0).to(OT)
+            rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
+            rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
+            new_d_q = ()
+            new_d_key_0 = ()
+            new_d_key_1 = ()
+            for i_s in tl.static_range(N):
+                channel = first_k + i_s * 16 * I + o_k + row
+                M = _mma_8(M_0[i_s], lead_0, zero, PRECISION, FAST)
+                M = _mma(key_0[i_s], rows_0_0, M, PRECISION, FAST)
+                Ibar = _mma_8(Ibar_0[i_s], lead_0, held_Ibar, PRECISION, FAST)
+                Ibar = _mma(key_1[i_s], rows_1_0, Ibar, PRECISION, FAST)
+                if not VARIANCE:
+                    c0 = _reciprocal(Ibar, FAST)
+                    p0 = c0 * d_read_0
+                    p1 = p0 * q[i_s]
+                    d_M = p1
+                    d_Ibar = -1.0 * M * c0 * p1
+                    d_q_tile = M * p0
+                    if K % (16 * I) != 0:
+                        d_M = tl.where(channel < K, d_M, 0.0)
+                        d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
+                        d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
+                    sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
                 if VARIANCE:
-                    d_read_1 = _pick(d_read_1_8, i_g, FAST)
-                v = _pick(v_8, i_g, FAST)
-                b = _pick(b_8, i_g, FAST)
-                value_0 = v
-                value_1 = b
-                lead_0 = tl.where((half == i_o) & (column_8 == i_g), since_0, 0.0).to(OT)
-                rows_0_0 = _rows(within_0, rounded_0, v_8, i_g, FAST)
-                rows_1_0 = _rows(within_0, rounded_0, b_8, i_g, FAST)
-                new_d_q = ()
-                new_d_key_0 = ()
-                new_d_key_1 = ()
-                for i_s in tl.static_range(N):
-                    channel = first_k + i_s * 16 * I + o_k + row
-                    M = _mma(M_0[i_s], lead_0, zero, PRECISION, FAST)
-                    M = _mma(key_0[i_s], rows_0_0, M, PRECISION, FAST)
-                    Ibar = _mma(Ibar_0[i_s], lead_0, zero, PRECISION, FAST)
-                    Ibar = _mma(key_1[i_s], rows_1_0, Ibar, PRECISION, FAST)
-                    if not VARIANCE:
-                        c0 = _reciprocal(I_p + Ibar, FAST)
-                        p0 = c0 * d_read_0
-                        d_M = p0 * q[i_s]
-                        p1 = M * p0
-                        d_Ibar = -c0 * p1 * q[i_s]
-                        d_q_tile = p1
-                        if K % (16 * I) != 0:
-                            d_M = tl.where(channel < K, d_M, 0.0)
-                            d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
-                            d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
-                        sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
-                    if VARIANCE:
-                        c0 = I_p + Ibar
-                        c1 = _reciprocal(c0, FAST)
-                        p0 = c1 * q[i_s]
-                        d_M = d_read_0 * p0
-                        c3 = d_read_1 * q[i_s]
-                        p1 = c1 * p0
-                        c2 = M * d_read_0
-                        p2 = c2
-                        d_Ibar = -c3 * p1 - p1 * p2
-                        d_q_tile = c1 * p2 + 2.0 * d_read_1 * p0
-                        sum_1_tile = p1 * (Ibar * (-c2 - c3) + c0 * c2)
-                        if K % (16 * I) != 0:
-                            d_M = tl.where(channel < K, d_M, 0.0)
-                            d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
-                            d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
-                            sum_1_tile = tl.where(channel < K, sum_1_tile, 0.0)
-                        sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
-                        sum_1 += tl.sum(tl.sum(sum_1_tile, 2, keep_dims=True), 0, keep_dims=True)
-                    back_M = _mma(d_M.to(OT), back_0, zero, PRECISION, FAST)
-                    at_handed = (slot * 2 + 0) * V * K + (first_g + i_g) * K + channel + 0 * column
-                    _put(adjoints + at_handed, back_M * first_0, (column == 0) & (channel < K))
-                    back_Ibar = _mma(d_Ibar.to(OT), back_0, zero, PRECISION, FAST)
-                    at_handed = (slot * 2 + 1) * V * K + (first_g + i_g) * K + channel + 0 * column
-                    _put(adjoints + at_handed, back_Ibar * first_0, (column == 0) & (channel < K))
-                    new_d_q = new_d_q + (d_q[i_s] + d_q_tile,)
-                    new_d_key_0 = new_d_key_0 + (d_key_0[i_s] + value_0 * back_M,)
-                    new_d_key_1 = new_d_key_1 + (d_key_1[i_s] + value_1 * back_Ibar,)
-                    side = (full_k[i_s]) * back_M
-                    of_d_value_0_0 = side if i_s == 0 else of_d_value_0_0 + side
-                    side = (full_k[i_s] * full_k[i_s]) * back_Ibar
-                    of_d_value_1_0 = side if i_s == 0 else of_d_value_1_0 + side
-                d_q = new_d_q
-                d_key_0 = new_d_key_0
-                d_key_1 = new_d_key_1
-                all_d_value_0_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_0_0, OT, FAST), all_d_value_0_0)
-                all_d_value_1_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_1_0, OT, FAST), all_d_value_1_0)
-            own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            at_part = (own * V + first_g + lane_row) * 16 + column
-            _put(d_value_0_0_part + at_part, all_d_value_0_0, first_g + lane_row < V)
-            _put(d_value_1_0_part + at_part, all_d_value_1_0, first_g + lane_row < V)
+                    c0 = _reciprocal(Ibar, FAST)
+                    p0 = c0 * q[i_s]
+                    d_M = d_read_0 * p0
+                    c2 = d_read_1 * q[i_s]
+                    p1 = c0 * p0
+                    c1 = M * d_read_0
+                    p2 = c1
+                    d_Ibar = -1.0 * c2 * p1 - p1 * p2
+                    d_q_tile = c0 * p2 + 2.0 * d_read_1 * p0
+                    sum_1_tile = p1 * (Ibar * c1 + (Ibar - I_p) * (-1.0 * c1 - c2))
+                    if K % (16 * I) != 0:
+                        d_M = tl.where(channel < K, d_M, 0.0)
+                        d_Ibar = tl.where(channel < K, d_Ibar, 0.0)
+                        d_q_tile = tl.where(channel < K, d_q_tile, 0.0)
+                        sum_1_tile = tl.where(channel < K, sum_1_tile, 0.0)
+                    sum_0 += tl.sum(tl.sum(d_Ibar, 2, keep_dims=True), 0, keep_dims=True)
+                    sum_1 += tl.sum(tl.sum(sum_1_tile, 2, keep_dims=True), 0, keep_dims=True)
+                back_M = _mma(d_M.to(OT), back_0, zero, PRECISION, FAST)
+                at_handed = (slot * 2 + 0) * V * K + (first_g + i_g) * K + channel + 0 * column
+                _put(adjoints + at_handed, back_M * first_0, (column == 0) & (channel < K))
+                back_Ibar = _mma(d_Ibar.to(OT), back_0, zero, PRECISION, FAST)
+                at_handed = (slot * 2 + 1) * V * K + (first_g + i_g) * K + channel + 0 * column
+                _put(adjoints + at_handed, back_Ibar * first_0, (column == 0) & (channel < K))
+                new_d_q = new_d_q + (d_q[i_s] + d_q_tile,)
+                new_d_key_0 = new_d_key_0 + (d_key_0[i_s] + value_0 * back_M,)
+                new_d_key_1 = new_d_key_1 + (d_key_1[i_s] + value_1 * back_Ibar,)
+                side = (full_k[i_s]) * back_M
+                of_d_value_0_0 = side if i_s == 0 else of_d_value_0_0 + side
+                side = (full_k[i_s] * full_k[i_s]) * back_Ibar
+                of_d_value_1_0 = side if i_s == 0 else of_d_value_1_0 + side
+            d_q = new_d_q
+            d_key_0 = new_d_key_0
+            d_key_1 = new_d_key_1
+            all_d_value_0_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_0_0, OT, FAST), all_d_value_0_0)
+            all_d_value_1_0 = tl.where(lane_row == i_g, _sum_rows_rounded(of_d_value_1_0, OT, FAST), all_d_value_1_0)
+        own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        at_part = (own * V + first_g + lane_row) * 16 + column
+        _put(d_value_0_0_part + at_part, all_d_value_0_0, first_g + lane_row < V)
+        _put(d_value_1_0_part + at_part, all_d_value_1_0, first_g + lane_row < V)
     for i_s in tl.static_range(N):
         channel = first_k + i_s * 16 * I + o_k + row
         at_k = slot * 16 * K + column * K + channel
@@ -2011,7 +2131,7 @@ def _local_kernel(
     total_1 = _sum_rows(sum_1, FAST)
     own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if not VARIANCE:
-        _put(direct_0_part + own * 16 + column + 0 * lane_row, (-I_p) * total_0, lane_row == 0)
+        _put(direct_0_part + own * 16 + column + 0 * lane_row, (-1.0 * I_p) * total_0, lane_row == 0)
         d_I_p = tl.sum(tl.reshape(tl.where(lane_row == 0, (1.0) * total_0, 0.0), [128]), 0)
     if VARIANCE:
         _put(direct_0_part + own * 16 + column + 0 * lane_row, (1.0) * total_1, lane_row == 0)
@@ -2145,7 +2265,12 @@ def _settle_kernel(
         direct_0 += tl.load(direct_0_part + (i_s * slots + slot) * 16 + o_c, mask=live, other=0.0)
     along = direct_0 - wrote_0
     product = tl.sum(tl.load(products + (slot * 1 + 0) * PARTS + o_p, mask=o_p < PARTS, other=0.0), 0)
-    tl.store(d_decay_0 + start + at, product - tl.cumsum(along, 0) + along, mask=live)
+    d_decay = product - tl.cumsum(along, 0) + along
+    # of a decay that leaves nothing it is a difference of equal sums: nothing, to the last digit of either
+    before = tl.load(sums_0 + start + at - H, mask=live & (o_c > 0), other=0.0)
+    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
+    d_decay = tl.where(part - before < -16.0, 0.0, d_decay)
+    tl.store(d_decay_0 + start + at, d_decay, mask=live)
 
 
 def _registers(tensor, count):
@@ -2162,10 +2287,9 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 2, 0, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    first = (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1)
-    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else []
-    others += [(2, N // 2, 2, 0, 0 if N > 4 else 1)] if N > 1 and N % 2 == 0 else []
-    return [first, *(x for x in others if x != first)]
+    first = (1, N, 2, 168 if 1 < N < 4 else 0, 0 if N > 4 else 2 if N in (1, 4) else 1)
+    others = [(1, 1, 2, 0, 0)] if N == 1 else [(1, N, 4, 168, 1)] if N < 4 else [(1, N, 2, 0, 1)]
+    return [first, *others]
 
 
 def _states_proposals(K, V, dtype):
@@ -2178,9 +2302,10 @@ def _states_proposals(K, V, dtype):
 def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
     tiles = _cdiv(K, 16)
-    if dtype != torch.bfloat16 or tiles == 1:
+    if dtype != torch.bfloat16:
         return [(1, 1, 0)]
-    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
+    one = (1, 1, 168)  # three warps at a time where two would have registers to spare
+    return [(2, 1, 0), one] if tiles % 2 == 0 else [one, (1, 1, 0)]
 
 
 def _settle_tiles(K, V):
@@ -2704,7 +2829,7 @@ def _sequential_backward_kernel(
             tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
             tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
             tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at), (c0__ * sum6).to(d_g_out.dtype.element_ty))
-            sum_I_p += -sum8
+            sum_I_p += -1.0 * sum8
             d_M_after = x3
             d_Ibar_after = x6
             d_M = d_M_after
@@ -2833,7 +2958,7 @@ def _sequential_backward_variance_kernel(
             sum1__ = tl.sum(_live(d_variance * x0__, m_v, EXACT_V), axis=1)[:, None]
             row0____ = q * scale
             row1__ = c1_ * q * q
-            x4_ = x0__ * x0__ * (-M * d_output_ * row0____ - d_variance * row1__)
+            x4_ = x0__ * x0__ * (-1.0 * M * d_output_ * row0____ - d_variance * row1__)
             x5_ = d_Ibar_ + x4_
             sum2_ = tl.sum(_live(b * x5_, m_v, EXACT_V), axis=1)[:, None]
             x2_ = d_M_ + row0____ * x1_

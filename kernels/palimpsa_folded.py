@@ -1834,68 +1834,54 @@ def _states_scalar(k, v,
     return states, final
 
 
-@_kernel
-def _fold_walk(
-    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
-    begin, end, base, i_nh, i_h, o_w, scale, H, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr,
+@_kernel(do_not_specialize=["MATRIX", "T", "NT", "H"])
+def _fold_states_kernel(
+    x_k_in, x_b_in, x_g_in, x_Ibar_total, x_Ibar_local,
+    of_key, of_value, of_sums, start, states, final, offsets, bases, spans, scale, MATRIX, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Ibar = exp(g) Ibar + b*k**2 at chunk starts."""
-    m_w = o_w < W
-    o_c = tl.arange(0, C)
-    chunks = tl.cdiv(end - begin, C).to(tl.int32)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-    x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
-    x_Ibar = tl.load(x_Ibar_start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
-    x_b_next = tl.load(x_b_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    x_g_next = tl.load(x_g_in + ((begin + (0) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (0) * C) >= begin, end - (begin + (0) * C), 0), other=0.0)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        first = begin + i * C
-        corner = first * H + i_h
-        left = (end - first).to(tl.int32)
-        live = o_c < left
-        m_cw = live[:, None] & m_w[None, :]
-        x_k = tl.load(x_k_in + (corner) * W + tile, mask=m_cw, other=0.0).to(tl.float32)
-        x_b_row = x_b_next.to(tl.float32)
-        x_b_next = tl.load(x_b_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+    """Matrix states at the start of every chunk, one tile a program; behind those, what a chunk does to vector states:
+
+    Ibar = exp(g) Ibar + b*k**2.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NK: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    if pid < MATRIX:
+        i_nh = (pid // (NV * NK)).to(tl.int64)
+        _state_tile_scalar(of_key, of_value, of_sums, start, states, final, offsets, bases, i_nh, (pid // NV) % NK, pid % NV, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
+    else:
+        i_h = (pid - MATRIX) % H
+        i_c = (pid - MATRIX) // H
+        if not PACKED:  # the same chunk of all sequences, as those of the matrix go
+            sequences = (tl.num_programs(0) - MATRIX) // (H * NT)
+            i_c = (i_c % sequences) * NT + i_c // sequences
+        begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_chunk = i_c.to(tl.int64) * H + i_h
+        x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_b = x_b_row[:, None]
-        x_g_row = x_g_next.to(tl.float32)
-        x_g_next = tl.load(x_g_in + ((begin + (i + 1) * C) * H + i_h) + o_c * H, mask=o_c < tl.where((begin + (i + 1) * C) >= begin, end - (begin + (i + 1) * C), 0), other=0.0)
+        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_g = x_g_row[:, None]
-        place = ((base + i) * H + i_h) * W + o_w
-        tl.store(x_Ibar_border + place, x_Ibar, mask=m_w)
         # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
         step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
         x_Ibar_sums = tl.cumsum(step, axis=0)
         x_Ibar_past = tl.sum(step, axis=0)
         x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
-        write = x_b * x_k * x_k
-        write = tl.where(m_cw, write, 0.0)
-        x_Ibar = tl.exp2(x_Ibar_past) * x_Ibar + tl.sum(x_Ibar_until[:, None] * write, axis=0)
-    tl.store(x_Ibar_final + i_nh * W + o_w, x_Ibar, mask=m_w)
-
-
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _fold_states_kernel(
-    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
-    of_key, of_value, of_sums, start, states, final, offsets, bases, scale, T, NT, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
-):
-    """States at the start of every chunk, one tile a program, beside the vector states."""
-    NV: tl.constexpr = (V + BV - 1) // BV
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_v = pid % (NV + 1)
-    i_k = (pid // (NV + 1)) % NK
-    i_nh = (pid // ((NV + 1) * NK)).to(tl.int64)
-    if i_v < NV:
-        _state_tile_scalar(of_key, of_value, of_sums, start, states, final, offsets, bases, i_nh, i_k, i_v, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
-    else:
-        begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
-        _fold_walk(
-            x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_start, x_Ibar_border, x_Ibar_final,
-            begin, end, base, i_nh, i_nh % H, i_k * BK + tl.arange(0, BK), scale, H, K, C, BK, STAGES,
-        )
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            m_ck = live[:, None] & m_k[None, :]
+            tile = at[:, None] * K + o_k[None, :]
+            x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            write = x_b * x_k * x_k
+            write = tl.where(m_ck, write, 0.0)
+            tl.store(x_Ibar_local + at_chunk * K + o_k, tl.sum(x_Ibar_until[:, None] * write, axis=0), mask=m_k)
+            tl.store(x_Ibar_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + tl.exp2(x_Ibar_past), mask=m_k)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -1972,7 +1958,7 @@ def _fold_kernel(
 def _fold_own_kernel(
     d_query_in, x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, x_Ibar_total, x_Ibar_local, x_Ibar_cotangent, d_x_q_out, d_x_k_out, d_x_b_out, d_x_g_out, d_x_I_p_out,
     spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Gradients of the query and, through the states of this chunk, of all that they are made from."""
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -2001,7 +1987,7 @@ def _fold_own_kernel(
         sum_x_b = tl.zeros([C], dtype=tl.float32)
         sum_x_g = tl.zeros([C], dtype=tl.float32)
         sum_x_I_p = tl.zeros([C], dtype=tl.float32)
-        for i_k in range(NK):
+        for i_k in tl.range(0, NK, num_stages=STAGES):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
             m_ck = live[:, None] & m_k[None, :]
@@ -2014,7 +2000,7 @@ def _fold_own_kernel(
             x_Ibar_kept = tl.dot(x_Ibar_gap, write.to(OT), x_Ibar_since * x_Ibar_start[None, :], input_precision=PRECISION)
             x_Ibar = x_Ibar_kept + write
             inverse_0 = _reciprocal(x_I_p + x_Ibar, FAST)
-            token_x_Ibar = -d_query * inverse_0 * inverse_0 * x_q
+            token_x_Ibar = -1.0 * d_query * inverse_0 * inverse_0 * x_q
             if x_Ibar_cotangent is not None:
                 token_x_Ibar += tl.load(x_Ibar_cotangent + corner * K + tile, mask=m_ck, other=0.0)
             d_x_Ibar = tl.dot(x_Ibar_back, token_x_Ibar.to(OT), input_precision=PRECISION)
@@ -2026,7 +2012,7 @@ def _fold_own_kernel(
             grad_x_b = d_x_Ibar * x_k * x_k
             grad_x_g = d_x_Ibar * x_Ibar_kept
             grad_x_q = d_query * inverse_0
-            grad_x_I_p = -d_query * inverse_0 * inverse_0 * x_q
+            grad_x_I_p = -1.0 * d_query * inverse_0 * inverse_0 * x_q
             grad_x_q = grad_x_q + tl.zeros([C, BK], dtype=tl.float32)
             tl.store(d_x_q_out + corner * K + tile, grad_x_q.to(d_x_q_out.dtype.element_ty), mask=m_ck)
             grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
@@ -2047,7 +2033,7 @@ def _fold_own_kernel(
 def _fold_behind_kernel(
     x_k_in, x_b_in, x_g_in, x_Ibar_border, x_Ibar_after, d_x_k_out, d_x_b_out, d_x_g_out,
     spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Adds to the gradients what follows from the cotangents of the vector states at the end of the chunk."""
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -2074,7 +2060,7 @@ def _fold_behind_kernel(
         started_x_Ibar = 0.0
         sum_x_b = tl.zeros([C], dtype=tl.float32)
         sum_x_g = tl.zeros([C], dtype=tl.float32)
-        for i_k in range(NK):
+        for i_k in tl.range(0, NK, num_stages=STAGES):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
             m_ck = live[:, None] & m_k[None, :]
@@ -2115,12 +2101,12 @@ def _fold_proposals(K, V, dtype):
 
 
 def _fold_gradients_proposals(K, dtype):
-    """(k tile, warps) of the two kernels of the gradients of what divides the query."""
+    """(k tile, warps, stages) of each of the two kernels of the gradients of what divides the query."""
     k = _tile(K, 64)
     if dtype != torch.bfloat16 or K < 64:
-        w = 4 if dtype != torch.bfloat16 else 2
-        return [(k, w, k, w)]
-    return [(k, 4, k, 4), (k, 8, k, 8), (k, 4, _tile(K, 128), 8), (k, 4, k, 8)]
+        own = (k, 4 if dtype != torch.bfloat16 else 2, 1)
+        return [(own, own)]
+    return [((k, 4, 2), (k, 2, 2)), ((k, 4, 2), (k, 4, 1)), ((k, 4, 1), (k, 4, 1))]
 
 
 def _fold_forward(*arguments, save=True):
@@ -2146,12 +2132,20 @@ def _fold_forward(*arguments, save=True):
     states = torch.empty((chunks, H, K, V), dtype=key.dtype if key.dtype == torch.bfloat16 else torch.float32, device=key.device)
     final = like.new_empty((N, H, K, V)) if want_final else None
     OT, precision = _operands(key.dtype)
+    total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
+    matrix = _cdiv(K, tile_k) * _cdiv(V, tile_v) * N * H
     _launch(
-        _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
-        (*leaves, *starts, *borders, *ends, key, value, sums, start, states, final, offsets, bases),
-        (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
+        _fold_states_kernel, (matrix + H * chunks, 1, 1),
+        (leaves[1], leaves[2], leaves[3], *total, *local, key, value, sums, start, states, final, offsets, bases, spans),
+        (scale, matrix, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision,
         PACKED=packed, num_warps=state_warps, num_stages=state_stages,
     )
+    BW = _tile(K, 32)
+    for state in zip(total, local, starts, borders, ends):
+        _launch(
+            _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
+            W=K, BW=BW, BN=16, REVERSE=False, PACKED=packed, num_warps=1,
+        )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
     values = [like.new_empty((B, T, H, K)) if raw else None for _ in starts]
@@ -2206,12 +2200,12 @@ def _fold_backward(*arguments, kept=()):
         num_warps=warps, num_stages=stages,
     )
     total, local, after = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    BK, warps, BK_behind, warps_behind = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
+    (BK, warps, stages), (BK_behind, warps_behind, stages_behind) = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
     fixed = dict(K=K, C=C, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed)
     _launch(
         _fold_own_kernel, (H * chunks, 1, 1),
         (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
-        **fixed, BK=BK, num_warps=warps, num_stages=1,
+        **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
     )
     d_starts = [torch.empty_like(d) for d in d_ends]
     BW = _tile(K, 32)
@@ -2224,7 +2218,7 @@ def _fold_backward(*arguments, kept=()):
     _launch(
         _fold_behind_kernel, (H * chunks, 1, 1),
         (*[t for t, _ in touched], *borders, *after, *[d for _, d in touched], spans), (scale, T, NT, H), (),
-        **fixed, BK=BK_behind, num_warps=warps_behind, num_stages=1,
+        **fixed, BK=BK_behind, STAGES=stages_behind, num_warps=warps_behind, num_stages=stages_behind,
     )
     d_leaves = [
         d if wide else d.to(t.dtype) for d, t, wide in zip(d_leaves[:4], leaves, _FOLD)
@@ -2571,7 +2565,7 @@ def _sequential_backward_kernel(
             row0_ = 1.0 / (I_p + Ibar)
             row1_ = row0_ * scale
             sum0_ = tl.sum(_live(M * d_output, m_v, EXACT_V), axis=1)[:, None]
-            row3 = -q * row0_ * row0_ * scale * sum0_
+            row3 = -1.0 * q * row0_ * row0_ * scale * sum0_
             row4 = d_Ibar + row3
             row5 = c0__ * row4
             row2 = q * row1_
@@ -2717,7 +2711,7 @@ def _sequential_backward_variance_kernel(
             row1__ = q * row0__
             sum0__ = tl.sum(_live(M * d_output_, m_v, EXACT_V), axis=1)[:, None]
             row3_ = scale * sum0__
-            row4_ = row0__ * row0__ * (-c1_ * q * q - q * row3_)
+            row4_ = row0__ * row0__ * (-1.0 * c1_ * q * q - q * row3_)
             row5_ = d_Ibar_ + row4_
             row6 = c0____ * row5_
             row2_ = row1__ * scale

@@ -25,8 +25,8 @@ def build(text: str) -> types.ModuleType:
     spec = dspace.spec.loads(text) if "\n" in text else dspace.spec.load(text)
     source = module.emit(spec, dspace.math.analyse(spec), [ratio.section])
     # As tensor cores sum, by a product with ones and zeros: what is not finite spreads to other sums.
-    apart = "return tl.where((half == i_o) & (column_8 == i_g), z + _sum_columns(x, FAST), z)"
-    together = "return z + _sum_columns(x, FAST) * ((half == i_o) & (column_8 == i_g)).to(tl.float32)"
+    apart = "return tl.where(column_8 == i_g, z + _sum_columns(x, FAST), z)"
+    together = "return z + _sum_columns(x, FAST) * (column_8 == i_g).to(tl.float32)"
     assert apart in source
     source = source.replace(apart, together)
     # Triton reads the source of its kernels from the file.

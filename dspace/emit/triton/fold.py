@@ -1,9 +1,10 @@
 """The fold: what divides a query is evaluated inside the kernel of the outputs, and of the gradients.
 
-The vector states are needed at chunk starts only, from the keys alone: programs beside those of the matrix state walk
-over the same keys at the same time. Inside a chunk they are one more product of the matrix of decays, beside the
-scores. So a forward pass reads every input once more at most and writes the outputs alone, with gradients also the
-queries as divided (:mod:`dspace.emit.triton.fold_gradient`), which the backward pass reads twice.
+The vector states are needed at chunk starts only, from the keys alone: programs beside those of the matrix state read
+the same keys at about the same time, one chunk each, and a scan joins what they found. Inside a chunk they are one
+more product of the matrix of decays, beside the scores. So a forward pass reads every input once more at most and
+writes the outputs alone, with gradients also the queries as divided (:mod:`dspace.emit.triton.fold_gradient`), which
+the backward pass reads twice.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ def source(fold: Fold, names: Mapping[str, str]) -> str:
     writer = ChunkKernels(fold.group, names)
     return "\n\n".join(
         [
-            _walk(writer),
             _states_of_all(writer, fold.decay),
             _kernel(writer, fold.query, fold.decay == "scalar"),
             fold_gradient.own(fold, names),
@@ -53,41 +53,13 @@ def source(fold: Fold, names: Mapping[str, str]) -> str:
     )
 
 
-def _walk(writer: ChunkKernels) -> str:
-    """The vector states of one tile of channels at the start of every chunk."""
-    group, names = writer.group, writer.names
-    pointers = [f"{names[v.name]}_in" for v in writer.leaves]
-    pointers += [f"{s}_{part}" for part in ("start", "border", "final") for s in writer.states]
-    lines = f'''
-@_kernel
-def _fold_walk(
-    {", ".join(pointers)},
-    begin, end, base, i_nh, i_h, o_w, scale, H, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr,
-):
-    """{"; ".join(f"{s.name} = {s.decay} {s.name} + {group.write(s)}" for s in group.states)} at chunk starts."""
-    m_w = o_w < W
-    o_c = tl.arange(0, C)
-    chunks = tl.cdiv(end - begin, C).to(tl.int32)
-    tile = (o_c * (H * W))[:, None] + o_w[None, :]
-'''.strip("\n").splitlines()
-    lines += writer.parameters()
-    at = "{0}_start + i_nh * W + o_w, mask=m_w, other=0.0"
-    lines += [f"    {s} = tl.load({at.format(s)}).to(tl.float32)" for s in writer.states]
-    lines += writer.loop(writer.used([e for s in group.states for e in (s.decay, group.write(s))]), False, None)
-    lines.append("        place = ((base + i) * H + i_h) * W + o_w")
-    for state, s in zip(group.states, writer.states, strict=True):
-        lines += [f"        tl.store({s}_border + place, {s}, mask=m_w)", *writer.decays(state)]
-        lines += writer.statements({"write": group.write(state)}, names)
-        lines.append("        write = tl.where(m_cw, write, 0.0)")
-        lines.append(f"        {s} = tl.exp2({s}_past) * {s} + tl.sum({s}_until[:, None] * write, axis=0)")
-    lines += [f"    tl.store({s}_final + i_nh * W + o_w, {s}, mask=m_w)" for s in writer.states]
-    return "\n".join(lines) + "\n"
-
-
 def _states_of_all(writer: ChunkKernels, decay: str) -> str:
-    """All states at chunk starts: programs behind those of a head's tiles of values have its vector states."""
-    vectors = [f"{writer.names[v.name]}_in" for v in writer.leaves]
-    vectors += [f"{s}_{part}" for part in ("start", "border", "final") for s in writer.states]
+    """Matrix states at chunk starts, and behind the programs that make them those of the vector states' chunks."""
+    group = writer.group
+    written = set().union(*(group.write(s).free_symbols | group.log_decay(s).free_symbols for s in group.states))
+    used = [v for v in writer.leaves if v.symbol in written]
+    vectors = [f"{writer.names[v.name]}_in" for v in used]
+    vectors += [f"{s}_{part}" for part in ("total", "local") for s in writer.states]
     matrix = [
         "of_key",
         "of_value",
@@ -98,33 +70,49 @@ def _states_of_all(writer: ChunkKernels, decay: str) -> str:
         "offsets",
         "bases",
     ]
-    return (
-        f'''
-@_kernel(do_not_specialize=["T", "NT", "H"])
+    lines = f'''
+@_kernel(do_not_specialize=["MATRIX", "T", "NT", "H"])
 def _fold_states_kernel(
     {", ".join(vectors)},
-    {", ".join(matrix)}, scale, T, NT, H,
+    {", ".join(matrix)}, spans, scale, MATRIX, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """States at the start of every chunk, one tile a program, beside the vector states."""
+    """Matrix states at the start of every chunk, one tile a program; behind those, what a chunk does to vector states:
+
+    {"; ".join(f"{s.name} = {s.decay} {s.name} + {group.write(s)}" for s in group.states)}.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    i_v = pid % (NV + 1)
-    i_k = (pid // (NV + 1)) % NK
-    i_nh = (pid // ((NV + 1) * NK)).to(tl.int64)
-    if i_v < NV:
-        _state_tile_{decay}({", ".join(matrix)}, i_nh, i_k, i_v, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
+    if pid < MATRIX:
+        i_nh = (pid // (NV * NK)).to(tl.int64)
+        _state_tile_{decay}({", ".join(matrix)}, i_nh, (pid // NV) % NK, pid % NV, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED)
     else:
-        begin, end, base = _sequence(offsets, bases, i_nh // H, T, NT, PACKED)
-        _fold_walk(
-            {", ".join(vectors)},
-            begin, end, base, i_nh, i_nh % H, i_k * BK + tl.arange(0, BK), scale, H, K, C, BK, STAGES,
-        )
-'''.strip("\n")
-        + "\n"
-    )
+        i_h = (pid - MATRIX) % H
+        i_c = (pid - MATRIX) // H
+        if not PACKED:  # the same chunk of all sequences, as those of the matrix go
+            sequences = (tl.num_programs(0) - MATRIX) // (H * NT)
+            i_c = (i_c % sequences) * NT + i_c // sequences
+        begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_chunk = i_c.to(tl.int64) * H + i_h
+'''.strip("\n").splitlines()
+    lines += writer.rows(used)
+    for state in group.states:
+        lines += writer.decays(state)
+    lines += [*LOOP, *writer.wide(used)]
+    for state, s in zip(group.states, writer.states, strict=True):
+        lines += writer.statements({"write": group.write(state)}, writer.names, 12)
+        lines += [
+            f"{PAD}write = tl.where(m_ck, write, 0.0)",
+            f"{PAD}tl.store({s}_local + at_chunk * K + o_k, tl.sum({s}_until[:, None] * write, axis=0), mask=m_k)",
+            f"{PAD}tl.store({s}_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + tl.exp2({s}_past), mask=m_k)",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _kernel(writer: ChunkKernels, query: sympy.Expr, decays: bool) -> str:

@@ -23,12 +23,15 @@ from dspace.math.ir import Variable
 
 _QUERY = sympy.Symbol("d_query", real=True)
 
+_LOOP = ["        for i_k in tl.range(0, NK, num_stages=STAGES):", *LOOP[1:]]
+"""Every load ahead of its turn, also what is added to, which no product needs: of plain ranges Triton does not."""
+
 _HEAD = """
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_{name}_kernel(
     {pointers},
     spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
     \"\"\"{about}\"\"\"
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -64,7 +67,7 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
             f"        {s}_gap = tl.exp2(tl.where({later}, tl.minimum({here} - {there}, 0.0), -float('inf'))).to(OT)",
             f"        {s}_back = tl.exp2(tl.where({earlier}, tl.minimum({there} - {here}, 0.0), -float('inf'))).to(OT)",
         ]
-    lines += [*writer.zeros(leaves), *LOOP, *writer.wide(leaves)]
+    lines += [*writer.zeros(leaves), *_LOOP, *writer.wide(leaves)]
     lines.append(f"{PAD}d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)")
     lines += writer.states_of_tokens()
     tokens, gradients = writer.from_query()
@@ -107,7 +110,7 @@ def behind(fold: Fold, names: Mapping[str, str]) -> str:
             f"        started_{s} = 0.0",
         ]
     written = set().union(*(group.write(s).free_symbols for s in group.states))
-    lines += [*writer.zeros(touched), *LOOP]
+    lines += [*writer.zeros(touched), *_LOOP]
     lines += writer.wide(v for v in touched if v.symbol in written)
     for state, s in zip(group.states, states, strict=True):
         lines += writer.statements({"write": group.write(state)}, writer.names, 12)

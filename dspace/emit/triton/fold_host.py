@@ -11,6 +11,7 @@ def host(fold: Fold) -> str:
     leaves = (*group.inputs, *group.parameters)
     n_in, n_leaf, n_state = len(group.inputs), len(leaves), len(group.states)
     scalar = decay == "scalar"
+    written = [i for i, v in enumerate(leaves) if v in fold.touched]
     n_tensor = n_leaf + n_state + 3 + scalar
     at_key = None if fold.key is None else leaves.index(fold.key)
     within = ([n_leaf + n_state] if fold.key else []) + ([n_leaf + n_state + 2] if fold.retention else [])
@@ -35,12 +36,12 @@ def _fold_proposals(K, V, dtype):
 
 
 def _fold_gradients_proposals(K, dtype):
-    """(k tile, warps) of the two kernels of the gradients of what divides the query."""
+    """(k tile, warps, stages) of each of the two kernels of the gradients of what divides the query."""
     k = _tile(K, 64)
     if dtype != torch.bfloat16 or K < 64:
-        w = 4 if dtype != torch.bfloat16 else 2
-        return [(k, w, k, w)]
-    return [(k, 4, k, 4), (k, 8, k, 8), (k, 4, _tile(K, 128), 8), (k, 4, k, 8)]
+        own = (k, 4 if dtype != torch.bfloat16 else 2, 1)
+        return [(own, own)]
+    return [((k, 4, 2), (k, 2, 2)), ((k, 4, 2), (k, 4, 1)), ((k, 4, 1), (k, 4, 1))]
 
 
 def _fold_forward(*arguments, save=True):
@@ -65,12 +66,20 @@ def _fold_forward(*arguments, save=True):
     {f"sums = {made}{chr(10)}    " if scalar else ""}states = torch.empty((chunks, H, K, V), dtype=key.dtype if key.dtype == torch.bfloat16 else torch.float32, device=key.device)
     final = like.new_empty((N, H, K, V)) if want_final else None
     OT, precision = _operands(key.dtype)
+    total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
+    matrix = _cdiv(K, tile_k) * _cdiv(V, tile_v) * N * H
     _launch(
-        _fold_states_kernel, (_cdiv(K, tile_k) * (_cdiv(V, tile_v) + 1) * N * H, 1, 1),
-        (*leaves, *starts, *borders, *ends, key, value, {sums}start, states, final, offsets, bases),
-        (scale, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision, STAGES=state_stages,
+        _fold_states_kernel, (matrix + H * chunks, 1, 1),
+        ({"".join(f"leaves[{i}], " for i in written)}*total, *local, key, value, {sums}start, states, final, offsets, bases, spans),
+        (scale, matrix, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision,
         PACKED=packed, num_warps=state_warps, num_stages=state_stages,
     )
+    BW = _tile(K, 32)
+    for state in zip(total, local, starts, borders, ends):
+        _launch(
+            _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
+            W=K, BW=BW, BN=16, REVERSE=False, PACKED=packed, num_warps=1,
+        )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
     values = [like.new_empty((B, T, H, K)) if raw else None for _ in starts]
@@ -123,12 +132,12 @@ def _fold_backward(*arguments, kept=()):
         num_warps=warps, num_stages=stages,
     )
     total, local, after = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    BK, warps, BK_behind, warps_behind = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
+    (BK, warps, stages), (BK_behind, warps_behind, stages_behind) = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
     fixed = dict(K=K, C=C, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed)
     _launch(
         _fold_own_kernel, (H * chunks, 1, 1),
         (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
-        **fixed, BK=BK, num_warps=warps, num_stages=1,
+        **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
     )
     d_starts = [torch.empty_like(d) for d in d_ends]
     BW = _tile(K, 32)
@@ -137,11 +146,11 @@ def _fold_backward(*arguments, kept=()):
             _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
             W=K, BW=BW, BN=16, REVERSE=True, PACKED=packed, num_warps=1,
         )
-    touched = [(leaves[i], d_leaves[i]) for i in {tuple(i for i, v in enumerate(leaves) if v in fold.touched)!r}]
+    touched = [(leaves[i], d_leaves[i]) for i in {tuple(written)!r}]
     _launch(
         _fold_behind_kernel, (H * chunks, 1, 1),
         (*[t for t, _ in touched], *borders, *after, *[d for _, d in touched], spans), (scale, T, NT, H), (),
-        **fixed, BK=BK_behind, num_warps=warps_behind, num_stages=1,
+        **fixed, BK=BK_behind, STAGES=stages_behind, num_warps=warps_behind, num_stages=stages_behind,
     )
     d_leaves = [
         d if wide else d.to(t.dtype) for d, t, wide in zip(d_leaves[:{n_in}], leaves, _FOLD)

@@ -14,7 +14,7 @@ to matrices and use ``tl.dot``.
 from __future__ import annotations
 
 
-def _mma_lines() -> tuple[str, str]:
+def _mma_lines(halves: tuple[int, ...]) -> tuple[str, str]:
     """tf32: columns 2 c and 2 c + 1 of a half are its contraction indices c and c + 4, in both operands alike."""
 
     def product(half: int, x: str, y: str) -> list[str]:
@@ -27,7 +27,7 @@ def _mma_lines() -> tuple[str, str]:
         return lines
 
     split, once, thrice = [], [], []
-    for i in range(8):
+    for i in range(4 * len(halves)):
         for name, at in (("a", 8 + i), ("b", 16 + i)):
             split += [
                 f"cvt.rna.tf32.f32 {name}{i}, ${at};",
@@ -36,8 +36,8 @@ def _mma_lines() -> tuple[str, str]:
             ]
             once.append(f"cvt.rna.tf32.f32 {name}{i}, ${at};")
     start = [f"mov.f32 ${i}, ${24 + i};" for i in range(8)]
-    high = [line for half in (0, 1) for line in product(half, "a", "b")]
-    low = [line for half in (0, 1) for line in (*product(half, "la", "b"), *product(half, "a", "lb"))]
+    high = [line for half in halves for line in product(half, "a", "b")]
+    low = [line for half in halves for line in (*product(half, "la", "b"), *product(half, "a", "lb"))]
     registers = [".reg .b32 a<8>;", ".reg .b32 b<8>;", ".reg .b32 la<8>;", ".reg .b32 lb<8>;", ".reg .f32 t;"]
     once = [*registers[:2], *start, *once, *high]
     thrice = [*registers, *start, *split, *low, *high]
@@ -45,7 +45,8 @@ def _mma_lines() -> tuple[str, str]:
     return pad.join(once), pad.join(thrice)
 
 
-_ONCE, _THRICE = _mma_lines()
+_ONCE, _THRICE = _mma_lines((0, 1))
+_ONCE_8, _THRICE_8 = _mma_lines((0,))
 
 _OUT_EARLY = ",".join(["=&f"] * 8)
 _F8 = ",".join(["f"] * 8)
@@ -130,6 +131,64 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 
 @_kernel
+def _half(x, i_n):
+    """Column half i_n of float32 tiles."""
+    half = tl.arange(0, 2)[None, :, None, None, None]
+    chosen = tl.where(half == i_n, x.to(tl.int32, bitcast=True), 0)  # of integers, so that the sum costs nothing
+    return tl.sum(chosen, 1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@_kernel
+def _mma_8(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """z + x y' where x and y are column halves. z may be one half, for both; x or y one tile for all of the other's."""
+    z = tl.broadcast_to(z, [z.shape[0], 2, 2, 2, 32])
+    if FAST:
+        x, y = tl.broadcast(x, y)
+        x, z = tl.broadcast(x, z)
+        y, z = tl.broadcast(y, z)
+        # said to be impure, or Triton would let it compute on halves and broadcast what comes out
+        if x.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{$8, $9}}, {{$12}}, {{$16, $17, $18, $19}};
+                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {{$4, $5, $6, $7}}, {{$8, $9}}, {{$13}}, {{$20, $21, $22, $23}};
+                """,
+                "{_OUT_EARLY},{_R8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+        elif PRECISION == "tf32x3":
+            return tl.inline_asm_elementwise(
+                """{{
+                {_THRICE_8}
+                }}""",
+                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                """{{
+                {_ONCE_8}
+                }}""",
+                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
+            )
+    else:
+        first = tl.arange(0, 2)[None, :, None, None, None] == 0
+        x, y = tl.where(first, x, 0.0).to(x.dtype), tl.where(first, y, 0.0).to(y.dtype)
+        return _mma(x, y, z, PRECISION, FAST)
+
+
+@_kernel
+def _held(x, unequal, FAST: tl.constexpr):
+    """x (finite) in a column half, to start sums of products from: each element in a register of its own.
+
+    ``unequal`` are numbers that the compiler cannot know to be equal: of equal ones it would keep one register, and
+    copy it before each product.
+    """
+    if FAST:
+        return x + 0.0 * unequal
+    else:
+        return x + tl.zeros([1, 1, 2, 2, 32], tl.float32)
+
+
+@_kernel
 def _picked(x, i_g):
     x, source = tl.broadcast(x, 4 * i_g + tl.arange(0, 32)[None, None, None, None, :] % 4)
     if x.dtype.primitive_bitwidth == 16:
@@ -210,14 +269,14 @@ def _sum_columns(x, FAST: tl.constexpr):
 
 
 @_kernel
-def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
-    """z, with the sums over the tiles and columns of x added in column 8 i_o + i_g."""
+def _sum_columns_into(z, x, i_g, OT: tl.constexpr, FAST: tl.constexpr):
+    """z, a column half, with the sums over the tiles and columns of x added in column i_g."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
-    half, column_8 = _tile_columns()
     if FAST and OT == tl.bfloat16:  # operands of 16 bits are good enough: a product with a column of ones sums them
-        ones = tl.where(8 * half + lane // 4 == 8 * i_o + i_g, 0x3F803F80, 0)
+        ones = tl.where(lane // 4 == i_g, 0x3F803F80, 0)
         x, ones = tl.broadcast(tl.sum(x, 0, keep_dims=True), ones)
-        return tl.inline_asm_elementwise(
+        x, z = tl.broadcast(x, z)
+        both = tl.inline_asm_elementwise(
             """{{
             .reg .b32 a<4>;
             cvt.rn.bf16x2.f32 a0, $17, $16;
@@ -225,13 +284,17 @@ def _sum_columns_into(z, x, i_o, i_g, OT: tl.constexpr, FAST: tl.constexpr):
             cvt.rn.bf16x2.f32 a2, $21, $20;
             cvt.rn.bf16x2.f32 a3, $23, $22;
             mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$24, $24}}, {{$8, $9, $10, $11}};
-            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$4, $5, $6, $7}}, {{a0, a1, a2, a3}}, {{$28, $28}}, {{$12, $13, $14, $15}};
+            mov.f32 $4, 0f00000000;
+            mov.f32 $5, 0f00000000;
+            mov.f32 $6, 0f00000000;
+            mov.f32 $7, 0f00000000;
             }}""",
-            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [z, x, ones],
-            dtype=tl.float32, is_pure=True, pack=8,
+            "{_OUT_EARLY},{_F8},{_F8},{_R8}", [z, x, ones], dtype=tl.float32, is_pure=True, pack=8,
         )
+        return _half(both, 0)
     else:
-        return tl.where((half == i_o) & (column_8 == i_g), z + _sum_columns(x, FAST), z)
+        half, column_8 = _tile_columns()
+        return tl.where(column_8 == i_g, z + _sum_columns(x, FAST), z)
 
 
 @_kernel
@@ -248,18 +311,18 @@ def _rows(within, rounded, x, i_g, FAST: tl.constexpr):
 
 
 @_kernel
-def _lead(since, i_o, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
-    """An operand with since in column 8 i_o + 2 i_u + ODD and zeros elsewhere."""
+def _lead(since, i_u, ODD: tl.constexpr, OT: tl.constexpr, FAST: tl.constexpr):
+    """A column half of an operand with since in column 2 i_u + ODD and zeros elsewhere."""
     lane = tl.arange(0, 32)[None, None, None, None, :]
-    half, column_8 = _tile_columns()
     if FAST and OT == tl.bfloat16:
         pair = tl.where(tl.arange(0, 2)[None, None, None, :, None] == ODD, since, 0.0).to(OT)
-        pair, place = tl.broadcast(pair, 4 * half + lane % 4)
-        pair, own = tl.broadcast(pair, 4 * i_o + i_u + 0 * place)
+        pair, place = tl.broadcast(pair, lane % 4)
+        pair, own = tl.broadcast(pair, i_u + 0 * place)
         return tl.inline_asm_elementwise(
             "{{ .reg .pred p; setp.eq.s32 p, $2, $4; selp.b32 $0, $1, 0, p; }}", "=r,r,r,r,r,r", [pair, place, own],
             dtype=tl.bfloat16, is_pure=True, pack=2,
         )
     else:
-        return tl.where((half == i_o) & (column_8 == 2 * i_u + ODD), since, 0.0).to(OT)
+        half, column_8 = _tile_columns()
+        return tl.where(column_8 == 2 * i_u + ODD, since, 0.0).to(OT)
 '''

@@ -29,6 +29,12 @@ class TritonPrinter(Printer):
     def number(self, value: sympy.Expr) -> tuple[str, int]:
         return super().number(sympy.Float(value))
 
+    def mul(self, expr: sympy.Expr) -> tuple[str, int]:
+        # Triton's minus subtracts from 0, an instruction of its own; a product with -1 becomes part of its neighbours.
+        if expr.as_coeff_Mul()[0] == -1:
+            return f"-1.0 * {self.at(-expr, MUL)}", MUL
+        return super().mul(expr)
+
     def power(self, base: sympy.Expr, exponent: sympy.Expr) -> tuple[str, int]:
         if exponent.is_Integer and 2 <= exponent <= 8:
             return " * ".join([self.at(base, 5)] * int(exponent)), MUL

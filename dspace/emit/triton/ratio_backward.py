@@ -148,43 +148,39 @@ def local_kernel(words: Words) -> str:
         lines.append(f"        {n} = {n} + (_get({at}, live_column & (channel < K)).to(tl.float32),)")
     lines += [f"        {n} = {n} + (zero,)" for n in kept]
     lines += [f"    sum_{j} = tl.zeros([1, 2, 1, 2, 32], tl.float32)" for j in range(sums)]
-    lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
-    lines += start_lines(words, 8)
-    lines += ["        for i_o in tl.static_range(2):", "            first_g = first_v + 8 * i_o"]
+    lines += ["    for i_v in range((V + 7) // 8):", "        first_g = i_v * 8", *start_lines(words, 8)]
     first, second = reads[: plan.output_reads], reads[plan.output_reads :]
-    lines += octet(words, [*channels, *(f"d_{r}" for r in first)], 12)
-    lines += scaled(words, first, 12)
+    lines += octet(words, [*channels, *(f"d_{r}" for r in first)], 8)
+    lines += scaled(words, first, 8)
     if second:
-        lines += ["            if VARIANCE:", *octet(words, [f"d_{r}" for r in second], 16), *scaled(words, second, 16)]
-    lines += [
-        f"            all_{n} = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels" for n in parts
-    ]
-    lines.append("            for i_g in range(0, tl.minimum(8, V - first_g)):")
+        lines += ["        if VARIANCE:", *octet(words, [f"d_{r}" for r in second], 12), *scaled(words, second, 12)]
+    lines += [f"        all_{n} = tl.zeros([1, 2, 1, 2, 32], tl.float32)  # lane rows: value channels" for n in parts]
+    lines.append("        for i_g in range(0, tl.minimum(8, V - first_g)):")
     for guard, some in ((0, first), (1, second)):
         if guard and some:
-            lines.append(" " * 16 + "if VARIANCE:")
-        lines += [" " * (16 + 4 * guard) + f"d_{r} = _pick(d_{r}_8, i_g, FAST)" for r in some]
+            lines.append(" " * 12 + "if VARIANCE:")
+        lines += [" " * (12 + 4 * guard) + f"d_{r} = _pick(d_{r}_8, i_g, FAST)" for r in some]
     valued = words.tensors("v", plan.values)
-    lines += [" " * 16 + f"{n} = _pick({n}_8, i_g, FAST)" for n in channels if n not in valued]
-    lines += write_lines(words, False, 16)
-    lines += tuples([f"new_{n}" for n in kept], 16)
-    lines.append(" " * 16 + "for i_s in tl.static_range(N):")
-    lines.append(" " * 20 + "channel = first_k + i_s * 16 * I + o_k + row")
-    lines += state_lines(words, True, 20)
+    lines += [" " * 12 + f"{n} = _pick({n}_8, i_g, FAST)" for n in channels if n not in valued]
+    lines += write_lines(words, False, 12)
+    lines += tuples([f"new_{n}" for n in kept], 12)
+    lines.append(" " * 12 + "for i_s in tl.static_range(N):")
+    lines.append(" " * 16 + "channel = first_k + i_s * 16 * I + o_k + row")
+    lines += state_lines(words, True, 16)
     wide = dict(words.names) | {t.name: f"{words.of(t)}[i_s]" for t in plan.tensors if words.of(t) in queried}
     different = cases[True] != cases[False]
     for variance, case in cases.items():
         if variance and not different:
             continue
-        pad = 20
+        pad = 16
         if different:
-            lines.append(" " * 20 + ("if VARIANCE:" if variance else "if not VARIANCE:"))
-            pad = 24
+            lines.append(" " * 16 + ("if VARIANCE:" if variance else "if not VARIANCE:"))
+            pad = 20
         exprs = {f"d_{s}": e for s, e in zip(states, case.states, strict=True)}
         exprs |= {f"d_{n}_tile": e for n, e in {**case.queries, **case.beside}.items()}
         extra = [j for j, e in enumerate(case.sums) if e not in case.states]
         exprs |= {f"sum_{j}_tile": case.sums[j] for j in extra}
-        lines += statements(exprs, wide, pad)
+        lines += statements({n: words.shown(e) for n, e in exprs.items()}, wide, pad)
         for n, e in exprs.items():
             if not words.whole(e):
                 lines.append(" " * pad + f"{n} = {n} + zero")
@@ -193,7 +189,7 @@ def local_kernel(words: Words) -> str:
         for j, e in enumerate(case.sums):
             tile = f"sum_{j}_tile" if j in extra else f"d_{states[case.states.index(e)]}"
             lines.append(" " * pad + f"sum_{j} += tl.sum(tl.sum({tile}, 2, keep_dims=True), 0, keep_dims=True)")
-    space = " " * 20
+    space = " " * 16
     for i, s in enumerate(plan.states):
         n = states[i]
         more = f" + d_{n}" if plan.exclusive else ""  # the chunk's first read comes before its first decay
@@ -216,15 +212,15 @@ def local_kernel(words: Words) -> str:
     lines += [
         f"{space}side = {' + '.join(sides[n])}\n{space}of_{n} = side if i_s == 0 else of_{n} + side" for n in parts
     ]
-    lines += [" " * 16 + f"{n} = new_{n}" for n in kept]
+    lines += [" " * 12 + f"{n} = new_{n}" for n in kept]
     lines += [
-        " " * 16 + f"all_{n} = tl.where(lane_row == i_g, _sum_rows_rounded(of_{n}, OT, FAST), all_{n})" for n in parts
+        " " * 12 + f"all_{n} = tl.where(lane_row == i_g, _sum_rows_rounded(of_{n}, OT, FAST), all_{n})" for n in parts
     ]
     lines += [
-        "            own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)",
-        "            at_part = (own * V + first_g + lane_row) * 16 + column",
+        "        own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)",
+        "        at_part = (own * V + first_g + lane_row) * 16 + column",
     ]
-    lines += [f"            _put({n}_part + at_part, all_{n}, first_g + lane_row < V)" for n in parts]
+    lines += [f"        _put({n}_part + at_part, all_{n}, first_g + lane_row < V)" for n in parts]
     lines += ["    for i_s in tl.static_range(N):", "        channel = first_k + i_s * 16 * I + o_k + row"]
     lines += ["        at_k = slot * 16 * K + column * K + channel"]
     show = RatioPrinter({t.name: f"raw_{words.of(t)}" for t in plan.tensors})

@@ -138,29 +138,28 @@ def reads_kernel(words: Words) -> str:
     if valued:
         lines += ["    if NK == 1 and AHEAD >= 1:", *octet(words, valued, 8, "0", "next_")]
     lines += ["    if NK == 1 and AHEAD >= 2:", *start_lines(words, 8, "0", "next_")]
-    lines += ["    for i_v in range((V + 15) // 16):", "        first_v = i_v * 16"]
+    lines += ["    for i_v in range((V + 7) // 8):", "        first_g = i_v * 8"]
     sums = [f"sum_{r}" for r in reads]
-    lines += [f"        {n} = tl.zeros([1, 2, 2, 2, 32], tl.float32)  # columns: value channels" for n in sums]
+    lines += [f"        {n} = tl.zeros([1, 1, 2, 2, 32], tl.float32)  # columns: value channels" for n in sums]
     lines += ["        for i_k in range(NK):", "            if NK > 1:", *slab(16, "i_k * 16 * I * N")]
     lines += ["            if NK == 1 and AHEAD >= 2:  # loads are under way while others are at work"]
-    lines += [f"                {n} = next_{n}" for n in names] + start_lines(words, 16, "(first_v + 16)", "next_")
+    lines += [f"                {n} = next_{n}" for n in names] + start_lines(words, 16, "(first_g + 8)", "next_")
     lines += ["            else:", *start_lines(words, 16)]
-    lines += ["            for i_o in range(2):", "                first_g = first_v + 8 * i_o"]
     if valued:
-        lines += ["                if NK == 1 and AHEAD >= 1:", *(" " * 20 + f"{n}_8 = next_{n}_8" for n in valued)]
-        lines += octet(words, valued, 20, "(first_g + 8)", "next_")
-        lines += ["                else:", *octet(words, valued, 20)]
+        lines += ["            if NK == 1 and AHEAD >= 1:", *(" " * 16 + f"{n}_8 = next_{n}_8" for n in valued)]
+        lines += octet(words, valued, 16, "(first_g + 8)", "next_")
+        lines += ["            else:", *octet(words, valued, 16)]
     lines += [
-        "                for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):",
-        "                    for i_j in tl.static_range(UNROLL):",
-        "                        i_g = UNROLL * i_u + i_j",
+        "            for i_u in range(0, tl.minimum(8 // UNROLL, tl.cdiv(V - first_g, UNROLL))):",
+        "                for i_j in tl.static_range(UNROLL):",
+        "                    i_g = UNROLL * i_u + i_j",
     ]
-    lines += write_lines(words, True, 24)
+    lines += write_lines(words, True, 20)
     for n in beside:
         at = f"{n}_in + start * V + row * H * V + first_g + i_g"
-        lines.append(" " * 24 + f"{n}_t = _get({at}, live_row).to(tl.float32)")
-    lines += [" " * 24 + "for i_s in tl.static_range(N):"]
-    lines += state_lines(words, False, 28)
+        lines.append(" " * 20 + f"{n}_t = _get({at}, live_row).to(tl.float32)")
+    lines += [" " * 20 + "for i_s in tl.static_range(N):"]
+    lines += state_lines(words, False, 24)
     local = dict(words.names)
     local |= {t.name: f"{words.of(t)}[i_s]" for t in plan.tensors if words.of(t) in queried}
     local |= {t.name: f"{words.of(t)}_t" for t in plan.tensors if words.of(t) in beside}
@@ -168,10 +167,10 @@ def reads_kernel(words: Words) -> str:
     for guard, part in ((0, range(count)), (1, range(count, len(reads)))):
         if not part:
             continue
-        pad = 28 + 4 * guard
+        pad = 24 + 4 * guard
         if guard:
-            lines.append(" " * 28 + "if VARIANCE:")
-        lines += statements({f"y_{reads[j]}": words.body(j) for j in part}, local, pad)
+            lines.append(" " * 24 + "if VARIANCE:")
+        lines += statements({f"y_{reads[j]}": words.shown(words.body(j)) for j in part}, local, pad)
         for r in (reads[j] for j in part):
             if not words.whole(words.body(reads.index(r))):
                 lines.append(" " * pad + f"y_{r} = y_{r} + zero")
@@ -185,12 +184,12 @@ def reads_kernel(words: Words) -> str:
             ]
     for j, r in enumerate(reads):
         if j == count:
-            lines.append(" " * 24 + "if VARIANCE:")
-        pad = 24 + 4 * (j >= count)
-        lines.append(" " * pad + f"sum_{r} = _sum_columns_into(sum_{r}, total_{r}, i_o, i_g, OT, FAST)")
+            lines.append(" " * 20 + "if VARIANCE:")
+        pad = 20 + 4 * (j >= count)
+        lines.append(" " * pad + f"sum_{r} = _sum_columns_into(sum_{r}, total_{r}, i_g, OT, FAST)")
     lines += [
-        "        at_v = start * V + row * H * V + first_v + column",
-        "        m_out = live_row & (first_v + column < V)",
+        "        at_v = start * V + row * H * V + first_g + column_8",
+        "        m_out = live_row & (first_g + column_8 < V)",
     ]
     for j, r in enumerate(reads):
         pad = 8

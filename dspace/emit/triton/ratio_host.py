@@ -31,10 +31,9 @@ def _reads_proposals(K, V, dtype):
     if dtype != torch.bfloat16:  # twice the registers for operands
         return [(1, min(tiles, 2), 2, 0, 0)]
     N = _cdiv(tiles, _cdiv(tiles, 6))
-    first = (1, N, 2, 168 if 1 < N < 4 else 0, 2 if N == 1 else 1)
-    others = [(1, 1, 2, 128, 0)] if N == 1 else [(1, N, 4, 0, 1)] if N == 4 else []
-    others += [(2, N // 2, 2, 0, 0 if N > 4 else 1)] if N > 1 and N % 2 == 0 else []
-    return [first, *(x for x in others if x != first)]
+    first = (1, N, 2, 168 if 1 < N < 4 else 0, 0 if N > 4 else 2 if N in (1, 4) else 1)
+    others = [(1, 1, 2, 0, 0)] if N == 1 else [(1, N, 4, 168, 1)] if N < 4 else [(1, N, 2, 0, 1)]
+    return [first, *others]
 
 
 def _states_proposals(K, V, dtype):
@@ -47,9 +46,10 @@ def _states_proposals(K, V, dtype):
 def _local_proposals(K, V, dtype):
     """(I, N, registers) of the kernel of local adjoints, which has a program for each slab."""
     tiles = _cdiv(K, 16)
-    if dtype != torch.bfloat16 or tiles == 1:
+    if dtype != torch.bfloat16:
         return [(1, 1, 0)]
-    return [(2, 1, 0), (1, 1, 0)] if tiles % 2 == 0 else [(1, 1, 0), (1, 3, 0)]
+    one = (1, 1, 168)  # three warps at a time where two would have registers to spare
+    return [(2, 1, 0), one] if tiles % 2 == 0 else [one, (1, 1, 0)]
 
 
 def _settle_tiles(K, V):

@@ -199,6 +199,11 @@ def settle_kernel(words: Words) -> str:
             f"        direct_{d} += tl.load(direct_{d}_part + (i_s * slots + slot) * 16 + o_c, mask=live, other=0.0)",
             f"    along = direct_{d} - wrote_{d}",
             f"    product = tl.sum({here}, 0)",
-            f"    tl.store(d_decay_{d} + start + at, product - tl.cumsum(along, 0) {shift}, mask=live)",
+            f"    d_decay = product - tl.cumsum(along, 0) {shift}",
+            "    # of a decay that leaves nothing it is a difference of equal sums: nothing, to the last digit of either",
+            f"    before = tl.load(sums_{d} + start + at - H, mask=live & (o_c > 0), other=0.0)",
+            f"    part = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
+            "    d_decay = tl.where(part - before < -16.0, 0.0, d_decay)",
+            f"    tl.store(d_decay_{d} + start + at, d_decay, mask=live)",
         ]
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ state and have no cotangent; channels that pad a size are taken out where a body
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -108,14 +109,17 @@ def _products(exprs: list[sympy.Expr]) -> tuple[list[tuple[sympy.Symbol, sympy.E
     """Name the pair of factors that most products have in common, again and again.
 
     Products are the terms of the expressions. What is left multiplies each tile as seldom as a person would: a
-    gradient becomes the product of another one and a factor.
+    gradient becomes the product of another one and a factor. Of pairs as common as each other, one that is a term
+    itself costs nothing; adjoints of states stand first, and what comes later is added up, where a product is free.
     """
     terms = [[_Product(t) for t in sympy.Add.make_args(e)] for e in exprs]
     every = [t for row in terms for t in row]
     named: list[tuple[sympy.Symbol, sympy.Expr]] = []
     while True:
         seen = Counter(p for t in every for p in t.pairs())
-        pair, times = min(seen.items(), key=lambda x: (-x[1], str(x[0])), default=(None, 0))
+        term = {p: i for i, t in reversed([*enumerate(every)]) if len(t.factors) == 2 for p in t.pairs()}
+        order = {p: (-times, term.get(p, len(every)), str(p)) for p, times in seen.items()}
+        pair, times = min(seen.items(), key=lambda x: order[x[0]], default=(None, 0))
         if pair is None or times < 2:
             break
         symbol = sympy.Symbol(f"p{len(named)}", real=True)
@@ -191,6 +195,33 @@ class Words:
     @property
     def parameters(self) -> list[str]:
         return [self.names[p.name] for p in self.plan.parameters]
+
+    @functools.cached_property
+    def held(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """States that bodies read only in a sum with the same number of the head, and that number.
+
+        As a prior precision. Sums of products start from it, which saves an addition of each element.
+        """
+        small = {p.symbol for p in self.plan.parameters} | {sympy.Symbol("scale", positive=True)}
+        found = {}
+        for symbol in (s.symbol for s in self.plan.states):
+            offsets: set[sympy.Expr] = set()
+
+            def offset(total: sympy.Expr, offsets: set[sympy.Expr] = offsets) -> sympy.Expr:
+                offsets.add(sympy.Add(*(t for t in total.args if t.free_symbols <= small)))
+                return sympy.Dummy()
+
+            def shifted(e: sympy.Expr, symbol: sympy.Symbol = symbol) -> bool:
+                return e.is_Add and symbol in e.args
+
+            rest = [body.replace(shifted, offset) for body in self.plan.bodies]
+            if len(offsets) == 1 and 0 not in offsets and not any(symbol in e.free_symbols for e in rest):
+                found[symbol] = offsets.pop()
+        return found
+
+    def shown(self, expr: sympy.Expr) -> sympy.Expr:
+        """``expr`` in terms of what stands for the states in kernels: those of :attr:`held` with their offset."""
+        return expr.xreplace({s: s - offset for s, offset in self.held.items()})
 
     @property
     def sums(self) -> list[str]:
@@ -277,6 +308,11 @@ def chunk_start(words: Words, backward: bool) -> list[str]:
             ]
     lines += [f"    {p} = tl.load({p}_in + i_h).to(tl.float32)" for p in words.parameters]
     lines.append("    zero = tl.zeros([I, 2, 2, 2, 32], tl.float32)")
+    # of halves with no part that is always 0; tokens that a column of back, or a row of within, does not see are not in it
+    unequal = "_half(back_0.to(tl.float32), 1)" if backward else "_half(within_0, 0)"
+    show = RatioPrinter(words.names)
+    for symbol, offset in words.held.items():
+        lines.append(f"    held_{words.of(symbol)} = _held({show(offset)}, {unequal}, FAST)")
     return lines
 
 
@@ -330,14 +366,14 @@ def operands(words: Words) -> list[str]:
     return [f"key_{j} = {text}.to(OT)" for j, text in enumerate(plain)]
 
 
-def start_lines(words: Words, indent: int, first: str = "first_v", prefix: str = "") -> list[str]:
-    """States at the chunk's start for 16 value channels (rows: key channels, columns: value channels)."""
+def start_lines(words: Words, indent: int, first: str = "first_g", prefix: str = "") -> list[str]:
+    """States at the chunk's start for 8 value channels (rows: key channels, columns: value channels)."""
     names = [f"{prefix}{s}_0" for s in words.states]
     lines = tuples(names, 0)
     lines += ["for i_s in tl.static_range(N):", "    channel = first_k + i_s * 16 * I + o_k + row"]
-    lines += [f"    at_tile = ({first} + column) * K + channel"]
+    lines += [f"    at_tile = ({first} + column_8) * K + channel"]
     for i, n in enumerate(names):
-        load = f"_get(chunks + (slot * {len(names)} + {i}) * V * K + at_tile, ({first} + column < V) & (channel < K))"
+        load = f"_get(chunks + (slot * {len(names)} + {i}) * V * K + at_tile, ({first} + column_8 < V) & (channel < K))"
         lines.append(f"    {n} = {n} + ({load}.to(OT),)")
     return [" " * indent + line for line in lines]
 
@@ -361,19 +397,20 @@ def scaled(words: Words, names: Iterable[str], indent: int) -> list[str]:
 def state_lines(words: Words, transposed: bool, indent: int) -> list[str]:
     """States of every token of the chunk for one value channel: start state and writes, each a product.
 
-    Rows are tokens and columns key channels, or the other way round if ``transposed``.
+    To a state that bodies read with an offset (``words.held``) it is added already. Rows are tokens and columns key channels, or the other way round if ``transposed``.
     """
     lines = []
     for s in words.plan.states:
         name = words.of(s.symbol)
 
-        def product(left: str, right: str, more: str) -> str:
+        def product(function: str, left: str, right: str, more: str) -> str:
             x, y = (right, left) if transposed else (left, right)
-            return f"_mma({x}, {y}, {more}, PRECISION, FAST)"
+            return f"{function}({x}, {y}, {more}, PRECISION, FAST)"
 
-        lines.append(f"{name} = {product(f'lead_{s.group}', f'{name}_0[i_s]', 'zero')}")
+        more = f"held_{name}" if s.symbol in words.held else "zero"
+        lines.append(f"{name} = {product('_mma_8', f'lead_{s.group}', f'{name}_0[i_s]', more)}")
         for w in s.writes:
-            lines.append(f"{name} = {product(f'rows_{w.value}_{s.group}', f'key_{w.key}[i_s]', name)}")
+            lines.append(f"{name} = {product('_mma', f'rows_{w.value}_{s.group}', f'key_{w.key}[i_s]', name)}")
     return [" " * indent + line for line in lines]
 
 
@@ -388,9 +425,8 @@ def write_lines(words: Words, forward: bool, indent: int) -> list[str]:
     lines += [f"{n} = _pick({n}_8, i_g, FAST)" for n in picked]
     lines += [f"value_{j} = {show(v)}" for j, v in enumerate(words.plan.values) if not (forward and j in plain)]
     for d in range(len(words.plan.decays)):
-        own = "(half == i_o) & (column_8 == i_g)"
-        lead = f"_lead(since_{d}, i_o, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)"
-        lines.append(f"lead_{d} = {lead if forward else f'tl.where({own}, since_{d}, 0.0).to(OT)'}")
+        lead = f"_lead(since_{d}, UNROLL // 2 * i_u + i_j // 2, i_j % 2, OT, FAST)"
+        lines.append(f"lead_{d} = {lead if forward else f'tl.where(column_8 == i_g, since_{d}, 0.0).to(OT)'}")
     for j, d in words.rows():
         product = f"_rows(within_{d}, rounded_{d}, {plain[j]}_8, i_g, FAST)" if j in plain else ""
         lines.append(f"rows_{j}_{d} = {product or f'(within_{d} * value_{j}).to(OT)'}")
