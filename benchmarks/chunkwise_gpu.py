@@ -3,7 +3,8 @@
     python benchmarks/chunkwise_gpu.py [--only NAME ...] [--peer] [--seconds N] [--json FILE]
 
 bf16 inputs, medians of ``triton.testing.do_bench``, milliseconds. A variant is timed only after its outputs and every
-gradient agree with the float64 reference on a small problem; otherwise its row says so instead of a time.
+gradient agree with the float64 reference on a small problem; otherwise its row says so instead of a time. ``graph_``:
+replayed from a CUDA graph, without the time that Python takes to launch.
 fla-core autotunes for minutes at its first call: what it tries is compiled before, by a process for each of its
 operators and shapes, and its own choice is made later, on an idle GPU. It refuses the gated backward of simple_gla on
 Hopper with Triton 3.4 to 3.7.0, which miscompile it: the refusal is lifted here, to time it and nothing else. Its
@@ -90,6 +91,24 @@ def time(op: Callable[..., tuple], inputs: list[torch.Tensor], backward: bool = 
     return forward, bench(both)
 
 
+def graphed(op: Callable[..., tuple], inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """Median milliseconds of the same replayed from a CUDA graph: without the time that the host takes to launch."""
+    bare = [t.detach() for t in inputs]
+    cotangent = torch.randn_like(op(*bare)[0])
+    found = []
+    for call in (lambda: op(*bare), lambda: torch.autograd.grad(op(*inputs)[0], inputs, cotangent)):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        found.append(triton.testing.do_bench(graph.replay, warmup=25, rep=150, quantiles=[0.5]))
+        del graph
+    return found[0], found[1]
+
+
 def peer(name: str) -> Callable[..., tuple] | None:
     """fla-core's operator for the same variant; None without it."""
     try:
@@ -148,7 +167,9 @@ def main() -> None:
             error = worst_error(module, *shape[-2:])
             row = {"variant": name, "shape": label, "sizes": shape, "error": error}
             if error < LIMIT:
-                row["fwd"], row["fwd_bwd"] = time(getattr(module, f"chunk_{name}"), draw(module, shape))
+                op = getattr(module, f"chunk_{name}")
+                row["fwd"], row["fwd_bwd"] = time(op, draw(module, shape))
+                row["graph_fwd"], row["graph_fwd_bwd"] = graphed(op, draw(module, shape))
                 found = peer(name) if asked.peer else None
                 if found is not None:
                     row["peer_fwd"], row["peer_fwd_bwd"] = time(found, draw(module, shape), label in PEER_BACKWARD)

@@ -17,7 +17,7 @@ import json
 
 import torch
 import triton
-from chunkwise_gpu import LIMIT, draw, time, worst_error
+from chunkwise_gpu import LIMIT, draw, graphed, time, worst_error
 
 import dspace
 
@@ -44,26 +44,6 @@ def peak(module, inputs: list[torch.Tensor]) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def graphed(module, inputs: list[torch.Tensor]) -> tuple[float, float]:
-    """Milliseconds of forward and of forward + backward replayed from a CUDA graph: without the host's time."""
-    op = getattr(module, f"chunk_{module.SPEC['name']}")
-    cotangent = torch.randn(inputs[2].shape, device="cuda", dtype=inputs[2].dtype)
-    bare = [t.detach() for t in inputs]
-    found = []
-    for call in (lambda: op(*bare), lambda: torch.autograd.grad(op(*inputs)[0], inputs, cotangent)):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        found.append(triton.testing.do_bench(graph.replay, warmup=25, rep=150, quantiles=[0.5]))
-        del graph
-    return found[0], found[1]
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--json", help="also write the rows there")
@@ -78,7 +58,7 @@ def main() -> None:
             inputs = draw(module, shape)
             row["peak_MiB"] = peak(module, inputs)
             row["fwd"], row["fwd_bwd"] = time(module.chunk_palimpsa, inputs)
-            row["graph_fwd"], row["graph_fwd_bwd"] = graphed(module, inputs)
+            row["graph_fwd"], row["graph_fwd_bwd"] = graphed(module.chunk_palimpsa, inputs)
             row["published_fwd"], row["published_fwd_bwd"] = PUBLISHED[label]
             del inputs
         rows.append(row)

@@ -12,6 +12,8 @@ import traceback
 import types
 from pathlib import Path
 
+import torch
+
 import dspace.math
 import dspace.spec
 from dspace.emit import module
@@ -39,6 +41,23 @@ def build(text: str) -> types.ModuleType:
     return made
 
 
+def of_shut_gates(made: types.ModuleType, gate: float) -> float:
+    """The largest gradient of a log decay of a token that forgets all, beside the largest of the others."""
+    from triton_interpreted import draw
+
+    generator, sizes = torch.Generator().manual_seed(1), {"": (), "k": (12,), "v": (5,)}
+    inputs = [draw(v["domain"], (2, 35, 2, *sizes[v["axes"]]), generator) for v in made.SPEC["inputs"]]
+    parameters = [draw(p["domain"], (2, *sizes[p["axes"]]), generator) for p in made.SPEC["parameters"]]
+    decay = next(x for x, v in zip(inputs, made.SPEC["inputs"], strict=True) if v["domain"] == "nonpositive")
+    decay.view(-1)[::3] = gate
+    decay.requires_grad_()
+    states = [None for _ in made.SPEC["states"]]
+    output, *_ = made._CORES["cuda", "chunk"](*inputs, *parameters, *states, 0.4, None, False)
+    (grad,) = torch.autograd.grad(output, [decay], torch.randn(output.shape, generator=generator))
+    shut = decay.detach() == gate
+    return float(grad[shut].abs().max() / grad[~shut].abs().max())
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     from triton_interpreted import errors
@@ -50,6 +69,8 @@ if __name__ == "__main__":
             if case["window"]:
                 made.__dict__["_windows"] = lambda T, *_, size=case["window"]: [*range(0, T, size), T]
             found[case["id"]] = errors(made, case["steps"], case["sizes"], case["packed"], lean=case["lean"])
+            if case.get("gate"):
+                found[case["id"]]["of shut gates"] = of_shut_gates(made, case["gate"])
         except Exception as error:  # reported by the test that asked
             traceback.print_exc(limit=-3)
             found[case["id"]] = {f"{type(error).__name__}: {error}"[:300]: float("inf")}
