@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from dspace.runtime import offline, tuned, tuning, versions
 from dspace.runtime.cache import Cache
 from dspace.runtime.compiler import compile
+from dspace.runtime.load import load_file
 
 pytest.importorskip("triton")
 
@@ -80,3 +84,18 @@ def test_the_shipped_table_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     tuned.shipped.cache_clear()
     assert tuned.shipped("cuda") == {"family 16": [32, [16, 2]], "family 64": [64, [32, 4]]}
     tuned.shipped.cache_clear()
+
+
+def test_what_is_shipped_is_among_what_kernels_propose():
+    """Else it would be dead weight: a choice that is no proposal any more is ignored."""
+    proposals = {}
+    for path in sorted((Path(__file__).parents[2] / "kernels").glob("[a-z]*.py")):
+        made = load_file(path, path.stem)
+        for function, family, own in re.findall(r"_chosen\((\w+), [\"'](\w+) ?[\"']( \+ _ID)?", path.read_text()):
+            proposals[f"{family} {made._ID}" if own else family] = getattr(made, function)
+    for table in json.loads(tuned.SHIPPED.read_text()).values():
+        for key, config in table.items():
+            family = max((f for f in proposals if key.startswith(f + " ")), key=len)
+            words = key[len(family) + 1 :].split()
+            sizes = [getattr(torch, w[6:]) if w.startswith("torch.") else json.loads(w.lower()) for w in words]
+            assert tuned._tuples(config) in proposals[family](*sizes), key

@@ -72,7 +72,7 @@ def _fold_forward(*arguments, save=True):
         _fold_states_kernel, (matrix + H * chunks, 1, 1),
         ({"".join(f"leaves[{i}], " for i in written)}*total, *local, key, value, {sums}start, states, final, offsets, bases, spans),
         (scale, matrix, T, NT, H), (), K=K, V=V, C=C, BK=tile_k, BV=tile_v, OT=OT, PRECISION=precision,
-        PACKED=packed, num_warps=state_warps, num_stages=state_stages,
+        PACKED=packed, num_warps=state_warps, num_stages=min(state_stages, 3),  # room for the programs of chunks beside
     )
     BW = _tile(K, 32)
     for state in zip(total, local, starts, borders, ends):
