@@ -102,6 +102,11 @@ update = "exp(decay_0) * zero + border * full_key_0**2"
 output = "scale * sum_k(B * key_0 / (row + zero))"
 """
 
+# Both states are read with an offset, and nowhere without it: sums of products start from it.
+OFFSETS = EXCLUSIVE.replace("exclusive_ratio", "offset_ratio").replace(
+    "S * q / (c + R)", "q * tanh(c + S) / (c / 2 + 1 + R)"
+)
+
 # A divisor that is its own state, so that it is 0 beyond the last channel.
 BARE = """
 name = "bare_divisor"
@@ -153,6 +158,7 @@ CASES = [
     case("many in slabs, packed", MANY, 75, 33, 2, packed=True),
     case("read before", EXCLUSIVE, 40, 12, 5, window=16),
     case("lasting", LASTING, 35, 12, 5),
+    case("offsets", OFFSETS, 40, 12, 5, window=16),
     case("named", NAMED, 20, 5, 3),
     case("bare divisor", BARE, 20, 20, 5),
     case("bare divisor, one token", BARE, 1, 16, 3),
@@ -235,6 +241,18 @@ def test_what_the_plan_splits() -> None:
     assert plan.output is not None and plan.output_reads == 2
     made = {t.name: t.axes for t in plan.tensors if t.name.startswith("made")}
     assert set(made.values()) == {"k"}  # the gate and the parameter in the bodies
+
+
+def test_sums_start_from_what_states_are_read_with() -> None:
+    def held(text: str) -> int:
+        section = ratio.section(dspace.math.analyse(dspace.spec.loads(text)))
+        assert section is not None
+        return section.code.count(" = _held(")
+
+    assert held(OFFSETS) == 4  # two states in two kernels
+    assert held(EXCLUSIVE) == 2
+    assert held(EXCLUSIVE.replace("(c + R)", "(c + R) / (2 * c + R)")) == 0  # there is no one number
+    assert held(EXCLUSIVE.replace("S * q", "S * R * q")) == 0  # R is read without it too
 
 
 def test_a_cotangent_is_a_product_of_another() -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import sympy
 
+from dspace.emit.triton.ratio_expressions import RatioPrinter, statements
 from dspace.emit.triton.ratio_text import (
     OPTIONS,
-    RatioPrinter,
     Words,
     chunk_start,
     kept_keys,
@@ -29,7 +29,6 @@ from dspace.emit.triton.ratio_text import (
     signature,
     start_lines,
     state_lines,
-    statements,
     tuples,
     write_lines,
 )

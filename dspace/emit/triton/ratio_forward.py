@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dspace.emit.triton.ratio_expressions import RatioPrinter, statements
 from dspace.emit.triton.ratio_text import (
     OPTIONS,
-    RatioPrinter,
     Words,
     chunk_start,
     key_lines,
@@ -13,7 +13,6 @@ from dspace.emit.triton.ratio_text import (
     signature,
     start_lines,
     state_lines,
-    statements,
     tuples,
     write_lines,
 )

@@ -12,7 +12,8 @@ chunks (THEORY.md section 3c, identities G1 and G2).
 from __future__ import annotations
 
 from dspace.emit.triton.ratio_backward import chain, kept_sums
-from dspace.emit.triton.ratio_text import OPTIONS, RatioPrinter, Words, operands, signature
+from dspace.emit.triton.ratio_expressions import RatioPrinter
+from dspace.emit.triton.ratio_text import OPTIONS, Words, operands, signature
 
 
 def carry_kernel(words: Words) -> str:
