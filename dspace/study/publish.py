@@ -133,7 +133,7 @@ def table(results: Results, lines: Sequence[Line], command: str) -> str:
             f"| {first.metrics.get('state_bytes', 0):.0f} | {fmean(line.values('tokens_per_second', False)):.3g} "
             f"| {fmean(seconds) / 60:.2f} |"
         )
-    if len(best) > 1:
+    if len(best) > 1 and max(len(line.trials) for line in best) > 1:  # of one seed each nothing can be said
         text += ["", f"Differences of {best[0].name} to the others, over the seeds that both have:", ""]
         text += [f"- {difference(best[0], other, metric)}" for other in best[1:]]
     text += [
