@@ -45,12 +45,46 @@ def _mma_lines(halves: tuple[int, ...]) -> tuple[str, str]:
     return pad.join(once), pad.join(thrice)
 
 
-_ONCE, _THRICE = _mma_lines((0, 1))
-_ONCE_8, _THRICE_8 = _mma_lines((0,))
-
 _OUT_EARLY = ",".join(["=&f"] * 8)
 _F8 = ",".join(["f"] * 8)
 _R8 = ",".join(["r"] * 8)
+
+
+def _assembly(halves: tuple[int, ...], pure: bool) -> str:
+    """The branches of a product over these column halves, by type and precision of its operands."""
+    once, thrice = _mma_lines(halves)
+    shape, many = ("m16n8k16", 4) if len(halves) == 2 else ("m16n8k8", 2)
+    x = ", ".join(f"${8 + i}" for i in range(many))
+    lines = []
+    for n in (0, 1):
+        d, z = (", ".join(f"${4 * n + i + first}" for i in range(4)) for first in (0, 16))
+        y = ", ".join(f"${12 + n + 2 * half}" for half in halves)
+        lines.append(f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {{{d}}}, {{{x}}}, {{{y}}}, {{{z}}};")
+    bf16 = ("\n" + " " * 16).join(lines)
+    rest = f"[x, y, z], dtype=tl.float32, is_pure={pure}, pack=8"
+    return f'''
+        if x.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """
+                {bf16}
+                """,
+                "{_OUT_EARLY},{_R8},{_F8}", {rest},
+            )
+        elif PRECISION == "tf32x3":
+            return tl.inline_asm_elementwise(
+                """{{
+                {thrice}
+                }}""",
+                "{_OUT_EARLY},{_F8},{_F8},{_F8}", {rest},
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                """{{
+                {once}
+                }}""",
+                "{_OUT_EARLY},{_F8},{_F8},{_F8}", {rest},
+            )'''.strip("\n")
+
 
 TILES = f'''
 # Tiles: lane 4 g + c of a warp holds row 8 h + g and columns 8 n + 2 c + e of a 16 x 16 matrix, as [I, n, h, e, lane].
@@ -98,28 +132,7 @@ def _mma(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
         x, y = tl.broadcast(x, y)
         x, z = tl.broadcast(x, z)
         y, z = tl.broadcast(y, z)
-        if x.dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                """
-                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$12, $14}}, {{$16, $17, $18, $19}};
-                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$4, $5, $6, $7}}, {{$8, $9, $10, $11}}, {{$13, $15}}, {{$20, $21, $22, $23}};
-                """,
-                "{_OUT_EARLY},{_R8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
-            )
-        elif PRECISION == "tf32x3":
-            return tl.inline_asm_elementwise(
-                """{{
-                {_THRICE}
-                }}""",
-                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                """{{
-                {_ONCE}
-                }}""",
-                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=True, pack=8,
-            )
+{_assembly((0, 1), pure=True)}
     else:
         product = tl.dot(_matrix(x), tl.trans(_matrix(y)), input_precision=PRECISION)
         if y.shape[0] > 1:
@@ -147,28 +160,7 @@ def _mma_8(x, y, z, PRECISION: tl.constexpr, FAST: tl.constexpr):
         x, z = tl.broadcast(x, z)
         y, z = tl.broadcast(y, z)
         # said to be impure, or Triton would let it compute on halves and broadcast what comes out
-        if x.dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                """
-                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{$8, $9}}, {{$12}}, {{$16, $17, $18, $19}};
-                mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {{$4, $5, $6, $7}}, {{$8, $9}}, {{$13}}, {{$20, $21, $22, $23}};
-                """,
-                "{_OUT_EARLY},{_R8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
-            )
-        elif PRECISION == "tf32x3":
-            return tl.inline_asm_elementwise(
-                """{{
-                {_THRICE_8}
-                }}""",
-                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                """{{
-                {_ONCE_8}
-                }}""",
-                "{_OUT_EARLY},{_F8},{_F8},{_F8}", [x, y, z], dtype=tl.float32, is_pure=False, pack=8,
-            )
+{_assembly((0,), pure=False)}
     else:
         first = tl.arange(0, 2)[None, :, None, None, None] == 0
         x, y = tl.where(first, x, 0.0).to(x.dtype), tl.where(first, y, 0.0).to(y.dtype)
