@@ -1903,7 +1903,7 @@ def _fold_kernel(
         live = o_c < (end - begin).to(tl.int32)
         corner = begin * H + i_h
         at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
-        at_border = i_c.to(tl.int64) * H + i_h
+        at_chunk = i_c.to(tl.int64) * H + i_h
         o_v = (pid % NV) * BV + tl.arange(0, BV)
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
@@ -1928,7 +1928,7 @@ def _fold_kernel(
             x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
             write = x_b * x_k * x_k
             write = tl.where(m_ck, write, 0.0)
-            x_Ibar_start = tl.load(x_Ibar_border + at_border * K + o_k, mask=m_k, other=0.0)
+            x_Ibar_start = tl.load(x_Ibar_border + at_chunk * K + o_k, mask=m_k, other=0.0)
             x_Ibar = x_Ibar_since * x_Ibar_start[None, :]
             x_Ibar = tl.dot(x_Ibar_gap.to(OT), write.to(OT), x_Ibar, input_precision=PRECISION)
             if x_Ibar_out is not None:
@@ -1941,7 +1941,7 @@ def _fold_kernel(
                 if pid % NV == 0:
                     tl.store(query_out + corner * K + tile, query.to(query_out.dtype.element_ty), mask=m_ck)
             square = o_k[:, None] * V + o_v[None, :]
-            matrix = tl.load(states_in + at_border * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            matrix = tl.load(states_in + at_chunk * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
             scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)

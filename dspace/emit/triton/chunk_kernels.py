@@ -11,6 +11,15 @@ from dspace.math.ir import Variable
 PAD = " " * 12
 """Before the lines of the loop."""
 
+PLACE = """
+        o_c = tl.arange(0, C)
+        live = o_c < (end - begin).to(tl.int32)
+        corner = begin * H + i_h
+        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
+        at_chunk = i_c.to(tl.int64) * H + i_h
+""".strip("\n").splitlines()
+"""Tokens of chunk ``i_c`` of head ``i_h``, from ``begin`` to ``end``, and where they are."""
+
 LOOP = """
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)

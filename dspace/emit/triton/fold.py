@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 
 from dspace.emit.triton import fold_gradient, fold_host
-from dspace.emit.triton.chunk_kernels import LOOP, PAD, ChunkKernels
+from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold, VectorGroup
 from dspace.plan.affine import AffinePlan, kind
@@ -95,13 +95,8 @@ def _fold_states_kernel(
             sequences = (tl.num_programs(0) - MATRIX) // (H * NT)
             i_c = (i_c % sequences) * NT + i_c // sequences
         begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
-        o_c = tl.arange(0, C)
-        live = o_c < (end - begin).to(tl.int32)
-        corner = begin * H + i_h
-        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
-        at_chunk = i_c.to(tl.int64) * H + i_h
 '''.strip("\n").splitlines()
-    lines += writer.rows(used)
+    lines += [*PLACE, *writer.rows(used)]
     for state in group.states:
         lines += writer.decays(state)
     lines += [*LOOP, *writer.wide(used)]
@@ -136,15 +131,13 @@ def _fold_kernel(
     i_c = pid // (NV * H)
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
-        o_c = tl.arange(0, C)
-        live = o_c < (end - begin).to(tl.int32)
-        corner = begin * H + i_h
-        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
-        at_border = i_c.to(tl.int64) * H + i_h
+'''.strip("\n").splitlines()
+    lines += PLACE
+    lines += """
         o_v = (pid % NV) * BV + tl.arange(0, BV)
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
-'''.strip("\n").splitlines()
+""".strip("\n").splitlines()
     lines += writer.rows(writer.leaves)
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.decay_sums(state)
@@ -161,7 +154,7 @@ def _fold_kernel(
         lines += writer.statements({"write": group.write(state)}, names, 12)
         lines += [
             f"{PAD}write = tl.where(m_ck, write, 0.0)",
-            f"{PAD}{s}_start = tl.load({s}_border + at_border * K + o_k, mask=m_k, other=0.0)",
+            f"{PAD}{s}_start = tl.load({s}_border + at_chunk * K + o_k, mask=m_k, other=0.0)",
             f"{PAD}{s} = {s}_since * {s}_start[None, :]",
             f"{PAD}{s} = tl.dot({s}_gap.to(OT), write.to(OT), {s}, input_precision=PRECISION)",
             f"{PAD}if {s}_out is not None:",
@@ -177,7 +170,7 @@ def _fold_kernel(
                 if pid % NV == 0:
                     tl.store(query_out + corner * K + tile, query.to(query_out.dtype.element_ty), mask=m_ck)
             square = o_k[:, None] * V + o_v[None, :]
-            matrix = tl.load(states_in + at_border * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
+            matrix = tl.load(states_in + at_chunk * (K * V) + square, mask=m_k[:, None] & m_v[None, :], other=0.0)
             key_tile = tl.load(keys_in + corner * K + (at[None, :] * K + o_k[:, None]), mask=m_k[:, None] & live[None, :], other=0.0)
             scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)

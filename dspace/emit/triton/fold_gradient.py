@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from dspace.emit.triton.chunk_kernels import LOOP, PAD, ChunkKernels
+from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold
 from dspace.math.ir import Variable
@@ -40,11 +40,6 @@ def _fold_{name}_kernel(
     i_c = pid // H
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
-        o_c = tl.arange(0, C)
-        live = o_c < (end - begin).to(tl.int32)
-        corner = begin * H + i_h
-        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
-        at_chunk = i_c.to(tl.int64) * H + i_h
 """
 
 
@@ -144,7 +139,8 @@ class _Gradients(ChunkKernels):
         self.local = {**self.names, "d_query": "d_query"}
 
     def head(self, name: str, pointers: list[str], about: str) -> list[str]:
-        return _HEAD.format(name=name, pointers=", ".join(pointers), about=about).strip("\n").splitlines()
+        made = _HEAD.format(name=name, pointers=", ".join(pointers), about=about)
+        return [*made.strip("\n").splitlines(), *PLACE]
 
     def zeros(self, variables: Iterable[Variable]) -> list[str]:
         """Gradients of inputs and parameters without channels, token by token, to be summed over channels."""
