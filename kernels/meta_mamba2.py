@@ -2219,8 +2219,8 @@ def _settle_kernel(
     m_ck = live[:, None] & m_k[None, :]
     at_k = at[:, None] * K + o_k[None, :]
     whole = tl.load(sums_0 + (end - 1) * H + i_h, mask=begin < end, other=0.0)
-    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
-    until_0 = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)
+    part_0 = tl.load(sums_0 + start + at, mask=live, other=0.0)
+    until_0 = tl.where(live, tl.exp(tl.minimum(whole - part_0, 0.0)), 0.0)
     wrote_0 = tl.zeros([16], tl.float32)
     direct_0 = tl.zeros([16], tl.float32)
     raw_k = tl.load(k_in + start * K + at_k, mask=m_ck, other=0.0)
@@ -2266,8 +2266,7 @@ def _settle_kernel(
     d_decay = product - tl.cumsum(along, 0) + along
     # of a decay that leaves nothing it is a difference of equal sums: nothing, to the last digit of either
     before = tl.load(sums_0 + start + at - H, mask=live & (o_c > 0), other=0.0)
-    part = tl.load(sums_0 + start + at, mask=live, other=0.0)
-    d_decay = tl.where(part - before < -16.0, 0.0, d_decay)
+    d_decay = tl.where(part_0 - before < -16.0, 0.0, d_decay)
     tl.store(d_decay_0 + start + at, d_decay, mask=live)
 
 

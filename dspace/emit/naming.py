@@ -35,7 +35,7 @@ class Namer:
 
 
 _MADE = re.compile(
-    r"^(?:all|at|back|beside|between|c|d|decay|direct|first|full|grad|handed|held|i|inverse|key|lead|m|made|new|next|o|of|p|"
+    r"^(?:all|at|back|beside|between|c|d|decay|direct|first|full|grad|handed|held|i|inverse|key|lead|m|made|new|next|o|of|p|part|"
     r"raw|rows|seen|since|slabs|start|step|sum|sums|total|until|value|weighted|whole|within|wrote|y)(?:_.*|\d+)$"
     r"|_(?:\d+|t|n|c|after|ahead|all|back|before|border|carry|cotangent|decay|final|gap|in|initial|kept|kernel|key|local|next|now|out|part|past|"
     r"row|saved|since|start|starts|end|sum|sums|through|token|total|until|value|whole)$"

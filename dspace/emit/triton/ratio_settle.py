@@ -126,8 +126,8 @@ def settle_kernel(words: Words) -> str:
     for d in groups:
         lines += [
             f"    whole = tl.load(sums_{d} + (end - 1) * H + i_h, mask=begin < end, other=0.0)",
-            f"    part = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
-            f"    until_{d} = tl.where(live, tl.exp(tl.minimum(whole - part, 0.0)), 0.0)",
+            f"    part_{d} = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
+            f"    until_{d} = tl.where(live, tl.exp(tl.minimum(whole - part_{d}, 0.0)), 0.0)",
             f"    wrote_{d} = tl.zeros([16], tl.float32)",
             f"    direct_{d} = tl.zeros([16], tl.float32)",
         ]
@@ -203,8 +203,7 @@ def settle_kernel(words: Words) -> str:
             f"    d_decay = product - tl.cumsum(along, 0) {shift}",
             "    # of a decay that leaves nothing it is a difference of equal sums: nothing, to the last digit of either",
             f"    before = tl.load(sums_{d} + start + at - H, mask=live & (o_c > 0), other=0.0)",
-            f"    part = tl.load(sums_{d} + start + at, mask=live, other=0.0)",
-            "    d_decay = tl.where(part - before < -16.0, 0.0, d_decay)",
+            f"    d_decay = tl.where(part_{d} - before < -16.0, 0.0, d_decay)",
             f"    tl.store(d_decay_{d} + start + at, d_decay, mask=live)",
         ]
     return "\n".join(lines) + "\n"
