@@ -17,6 +17,7 @@ Made by a program: change the spec and generate again rather than editing this f
 
 from __future__ import annotations
 
+from torch.utils._python_dispatch import TorchDispatchMode
 import ctypes
 import functools
 import importlib.util
@@ -134,7 +135,7 @@ def _checked(inputs, parameters, states):
 
 
 def _check(inputs, parameters, states):
-    """Device, kind and shape of every tensor; returns (B, T, HV, K, V)."""
+    """Device, kind and shape of every tensor; returns (B, T, HV, K, V, whether cores take the inputs as they are)."""
     first = inputs[0]
     groups = (("input", _INPUTS, inputs, 3), ("parameter", _PARAMETERS, parameters, 1), ("state", _STATES, states, 2))
     named = [
@@ -172,7 +173,9 @@ def _check(inputs, parameters, states):
             owner, seen = known.setdefault(axis, (name, size))
             if size != seen:
                 raise ValueError(f"{_NAME}: {name!r} has {axis.upper()} = {size}, but {owner!r} has {seen}")
-    return batch, steps, heads, known.get("k", ("", 1))[1], known.get("v", ("", 1))[1]
+    plain = all(t.shape[2] == heads and t.dtype != torch.float64 for t in inputs)
+    plain = plain and all(t.shape[0] == heads and t.dtype == torch.float32 for t in parameters)
+    return batch, steps, heads, known.get("k", ("", 1))[1], known.get("v", ("", 1))[1], plain
 
 
 def _offsets(cu_seqlens, batch, steps, device):
@@ -225,7 +228,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial_state must hold {len(_STATES)} tensor(s) "
                 f"({', '.join(name for name, _ in _STATES)}), got {len(given)}"
             )
-    batch, steps, heads, size_k, size_v = _checked(inputs, parameters, given)
+    batch, steps, heads, size_k, size_v, _ = sizes = _checked(inputs, parameters, given)
     first, device = inputs[0], inputs[0].device
     offsets, sequences = None, batch
     if cu_seqlens is not None:
@@ -237,7 +240,6 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    sizes = batch, steps, heads, size_k, size_v
     arguments = form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
@@ -268,12 +270,13 @@ def _transformed(inputs, parameters, states):
 
 def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
-    batch, steps, heads, size_k, size_v = sizes
-    first = inputs[0]
-    double = any([t.dtype == torch.float64 for t in inputs])
-    work = torch.float64 if double else torch.float32
-    inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
-    parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    batch, steps, heads, size_k, size_v, plain = sizes
+    first, double, work = inputs[0], False, torch.float32
+    if not plain:
+        double = any([t.dtype == torch.float64 for t in inputs])
+        work = torch.float64 if double else torch.float32
+        inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
+        parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
     core = _CORES.get((first.device.type, form), _reference_core)
     if not torch.compiler.is_compiling() and _transformed(inputs, parameters, given):
         core = _reference_core
@@ -296,7 +299,8 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
             o, variance, *final = core(*arguments)
     else:
         o, variance, *final = core(*arguments)
-    return o.to(first.dtype), None if variance is None else variance.to(first.dtype), final
+    o = o if o.dtype == first.dtype else o.to(first.dtype)
+    return o, None if variance is None else variance.to(first.dtype), final
 
 
 def _reference_core(q, k, v, w, u, S, scale, offsets, want_variance):
@@ -1072,6 +1076,172 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
+_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
+_recording = threading.local()  # .tape: that of the call which this thread records, if any
+
+
+class _Choices(dict):
+    """Configurations in use. A change makes forget the calls that were recorded before."""
+
+    def __setitem__(self, key, config):
+        _TAPES.clear()
+        super().__setitem__(key, config)
+
+    def clear(self):
+        _TAPES.clear()
+        super().clear()
+
+
+class _Tape(TorchDispatchMode):
+    """While entered, writes down new tensors, operations of PyTorch, and what ``_launch`` launches."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.device, self.made, self.steps, self.valid = given, given[0].device, [], [], True
+        self.owners, self.alive = {}, []  # whose memory a view is in; all tensors, so that no two get the same id
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        self.alive += [*arguments, *results]
+        by_value = torch.Tag.dynamic_output_shape in operation.tags or operation._schema.is_mutable
+        if by_value or not all([isinstance(t, torch.Tensor) and t.device == self.device for t in results]):
+            self.valid = False
+        elif operation.is_view:
+            self.owners.update({id(t): self.owners.get(id(arguments[0]), arguments[0]) for t in results})
+        elif "empty" in operation.name() and results[0].is_contiguous():
+            self.made += results
+        else:
+            self.steps.append((operation, arguments, options or {}, results))
+        return result
+
+    def launched(self, runner, pointers, rest):
+        self.steps.append((None, pointers, (runner, rest), ()))
+
+    def written(self, returned):
+        """(shapes and dtypes of new tensors, steps, what is returned), with places for tensors; None if impossible.
+
+        A place is the number of a tensor among those given, made, and results of operations, the bytes from there,
+        and for a view its size and strides. What only kernels see shares the memory of one tensor.
+        """
+        seen = [*_tensors(returned), *[t for step in self.steps if step[0] is not None for t in _tensors(step[1])]]
+        seen = {id(self.owners.get(id(t), t)) for t in seen}
+        shapes = [(tuple(t.shape), t.dtype) for t in self.made if id(t) in seen]
+        places = [*self.given, *[t for t in self.made if id(t) in seen], None]
+        places += [t for step in self.steps for t in step[3]]
+        places = {id(t): (i, 0) for i, t in enumerate(places)}
+        hidden = 0
+        for t in self.made:
+            if id(t) not in seen:
+                places[id(t)] = len(self.given) + len(shapes), hidden
+                hidden += -(-t.numel() * t.element_size() // 256) * 256
+        shapes.append(((hidden,), torch.uint8))
+        bytes_made = sum([t.numel() * t.element_size() for t in self.made])
+        if not self.valid or bytes_made > _TAPE_MEMORY or all([step[0] is not None for step in self.steps]):
+            return None
+        try:
+            steps = [(step[0], self._placed(step[1], places), step[2]) for step in self.steps]
+            return shapes, steps, self._placed(returned, places)
+        except KeyError:  # a tensor of which the tape does not know where it comes from
+            return None
+
+    def _placed(self, x, places):
+        """``x`` with the place of each tensor instead."""
+        if isinstance(x, (tuple, list)):
+            return [self._placed(y, places) for y in x]
+        if not isinstance(x, torch.Tensor):
+            return x
+        owner = self.owners.get(id(x), x)
+        (number, begin), shape = places[id(owner)], (x.size(), x.stride())
+        begin += x.data_ptr() - owner.data_ptr()
+        if x.data_ptr() == owner.data_ptr() and shape == (owner.size(), owner.stride()):
+            shape = None, None
+        elif x.dtype != owner.dtype:
+            raise KeyError(x.dtype)
+        return _Place((number, begin, *shape))
+
+
+def _tensors(x):
+    """All tensors in lists of lists."""
+    if isinstance(x, (tuple, list)):
+        return [t for y in x for t in _tensors(y)]
+    return [x] if isinstance(x, torch.Tensor) else []
+
+
+class _Place(tuple):
+    """Which tensor of a call: see ``_Tape.written``."""
+
+
+def _repeated(function):
+    """``function``, of which calls of the same kind, from the third on, are a list of steps.
+
+    It takes tensors, None, and what decides with their shapes, dtypes and alignment all that it does on the host:
+    values of tensors do not. What it does is make tensors, launch kernels by ``_launch``, call PyTorch; a call in
+    which anything else was seen is not repeated.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments):
+        given = [a for a in arguments if isinstance(a, torch.Tensor)]
+        kinds = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        addresses = [t.data_ptr() for t in given]
+        same = () if len(set(addresses)) == len(addresses) else map(addresses.index, addresses)  # a tensor given twice
+        key = (function, given[0].device, *kinds, *[a % 16 for a in addresses], *same)
+        tape = _TAPES.get(key, 0)
+        if isinstance(tape, tuple):
+            return _repeat(tape, given, addresses)
+        if tape is None:
+            return function(*arguments)
+        if tape == 0:  # seen for the first time: lengths that never come again are not worth recording
+            result = function(*arguments)
+            if len(_TAPES) >= 256:
+                _TAPES.clear()
+            _TAPES[key] = 1
+            return result
+        _recording.tape = tape = _Tape(given)
+        try:
+            with tape:
+                result = function(*arguments)
+        finally:
+            _recording.tape = None
+        _TAPES[key] = tape.written(result)
+        return result
+
+    return call
+
+
+def _repeat(tape, tensors, addresses):
+    """The steps of a recorded call with other tensors of the same kind."""
+    made, steps, returned = tape
+    device = tensors[0].device
+    tensors += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
+    addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    for operation, places, rest in steps:
+        if operation is None:
+            runner, others = rest
+            runner(*[p and addresses[p[0]] + p[1] for p in places], *others, stream=stream)
+        else:
+            results = operation(*_at(places, tensors), **rest)
+            tensors += results if isinstance(results, (tuple, list)) else [results]
+            addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+    return tuple(_at(returned, tensors))
+
+
+def _at(place, tensors):
+    """What is at a place, or at each of a list."""
+    if isinstance(place, list):
+        return [_at(x, tensors) for x in place]
+    if not isinstance(place, _Place):
+        return place
+    number, begin, size, stride = place
+    owner = tensors[number]
+    if size is None:
+        return owner
+    return owner.as_strided(size, stride, owner.storage_offset() + begin // owner.element_size())
+
+
 _COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
 
 
@@ -1086,10 +1256,15 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
     kinds = [None if p is None else p.dtype if a % 16 == 0 else (p.dtype,) for p, a in zip(pointers, addresses)]
     device = next(p.device for p in pointers if p is not None)
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
-    found = _COMPILED.get(key)
+    found, tape = _COMPILED.get(key), getattr(_recording, "tape", None)
     if found is not None:
-        found[0][grid](*addresses, *numbers, *fixed, *found[1])
+        runner, rest = found[0][grid], (*numbers, *fixed, *found[1])
+        runner(*addresses, *rest)
+        if tape is not None:
+            tape.launched(runner, pointers, rest)
         return
+    if tape is not None:  # not under the interpreter, and not where Triton has to be asked
+        tape.valid = False
     compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
     # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
     if hasattr(compiled, "run") and torch.version.hip is None:
@@ -1098,7 +1273,7 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
 
 _TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
 _PROPOSALS = {}  # what there was to choose from, by key
-_CONFIGS = {}  # what is in use, by key
+_CONFIGS = _Choices()  # what is in use, by key
 
 
 def _chosen(propose, *key):
@@ -1124,11 +1299,22 @@ def _plan(T, offsets, N, C):
     bases = ends - counts
     chunks = T // C + N
     index = torch.arange(chunks, device=offsets.device)
-    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
+    sequence = torch.searchsorted(ends, index, right=True).clamp(max=N - 1)
     begin = offsets[sequence] + (index - bases[sequence]) * C
     end = torch.minimum(begin + C, offsets[sequence + 1])
     spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
     return spans.contiguous(), bases, 0, chunks
+
+
+def _typed(tensor, dtype):
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # to asks more, and takes longer to do nothing
+
+
+def _common(dtype, *others):
+    """The type that holds what all of these do."""
+    for other in others:
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
+    return dtype
 
 
 def _operands(dtype):
@@ -1576,10 +1762,11 @@ def _scores_key(q, k, G, spans, NT, chunks, config):
 
 
 
+@_repeated
 def _forward_key(q, k, v,
     g,
-    initial, scale, offsets, want_final=True, keep=None):
-    """o and the final state, None unless wanted; ``initial`` may be None: zero. ``keep`` gets what is made on the way."""
+    initial, scale, offsets, want_final=True, keep=False):
+    """o and the final state, None unless wanted; with ``keep`` what is made on the way. ``initial`` may be None: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
@@ -1603,17 +1790,19 @@ def _forward_key(q, k, v,
         _outputs_key_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    if keep is not None and states.numel() * states.element_size() <= _KEPT:
-        keep += [states,
-            G,
-            A,
-        ]
-    return o, final
+    if not keep or states.numel() * states.element_size() > _KEPT:
+        return o, final
+    return (
+        o, final, states,
+        G,
+        A,
+    )
 
 
+@_repeated
 def _backward_key(q, k, v,
     g,
-    initial, d_o, d_final, scale, offsets, kept=()):
+    initial, d_o, d_final, scale, offsets, *kept):
     """Gradients of the tensors before d_o; None for that of an initial state that is None, as d_final may be: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
@@ -1712,11 +1901,10 @@ class _linear_key_eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.scale, offsets, _ = arguments
-        kept = []
-        results = _forward_key(*arguments, kept)
+        o, final, *kept = _forward_key(*arguments, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, offsets, *kept)
-        return results
+        return o, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1724,7 +1912,7 @@ class _linear_key_eager(torch.autograd.Function):
         q, k, v, g, initial, offsets, *kept = ctx.saved_tensors
         tensors = q, k, v, g, initial
         given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
-        return (*_backward_key(*tensors, *given, ctx.scale, offsets, kept), None, None, None)
+        return (*_backward_key(*tensors, *given, ctx.scale, offsets, *kept), None, None, None)
 
 
 def _linear_key(*arguments):
@@ -1745,9 +1933,7 @@ def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance, want_fin
     """Features of every token, then matmuls over chunks with the states at their borders."""
     if q.dtype == torch.float64:  # no tensor cores for it
         return _reference_core(q, k, v, w, u, S, scale, offsets, want_variance)
-    size_k, size_v = _sizes(q, k, v, w, u, S)
-    batch, steps, heads = q.shape[:3]
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)  # operands of the matmuls
+    dtype = _common(q.dtype, k.dtype, v.dtype)  # operands of the matmuls
     # aligned to [B, T, H, K, V], with size 1 where there is no such axis
     q_ = q.float()[..., :, None]
     k_ = k.float()[..., :, None]
@@ -1756,12 +1942,12 @@ def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance, want_fin
 
     # S_t = exp(w) * S_(t-1) + (k) (v)
     S_decay = w
-    S_key = k.to(dtype)
-    S_value = v.to(dtype)
-    read_0_S, S_final = _linear_key(q.to(dtype), S_key, S_value, S_decay, S, 1.0, offsets, want_final)
+    S_key = _typed(k, dtype)
+    S_value = _typed(v, dtype)
+    read_0_S, S_final = _linear_key(_typed(q, dtype), S_key, S_value, S_decay, S, 1.0, offsets, want_final)
 
     read_0 = (read_0_S).float()[..., None, :]  # sum_k S*q
-    output = (scale * (read_0 + v_ * (k_ * q_ * u_).sum(-2, keepdim=True)))[..., 0, :].to(q.dtype)
+    output = _typed((scale * (read_0 + v_ * (k_ * q_ * u_).sum(-2, keepdim=True)))[..., 0, :], q.dtype)
     variance = None
     return output, variance, S_final
 
@@ -2030,6 +2216,7 @@ def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, va
     )
 
 
+@_repeated
 def _sequential_forward(*arguments):
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
@@ -2042,6 +2229,7 @@ def _sequential_forward(*arguments):
     return (o, variance if want_variance else o.new_empty(0), *final)
 
 
+@_repeated
 def _sequential_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)

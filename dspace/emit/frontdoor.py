@@ -59,7 +59,7 @@ def _checked(inputs, parameters, states):
 
 
 def _check(inputs, parameters, states):
-    """Device, kind and shape of every tensor; returns (B, T, HV, K, V)."""
+    """Device, kind and shape of every tensor; returns (B, T, HV, K, V, whether cores take the inputs as they are)."""
     first = inputs[0]
     groups = (("input", _INPUTS, inputs, 3), ("parameter", _PARAMETERS, parameters, 1), ("state", _STATES, states, 2))
     named = [
@@ -97,7 +97,9 @@ def _check(inputs, parameters, states):
             owner, seen = known.setdefault(axis, (name, size))
             if size != seen:
                 raise ValueError(f"{_NAME}: {name!r} has {axis.upper()} = {size}, but {owner!r} has {seen}")
-    return batch, steps, heads, known.get("k", ("", 1))[1], known.get("v", ("", 1))[1]
+    plain = all(t.shape[2] == heads and t.dtype != torch.float64 for t in inputs)
+    plain = plain and all(t.shape[0] == heads and t.dtype == torch.float32 for t in parameters)
+    return batch, steps, heads, known.get("k", ("", 1))[1], known.get("v", ("", 1))[1], plain
 
 
 def _offsets(cu_seqlens, batch, steps, device):
@@ -150,7 +152,7 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial_state must hold {len(_STATES)} tensor(s) "
                 f"({', '.join(name for name, _ in _STATES)}), got {len(given)}"
             )
-    batch, steps, heads, size_k, size_v = _checked(inputs, parameters, given)
+    batch, steps, heads, size_k, size_v, _ = sizes = _checked(inputs, parameters, given)
     first, device = inputs[0], inputs[0].device
     offsets, sequences = None, batch
     if cu_seqlens is not None:
@@ -162,7 +164,6 @@ def _call(form, inputs, parameters, scale, initial_state, output_final_state, ou
                 f"{_NAME}: initial state {name!r} is for {state.shape[0]} sequence(s), but there are {sequences}"
             )
     scale = float(size_k) ** -0.5 if scale is None else float(scale)
-    sizes = batch, steps, heads, size_k, size_v
     arguments = form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # accumulation stays in float32 under autocast
@@ -193,12 +194,13 @@ def _transformed(inputs, parameters, states):
 
 def _run(sequences, form, inputs, parameters, given, scale, offsets, output_variance, output_final_state, sizes):
     """Heads expanded, dtypes settled, initial states filled in, and the core called; o and variance as the caller's."""
-    batch, steps, heads, size_k, size_v = sizes
-    first = inputs[0]
-    double = any([t.dtype == torch.float64 for t in inputs])
-    work = torch.float64 if double else torch.float32
-    inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
-    parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
+    batch, steps, heads, size_k, size_v, plain = sizes
+    first, double, work = inputs[0], False, torch.float32
+    if not plain:
+        double = any([t.dtype == torch.float64 for t in inputs])
+        work = torch.float64 if double else torch.float32
+        inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
+        parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
     core = _CORES.get((first.device.type, form), _reference_core)
     if not torch.compiler.is_compiling() and _transformed(inputs, parameters, given):
         core = _reference_core
@@ -221,7 +223,8 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
             o, variance, *final = core(*arguments)
     else:
         o, variance, *final = core(*arguments)
-    return o.to(first.dtype), None if variance is None else variance.to(first.dtype), final
+    o = o if o.dtype == first.dtype else o.to(first.dtype)
+    return o, None if variance is None else variance.to(first.dtype), final
 '''
 
 

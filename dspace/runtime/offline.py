@@ -74,6 +74,7 @@ def recording(module: ModuleType) -> Iterator[list[Launch]]:
 
     launches: list[Launch] = []
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    _forget(module)
     try:
         for name, kernel in kernels.items():
             if name.endswith("_kernel"):
@@ -82,6 +83,12 @@ def recording(module: ModuleType) -> Iterator[list[Launch]]:
     finally:
         for name, kernel in kernels.items():
             setattr(module, name, kernel)
+        _forget(module)
+
+
+def _forget(module: ModuleType) -> None:
+    """Calls that ``module`` recorded to repeat them, with kernels that are not those in use any more."""
+    module.__dict__.get("_TAPES", {}).clear()
 
 
 def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
@@ -101,11 +108,13 @@ def elsewhere(module: ModuleType, target: str = "sm_90") -> Iterator[None]:
     try:
         for form in ("chunk", "recurrent"):
             module._CORES["cpu", form] = module._CORES["cuda", form]
+        _forget(module)
         if fast is not None:  # whether the GPU has an approximate reciprocal
             module.__dict__["_fast"] = lambda tensor: target.startswith("sm")
         yield
     finally:
         module._CORES.update(cores)
+        _forget(module)
         if fast is not None:
             module.__dict__["_fast"] = fast
 

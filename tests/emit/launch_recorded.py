@@ -34,11 +34,15 @@ def tensor(*shape: int, shift: int = 0) -> torch.Tensor:
     return flat[shift:].view(shape).requires_grad_()
 
 
-def call(gpu: AbsentGPU, module: ModuleType, steps: int = 64, heads: int = 8, shift: int = 0) -> list:
-    """What forward and backward of both forms launch."""
+def call(
+    gpu: AbsentGPU, module: ModuleType, steps: int = 64, heads: int = 8, shift: int = 0, kept: list | None = None
+) -> list:
+    """What forward and backward of both forms launch; ``kept`` gets what they are given."""
     table = module.SPEC
     inputs = [tensor(2, steps, heads, *SIZES[v["axes"]], shift=shift) for v in table["inputs"]]
     parameters = [torch.ones(heads, *SIZES[p["axes"]]).requires_grad_() for p in table["parameters"]]
+    if kept is not None:
+        kept += [*inputs, *parameters]
     gpu.launched.clear()
     for form in ("chunk", "recurrent"):
         out = getattr(module, f"{form}_{table['name']}")(*inputs, *parameters)[0]
@@ -63,6 +67,24 @@ def by_triton(kernel, grid, pointers, numbers, fixed, **constants) -> None:  # n
     kernel[grid](*pointers, *numbers, *fixed, **constants)
 
 
+def repeated(gpu: AbsentGPU, module: ModuleType, **given: int) -> list:
+    """Of the second to fourth call of a kind, the first of which is recorded, what is launched; how many kinds are known."""
+    found = []
+    for _ in range(4):
+        kept: list[torch.Tensor] = []
+        call(gpu, module, **given, kept=kept)
+        places = {t.data_ptr(): f"given {i}" for i, t in enumerate(kept)}
+
+        def one(arg: object, places: dict[int, str] = places) -> str:
+            address = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+            if isinstance(address, int) and address > 2**32:
+                return places.get(address, "made")
+            return str(address)
+
+        found.append([[x.name, x.code, list(x.grid), [one(a) for a in x.args]] for x in gpu.launched])
+    return [*found[1:], sum(isinstance(tape, tuple) for tape in module._TAPES.values())]
+
+
 CASES: dict[str, dict[str, int]] = {
     "as before": {},
     "longer": {"steps": 80},
@@ -85,10 +107,13 @@ def main() -> None:
                 call(gpu, module, **given)  # compiles, by Triton's dispatch
                 before = len(compiled)  # since the start of this process
                 ours = call(gpu, module, **given)
+                module._TAPES.clear()
                 module.__dict__["_launch"] = by_triton
                 theirs = call(gpu, module, **given)
                 module.__dict__["_launch"] = direct
-                results[label] = {"ours": ours, "theirs": theirs, "before": before, "compiled": len(compiled) - before}
+                module._TAPES.clear()
+                counts = {"before": before, "compiled": len(compiled) - before}
+                results[label] = {"ours": ours, "theirs": theirs, "repeated": repeated(gpu, module, **given), **counts}
         found[name] = results
     json.dump(found, sys.stdout)
 

@@ -35,6 +35,9 @@ def test_the_driver_gets_the_same_code_and_arguments(recorded: dict, name: str) 
         assert case["before"] > 0 and case["compiled"] == 0, (
             label
         )  # nothing is compiled for a call that was made before
+        recorded_call, *again, known = case["repeated"]
+        assert all(launches == recorded_call for launches in again) and known >= 4, label
+        assert [launch[:3] for launch in recorded_call] == [launch[:3] for launch in case["ours"]], label
     codes = {label: {launch[1] for launch in case["ours"]} for label, case in cases.items()}
     assert codes["as before"] == codes["again"] == codes["longer"]  # T specialises nothing
     assert codes["as before"] - codes["not aligned"] and codes["as before"] - codes["heads"]

@@ -50,7 +50,7 @@ def section(analysis: Analysis) -> Section | None:
     core = writer.lines()
     return Section(
         device="cuda",
-        imports=("import torch",),
+        imports=launching.IMPORTS,
         code="\n\n".join([*writer.parts(), "\n".join(core) + LEAN.format(core="_chunk_triton_core")]),
         chunk="_chunk_triton_core",
         recurrent=None,
@@ -119,8 +119,7 @@ class _Core:
         write('    """Features of every token, then matmuls over chunks with the states at their borders."""')
         write(f"    if {like}.dtype == torch.float64:  # no tensor cores for it")
         write(f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)")
-        write(f"    size_k, size_v = _sizes({', '.join(every)})")
-        write(f"    batch, steps, heads = {like}.shape[:3]")
+        sizes = len(self.out)
         write(f"    dtype = {self._common_type()}  # operands of the matmuls")
         body = len(self.out)
         for s in plan.vector_states:
@@ -143,6 +142,7 @@ class _Core:
         sometimes = _words("\n".join(self.out[asked : asked + 2])) - always
         self.out[asked + 1 : asked + 1] = [f"    {line}" for line in self._views(sometimes)]
         self.out[body:body] = self._views(always)
+        self.out[sizes:sizes] = launching.sizes(every, like, _words("\n".join(self.out[sizes:])))
         return self.out
 
     def _views(self, words: set[str]) -> list[str]:
@@ -164,10 +164,7 @@ class _Core:
         used = [self.names[v.name] for v in self.recurrence.inputs if v.symbol in plain]
         if not used:
             return f"{self.names[self.recurrence.inputs[0].name]}.dtype"
-        text = f"{used[0]}.dtype"
-        for other in used[1:]:
-            text = f"torch.promote_types({text}, {other}.dtype)"
-        return text
+        return launching.common_type(used)
 
     def _feature(self, expr: sympy.Expr, axes: Axes, cast: str) -> str:
         """``expr`` as a tensor ``[B, T, H, *axes]`` of type ``cast``."""
@@ -175,7 +172,7 @@ class _Core:
             return self.features[expr]
         for v in self.recurrence.inputs:
             if v.symbol == expr and v.axes == axes:
-                return f"{self.names[v.name]}.to({cast})"
+                return f"_typed({self.names[v.name]}, {cast})"
         own = axes_of(expr, self.table)
         text = self.show(expr)
         if not expr.free_symbols:
@@ -184,7 +181,7 @@ class _Core:
             text = f"({text}).expand(batch, steps, heads, {'size_k' if axes == 'k' else 1}, {'size_v' if axes == 'v' else 1})"
         else:
             text = f"({text})"
-        return f"{text}{_STRIP[axes]}.to({cast})"
+        return f"_typed({text}{_STRIP[axes]}, {cast})"
 
     def _per_token(self, symbol: sympy.Symbol) -> bool:
         return any(symbol == v.symbol for v in self.recurrence.inputs) or symbol in self.vector_symbols
@@ -367,7 +364,7 @@ class _Core:
         for read in plan.readout.reads:
             sums[read.symbol.name] = " + ".join(f"{read.symbol.name}_{names[s]}" for s in read.queries or {})
         if direct:
-            return [f"    output = ({sums[plan.readout.reads[0].symbol.name]}).to({like}.dtype)"]
+            return [f"    output = _typed({sums[plan.readout.reads[0].symbol.name]}, {like}.dtype)"]
         for read in plan.readout.reads:
             lines.append(
                 f"    {read.symbol.name} = ({sums[read.symbol.name]}).float()[..., None, :]  # sum_k {read.body}"

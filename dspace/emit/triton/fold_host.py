@@ -44,13 +44,14 @@ def _fold_gradients_proposals(K, dtype):
     return [((k, 4, 2), (k, 2, 2)), ((k, 4, 2), (k, 4, 1)), ((k, 4, 1), (k, 4, 1))]
 
 
-def _fold_forward(*arguments, save=True):
+@_repeated
+def _fold_forward(*arguments):
     """The read of every token, final states (that of the matrix first), then what a backward pass needs.
 
     That is: states of every token if ``raw``, queries as divided, vector states at chunk starts, {"decay sums, " if scalar else ""}matrix
     states there.
     """
-    *tensors, scale, raw, offsets, want_final = arguments
+    *tensors, scale, raw, offsets, want_final, save = arguments
     leaves, starts = tensors[:{n_leaf}], tensors[{n_leaf}:{n_leaf + n_state}]
     key, value, {retention}start = tensors[{n_leaf + n_state}:]
     B, T, H, K = key.shape
@@ -91,13 +92,13 @@ def _fold_forward(*arguments, save=True):
     return o, final, *ends, *values, query, *borders, {sums}states
 
 
-def _fold_backward(*arguments, kept=()):
-    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns."""
-    *tensors, scale, offsets = arguments
+@_repeated
+def _fold_backward(scale, offsets, *tensors):
+    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns; last what else it kept."""
     leaves, key, value, {retention}start = tensors[:{n_leaf}], *tensors[{n_leaf + n_state}:{n_tensor}]
     query, *borders = tensors[{n_tensor}:{n_tensor + 1 + n_state}]
     d_o, d_final, *d_ends = tensors[{n_tensor + 1 + n_state}:]
-    d_ends, d_values = d_ends[:{n_state}], d_ends[{n_state}:]
+    d_ends, d_values, kept = d_ends[:{n_state}], d_ends[{n_state}:{2 * n_state}], d_ends[{2 * n_state}:]
     B, T, H, K = key.shape
     V = value.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
@@ -160,7 +161,7 @@ def _fold_backward(*arguments, kept=()):
 
 def _fold_outputs(*arguments):
     """What the operator returns: no None, and nothing that is cheaper made again."""
-    found = _fold_forward(*arguments, True)
+    found = _fold_forward(*arguments, True, True)
     values = [found[2].new_empty(0) if t is None else t for t in found[{2 + n_state}:{2 + 2 * n_state}]]
     return (*found[:{2 + n_state}], *values, *found[{2 + 2 * n_state}:{3 + 3 * n_state}])
 
@@ -170,7 +171,7 @@ _fold_op = torch.library.custom_op(
     schema="({schema}, float scale, bool raw, Tensor? offsets) -> ({made_of(3 + 3 * n_state)})",
 )
 _fold_backward_op = torch.library.custom_op(
-    f"{{_OPS}}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments) if d is not None),
+    f"{{_OPS}}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments[-2:], *arguments[:-2]) if d is not None),
     mutates_args=(), schema="({", ".join(given)}, float scale, Tensor? offsets) -> ({made_of(n_tensor - len(within))})",
 )
 
@@ -217,7 +218,7 @@ class _fold_eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.scale, _, offsets, _ = arguments
-        found = _fold_forward(*arguments)
+        found = _fold_forward(*arguments, True)
         kept = found[{3 + 3 * n_state}:]
         if kept[-1].numel() * kept[-1].element_size() > _KEPT:
             kept = ()
@@ -230,7 +231,8 @@ class _fold_eager(torch.autograd.Function):
     def backward(ctx, *cotangents):
         saved = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in cotangents]
-        found = _fold_backward(*saved[:{n_tensor + 1 + n_state}], *given, ctx.scale, saved[{n_tensor + 1 + n_state}], kept=saved[{n_tensor + 2 + n_state}:])
+        saved, offsets, kept = saved[:{n_tensor + 1 + n_state}], saved[{n_tensor + 1 + n_state}], saved[{n_tensor + 2 + n_state}:]
+        found = _fold_backward(ctx.scale, offsets, *saved, *given, *kept)
         return (*found, None, None, None, None)
 
 
@@ -243,7 +245,7 @@ def _fold(*arguments):
     elif torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         found = _fold_eager.apply(*tensors, scale, raw, offsets, want_final)
     else:
-        found = _fold_forward(*tensors, scale, raw, offsets, want_final, save=False)
+        found = _fold_forward(*tensors, scale, raw, offsets, want_final, False)
     return found[0], found[1], found[2:{2 + n_state}], found[{2 + n_state}:{2 + 2 * n_state}]
 '''
 

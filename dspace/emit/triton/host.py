@@ -105,12 +105,13 @@ def _scores(q, k, G, spans, NT, chunks, config):
 '''
 
 PASSES = '''
+@_repeated
 def _forward(q, k, v,
 #if decay
     g,
 #endif
-    initial, scale, offsets, want_final=True, keep=None):
-    """o and the final state, None unless wanted; ``initial`` may be None: zero. ``keep`` gets what is made on the way."""
+    initial, scale, offsets, want_final=True, keep=False):
+    """o and the final state, None unless wanted; with ``keep`` what is made on the way. ``initial`` may be None: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
@@ -144,23 +145,25 @@ def _forward(q, k, v,
         _outputs_kernel, (_cdiv(V, BV) * H * chunks, 1, 1), pointers, (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV,
         OT=OT, PRECISION=precision, PACKED=offsets is not None, num_warps=warps, num_stages=stages,
     )
-    if keep is not None and states.numel() * states.element_size() <= _KEPT:
-        keep += [states,
+    if not keep or states.numel() * states.element_size() > _KEPT:
+        return o, final
+    return (
+        o, final, states,
 #if decay
-            G,
+        G,
 #endif
 #if key
-            A,
+        A,
 #endif
-        ]
-    return o, final
+    )
 
 
+@_repeated
 def _backward(q, k, v,
 #if decay
     g,
 #endif
-    initial, d_o, d_final, scale, offsets, kept=()):
+    initial, d_o, d_final, scale, offsets, *kept):
     """Gradients of the tensors before d_o; None for that of an initial state that is None, as d_final may be: zero."""
     B, T, H, K = k.shape
     V = v.shape[-1]
@@ -296,11 +299,10 @@ class _linear_eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.scale, offsets, _ = arguments
-        kept = []
-        results = _forward(*arguments, kept)
+        o, final, *kept = _forward(*arguments, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, offsets, *kept)
-        return results
+        return o, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -313,7 +315,7 @@ class _linear_eager(torch.autograd.Function):
         tensors = q, k, v, initial
 #endif
         given = [None if d is None else d.contiguous() for d in (d_o, d_final)]
-        return (*_backward(*tensors, *given, ctx.scale, offsets, kept), None, None, None)
+        return (*_backward(*tensors, *given, ctx.scale, offsets, *kept), None, None, None)
 
 
 def _linear(*arguments):

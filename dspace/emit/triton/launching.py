@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-COMMON = '''
+from dspace.emit.triton.repeating import REPEAT
+
+IMPORTS = (
+    "import functools",
+    "import threading",
+    "import torch",
+    "from torch.utils._python_dispatch import TorchDispatchMode",
+)
+
+COMMON = f'''
 try:
     import triton
     import triton.language as tl
@@ -17,7 +26,10 @@ def _kernel(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
-_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
+{REPEAT.strip()}
+
+
+_COMPILED = {{}}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
 
 
 def _launch(kernel, grid, pointers, numbers, fixed, **constants):
@@ -31,19 +43,24 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
     kinds = [None if p is None else p.dtype if a % 16 == 0 else (p.dtype,) for p, a in zip(pointers, addresses)]
     device = next(p.device for p in pointers if p is not None)
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
-    found = _COMPILED.get(key)
+    found, tape = _COMPILED.get(key), getattr(_recording, "tape", None)
     if found is not None:
-        found[0][grid](*addresses, *numbers, *fixed, *found[1])
+        runner, rest = found[0][grid], (*numbers, *fixed, *found[1])
+        runner(*addresses, *rest)
+        if tape is not None:
+            tape.launched(runner, pointers, rest)
         return
+    if tape is not None:  # not under the interpreter, and not where Triton has to be asked
+        tape.valid = False
     compiled = kernel[grid](*pointers, *numbers, *fixed, **constants)
     # not under the interpreter, and not on AMD GPUs, where Triton looks at the sizes of tensors too
     if hasattr(compiled, "run") and torch.version.hip is None:
         _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
 
 
-_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
-_PROPOSALS = {}  # what there was to choose from, by key
-_CONFIGS = {}  # what is in use, by key
+_TUNED = {{}}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
+_PROPOSALS = {{}}  # what there was to choose from, by key
+_CONFIGS = _Choices()  # what is in use, by key
 
 
 def _chosen(propose, *key):
@@ -59,6 +76,19 @@ def _chosen(propose, *key):
     return config
 '''
 
+
+def common_type(names: list[str]) -> str:
+    """The dtype that holds all that tensors of these names do, in source."""
+    dtypes = [f"{name}.dtype" for name in names]
+    return dtypes[0] if len(dtypes) == 1 else f"_common({', '.join(dtypes)})"
+
+
+def sizes(tensors: list[str], like: str, used: set[str]) -> list[str]:
+    """Lines that read the sizes of a core's tensors, those that are ``used``."""
+    lines = [f"    size_k, size_v = _sizes({', '.join(tensors)})"] if {"size_k", "size_v"} & used else []
+    return lines + ([f"    batch, steps, heads = {like}.shape[:3]"] if {"batch", "steps", "heads"} & used else [])
+
+
 TABLES = '''
 def _plan(T, offsets, N, C):
     """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
@@ -70,11 +100,22 @@ def _plan(T, offsets, N, C):
     bases = ends - counts
     chunks = T // C + N
     index = torch.arange(chunks, device=offsets.device)
-    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=N - 1)
+    sequence = torch.searchsorted(ends, index, right=True).clamp(max=N - 1)
     begin = offsets[sequence] + (index - bases[sequence]) * C
     end = torch.minimum(begin + C, offsets[sequence + 1])
     spans = torch.stack((begin, end), 1) * (index < ends[-1])[:, None]
     return spans.contiguous(), bases, 0, chunks
+
+
+def _typed(tensor, dtype):
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # to asks more, and takes longer to do nothing
+
+
+def _common(dtype, *others):
+    """The type that holds what all of these do."""
+    for other in others:
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
+    return dtype
 
 
 def _operands(dtype):

@@ -7,6 +7,7 @@ their launches (:mod:`.ratio_host`).
 from __future__ import annotations
 
 import builtins
+import re
 
 import sympy
 
@@ -55,7 +56,7 @@ def section(analysis: Analysis) -> Section | None:
     parts += [config(), forward(words), backward(words), operators(words), _core(recurrence, words)]
     return Section(
         device="cuda",
-        imports=("import functools", "import torch"),
+        imports=launching.IMPORTS,
         code="\n\n".join(p.strip("\n") + "\n" for p in parts),
         chunk="_chunk_triton_core",
         recurrent=None,
@@ -74,15 +75,10 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     lines += [
         f"    if {like}.dtype == torch.float64:  # no tensor cores for it",
         f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)",
-        f"    size_k, size_v = _sizes({', '.join(every)})",
-        f"    batch, steps, heads = {like}.shape[:3]",
     ]
+    sizes = len(lines)
     direct = [words.of(t) for t in plan.tensors if t.symbol == t.expr]
-    kinds = [f"{x}.dtype" for x in direct] or [f"{like}.dtype"]
-    kind = kinds[0]
-    for other in kinds[1:]:
-        kind = f"torch.promote_types({kind}, {other})"
-    lines.append(f"    dtype = {kind}  # operands of the matmuls")
+    lines.append(f"    dtype = {launching.common_type(direct or [like])}  # operands of the matmuls")
     aligned = {v.name: f"{names[v.name]}_" for v in (*recurrence.inputs, *recurrence.parameters)}
     table = recurrence.axes_table() | {r: "v" for r in plan.reads}
     show = _Printer({**aligned, "scale": "scale"}, table)
@@ -96,9 +92,9 @@ def _core(recurrence: Recurrence, words: Words) -> str:
         lines.append(f"    {t.name} = {_made(t, like, show, table)}  # {t.expr}")
 
     def argument(t: Tensor, cast: str) -> str:
-        return f"{words.of(t)}{cast}.contiguous()" if t.symbol == t.expr else f"{t.name}.contiguous()"
+        return f"{cast.format(words.of(t))}.contiguous()" if t.symbol == t.expr else f"{t.name}.contiguous()"
 
-    arguments = [argument(t, ".to(dtype)") for t in plan.tensors] + [argument(t, "") for t in plan.decays]
+    arguments = [argument(t, "_typed({}, dtype)") for t in plan.tensors] + [argument(t, "{}") for t in plan.decays]
     arguments += [f"{p}.contiguous()" for p in words.parameters]
     starts = f"*(s if s is None else s.contiguous() for s in ({', '.join(n['states'])},))"
     ends = [f"{s}_end" for s in n["states"]]
@@ -108,7 +104,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
         "    )",
     ]
     if plan.output is None:
-        lines.append(f"    output = {n['reads'][0]}.to({like}.dtype)")
+        lines.append(f"    output = _typed({n['reads'][0]}, {like}.dtype)")
     else:
         lines += [f"    {r} = {r}[..., None, :]" for r in n["reads"][: plan.output_reads]]
         lines.append(f"    output = {_result(plan.output, show)}.to({like}.dtype)")
@@ -116,7 +112,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
     if plan.variance is not None:
         lines.append("    if want_variance:")
         if plan.direct_variance:
-            lines.append(f"        variance = {n['reads'][plan.output_reads]}.to({like}.dtype)")
+            lines.append(f"        variance = _typed({n['reads'][plan.output_reads]}, {like}.dtype)")
         else:
             second = n["reads"][plan.output_reads :]
             lines += [f"        {r} = {r}[..., None, :]" for r in second]
@@ -124,6 +120,8 @@ def _core(recurrence: Recurrence, words: Words) -> str:
                 lines.append(f"        {n['reads'][0]} = {n['reads'][0]}[..., None, :]")
             lines.append(f"        variance = {_result(plan.variance, show)}.to({like}.dtype)")
     lines.append(f"    return output, variance, {', '.join(ends)}")
+    text = "\n".join(lines[sizes:])
+    lines[sizes:sizes] = launching.sizes(every, like, set(re.findall(r"\w+", text)))
     return "\n".join(lines) + LEAN.format(core="_chunk_triton_core")
 
 

@@ -171,9 +171,11 @@ def _states_lines(words: Words, names: dict[str, list[str]], store: bool, indent
 def forward(words: Words) -> str:
     n, plan = lists(words), words.plan
     reads, count = n["reads"], len(plan.states)
-    lines = [f"def _ratio_forward({', '.join(n['all'])}, scale, offsets, variance, want_final=True, keep=None):"]
+    lines = [
+        f"@_repeated\ndef _ratio_forward({', '.join(n['all'])}, scale, offsets, variance, want_final=True, keep=False):"
+    ]
     lines.append(
-        '    """Reads of every token and final states; ``keep`` gets what spares the backward pass work, if it is small.\n\n'
+        '    """Reads of every token, final states; with ``keep``, if it is small, what spares the backward pass work.\n\n'
         '    Initial states may be None: zero. Final states are None unless wanted.\n    """'
     )
     lines += _sizes_lines(words, n, 1)
@@ -198,9 +200,9 @@ def forward(words: Words) -> str:
         "            K=K, V=V, I=I, N=slabs, UNROLL=unroll, AHEAD=ahead, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
-        f"    if keep is not None and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}:",
-        f"        keep += [border, {', '.join(words.sums)}]",
-        f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}",
+        f"    keep = keep and len(bounds) == 2 and border.numel() <= {' + '.join(f'{x}.numel()' for x in n['tensors'])}",
+        f"    kept = (border, {', '.join(words.sums)}) if keep else ()",
+        f"    return {', '.join([*reads, *(f'{s}_end' for s in n['states'])])}, *kept",
     ]
     return "\n".join(lines) + "\n"
 
@@ -227,7 +229,7 @@ def backward(words: Words) -> str:
     reads, count, states = n["reads"], len(plan.states), n["states"]
     groups = range(len(plan.decays))
     given = [*(f"d_{r}" for r in reads), *(f"d_{s}_end" for s in states)]
-    lines = [f"def _ratio_backward({', '.join([*n['all'], *given])}, scale, offsets, variance, given=()):"]
+    lines = [f"@_repeated\ndef _ratio_backward({', '.join([*n['all'], *given])}, scale, offsets, variance, *given):"]
     lines.append(
         '    """Gradients of tensors, log decays, parameters and initial states; ``given`` is what the forward pass kept."""'
     )
@@ -329,6 +331,7 @@ def operators(words: Words) -> str:
     v = n["all"].index(n["v_in"][0])
     k = n["all"].index(n["k_in"][0])
     first = len(n["all"]) - len(plan.states)
+    count = len(reads) + len(plan.states)
     return f'''
 _ratio_op = torch.library.custom_op(
     f"{{_OPS}}::ratio", lambda *arguments: _ratio_forward(*arguments), mutates_args=(),
@@ -373,11 +376,10 @@ class _ratio_eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, ctx.scale, offsets, ctx.variance, _ = arguments
-        kept = []
-        results = _ratio_forward(*arguments, kept)
+        results = _ratio_forward(*arguments, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, offsets, *kept)
-        return results
+        ctx.save_for_backward(*tensors, offsets, *results[{count}:])
+        return results[:{count}]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -385,7 +387,7 @@ class _ratio_eager(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, offsets, kept = saved[:{len(n["all"])}], saved[{len(n["all"])}], saved[{len(n["all"]) + 1}:]
         given = [None if g is None else g.contiguous() for g in grads]
-        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, kept), None, None, None, None)
+        return (*_ratio_backward(*tensors, *given, ctx.scale, offsets, ctx.variance, *kept), None, None, None, None)
 
 
 def _ratio(*arguments):

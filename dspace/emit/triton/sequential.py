@@ -103,7 +103,7 @@ def section(analysis: Analysis, common: bool = True) -> Section:
     parts += [TILES, *kernels, host_source(r, splits(r))]
     return Section(
         device="cuda",
-        imports=("import torch",),
+        imports=launching.IMPORTS,
         code="\n\n".join(p.strip("\n") + "\n" for p in parts),
         chunk=None,
         recurrent="_recurrent_triton_core",

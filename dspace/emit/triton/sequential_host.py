@@ -61,6 +61,7 @@ def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, va
     )
 
 
+@_repeated
 def _sequential_forward(*arguments):
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
@@ -73,6 +74,7 @@ def _sequential_forward(*arguments):
     return (o, variance if want_variance else o.new_empty(0), *final)
 
 
+@_repeated
 def _sequential_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)

@@ -77,8 +77,9 @@ def _vector_{tag}_slots(B, T, N):
     return B * T // 32 * 2 + N
 
 
-def _vector_{tag}_forward(*arguments, save=True):
-    *tensors, scale, raw, offsets, dtype = arguments
+@_repeated
+def _vector_{tag}_forward(*arguments):
+    *tensors, scale, raw, offsets, dtype, save = arguments
     inputs, parameters, initial = tensors[:{n_in}], tensors[{n_in}:{n_leaf}], tensors[{n_leaf}:]
     B, T, H = inputs[0].shape[:3] if inputs else dtype.shape[:3]
     W = {width}
@@ -103,6 +104,7 @@ def _vector_{tag}_forward(*arguments, save=True):
     return (*features, *values, *saved, *final)
 
 
+@_repeated
 def _vector_{tag}_backward(*arguments):
     *tensors, scale, raw, offsets = arguments
     inputs, parameters, saved = tensors[:{n_in}], tensors[{n_in}:{n_leaf}], tensors[{n_leaf}:{tensors}]
@@ -138,11 +140,11 @@ def _vector_{tag}_backward(*arguments):
 
 
 _vector_{tag}_op = torch.library.custom_op(
-    f"{{_OPS}}::vector_{tag}", _vector_{tag}_forward, mutates_args=(),
+    f"{{_OPS}}::vector_{tag}", lambda *arguments: _vector_{tag}_forward(*arguments, True), mutates_args=(),
     schema="({schema}, float scale, bool raw, Tensor? offsets, Tensor dtype) -> ({result})",
 )
 _vector_{tag}_backward_op = torch.library.custom_op(
-    f"{{_OPS}}::vector_{tag}_backward", _vector_{tag}_backward, mutates_args=(),
+    f"{{_OPS}}::vector_{tag}_backward", lambda *arguments: _vector_{tag}_backward(*arguments), mutates_args=(),
     schema="({", ".join(given)}, float scale, bool raw, Tensor? offsets) -> ({returned})",
 )
 
@@ -193,7 +195,7 @@ class _vector_{tag}_eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = _vector_{tag}_forward(*arguments)
+        output = _vector_{tag}_forward(*arguments, True)
         _vector_{tag}_save(ctx, arguments, output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[{cut}:{cut + n_state}])
@@ -216,6 +218,6 @@ def _vector_{tag}(*arguments):
         out = _vector_{tag}_eager.apply(*tensors, scale, raw, offsets, like.detach())
         through = out[{cut + 2 * n_state}:]
     else:
-        out = _vector_{tag}_forward(*tensors, scale, raw, offsets, like, save=False)
+        out = _vector_{tag}_forward(*tensors, scale, raw, offsets, like, False)
     return out[:{n_feature}], out[{n_feature}:{cut}], out[{cut + n_state}:{cut + 2 * n_state}], through
 '''

@@ -1,0 +1,175 @@
+"""Source of what shortens the host's part of a call: the second of a kind is recorded, those after it are repeated.
+
+Python takes longer to launch the kernels of a small problem than the GPU takes to run them, and most of that time goes
+into finding out again what the sizes of tensors decided at the call before: windows, tiles, grids, what is compiled.
+"""
+
+from __future__ import annotations
+
+REPEAT = '''
+_TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
+_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
+_recording = threading.local()  # .tape: that of the call which this thread records, if any
+
+
+class _Choices(dict):
+    """Configurations in use. A change makes forget the calls that were recorded before."""
+
+    def __setitem__(self, key, config):
+        _TAPES.clear()
+        super().__setitem__(key, config)
+
+    def clear(self):
+        _TAPES.clear()
+        super().clear()
+
+
+class _Tape(TorchDispatchMode):
+    """While entered, writes down new tensors, operations of PyTorch, and what ``_launch`` launches."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.device, self.made, self.steps, self.valid = given, given[0].device, [], [], True
+        self.owners, self.alive = {}, []  # whose memory a view is in; all tensors, so that no two get the same id
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        self.alive += [*arguments, *results]
+        by_value = torch.Tag.dynamic_output_shape in operation.tags or operation._schema.is_mutable
+        if by_value or not all([isinstance(t, torch.Tensor) and t.device == self.device for t in results]):
+            self.valid = False
+        elif operation.is_view:
+            self.owners.update({id(t): self.owners.get(id(arguments[0]), arguments[0]) for t in results})
+        elif "empty" in operation.name() and results[0].is_contiguous():
+            self.made += results
+        else:
+            self.steps.append((operation, arguments, options or {}, results))
+        return result
+
+    def launched(self, runner, pointers, rest):
+        self.steps.append((None, pointers, (runner, rest), ()))
+
+    def written(self, returned):
+        """(shapes and dtypes of new tensors, steps, what is returned), with places for tensors; None if impossible.
+
+        A place is the number of a tensor among those given, made, and results of operations, the bytes from there,
+        and for a view its size and strides. What only kernels see shares the memory of one tensor.
+        """
+        seen = [*_tensors(returned), *[t for step in self.steps if step[0] is not None for t in _tensors(step[1])]]
+        seen = {id(self.owners.get(id(t), t)) for t in seen}
+        shapes = [(tuple(t.shape), t.dtype) for t in self.made if id(t) in seen]
+        places = [*self.given, *[t for t in self.made if id(t) in seen], None]
+        places += [t for step in self.steps for t in step[3]]
+        places = {id(t): (i, 0) for i, t in enumerate(places)}
+        hidden = 0
+        for t in self.made:
+            if id(t) not in seen:
+                places[id(t)] = len(self.given) + len(shapes), hidden
+                hidden += -(-t.numel() * t.element_size() // 256) * 256
+        shapes.append(((hidden,), torch.uint8))
+        bytes_made = sum([t.numel() * t.element_size() for t in self.made])
+        if not self.valid or bytes_made > _TAPE_MEMORY or all([step[0] is not None for step in self.steps]):
+            return None
+        try:
+            steps = [(step[0], self._placed(step[1], places), step[2]) for step in self.steps]
+            return shapes, steps, self._placed(returned, places)
+        except KeyError:  # a tensor of which the tape does not know where it comes from
+            return None
+
+    def _placed(self, x, places):
+        """``x`` with the place of each tensor instead."""
+        if isinstance(x, (tuple, list)):
+            return [self._placed(y, places) for y in x]
+        if not isinstance(x, torch.Tensor):
+            return x
+        owner = self.owners.get(id(x), x)
+        (number, begin), shape = places[id(owner)], (x.size(), x.stride())
+        begin += x.data_ptr() - owner.data_ptr()
+        if x.data_ptr() == owner.data_ptr() and shape == (owner.size(), owner.stride()):
+            shape = None, None
+        elif x.dtype != owner.dtype:
+            raise KeyError(x.dtype)
+        return _Place((number, begin, *shape))
+
+
+def _tensors(x):
+    """All tensors in lists of lists."""
+    if isinstance(x, (tuple, list)):
+        return [t for y in x for t in _tensors(y)]
+    return [x] if isinstance(x, torch.Tensor) else []
+
+
+class _Place(tuple):
+    """Which tensor of a call: see ``_Tape.written``."""
+
+
+def _repeated(function):
+    """``function``, of which calls of the same kind, from the third on, are a list of steps.
+
+    It takes tensors, None, and what decides with their shapes, dtypes and alignment all that it does on the host:
+    values of tensors do not. What it does is make tensors, launch kernels by ``_launch``, call PyTorch; a call in
+    which anything else was seen is not repeated.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments):
+        given = [a for a in arguments if isinstance(a, torch.Tensor)]
+        kinds = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        addresses = [t.data_ptr() for t in given]
+        same = () if len(set(addresses)) == len(addresses) else map(addresses.index, addresses)  # a tensor given twice
+        key = (function, given[0].device, *kinds, *[a % 16 for a in addresses], *same)
+        tape = _TAPES.get(key, 0)
+        if isinstance(tape, tuple):
+            return _repeat(tape, given, addresses)
+        if tape is None:
+            return function(*arguments)
+        if tape == 0:  # seen for the first time: lengths that never come again are not worth recording
+            result = function(*arguments)
+            if len(_TAPES) >= 256:
+                _TAPES.clear()
+            _TAPES[key] = 1
+            return result
+        _recording.tape = tape = _Tape(given)
+        try:
+            with tape:
+                result = function(*arguments)
+        finally:
+            _recording.tape = None
+        _TAPES[key] = tape.written(result)
+        return result
+
+    return call
+
+
+def _repeat(tape, tensors, addresses):
+    """The steps of a recorded call with other tensors of the same kind."""
+    made, steps, returned = tape
+    device = tensors[0].device
+    tensors += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
+    addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    for operation, places, rest in steps:
+        if operation is None:
+            runner, others = rest
+            runner(*[p and addresses[p[0]] + p[1] for p in places], *others, stream=stream)
+        else:
+            results = operation(*_at(places, tensors), **rest)
+            tensors += results if isinstance(results, (tuple, list)) else [results]
+            addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+    return tuple(_at(returned, tensors))
+
+
+def _at(place, tensors):
+    """What is at a place, or at each of a list."""
+    if isinstance(place, list):
+        return [_at(x, tensors) for x in place]
+    if not isinstance(place, _Place):
+        return place
+    number, begin, size, stride = place
+    owner = tensors[number]
+    if size is None:
+        return owner
+    return owner.as_strided(size, stride, owner.storage_offset() + begin // owner.element_size())
+
+'''

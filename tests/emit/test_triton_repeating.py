@@ -1,0 +1,172 @@
+"""Calls that are repeated do what they did, with other tensors; what cannot be repeated is not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dspace.emit.triton.repeating import REPEAT
+
+N = 24
+
+
+def add_kernel(x: int, y: int, z: int, n: int, factor: float, stream: object = None) -> None:
+    """z = x + factor y, by address, as a compiled kernel does it."""
+    a, b, c = ((ctypes.c_float * n).from_address(address) for address in (x, y, z))
+    for i in range(n):
+        c[i] = a[i] + factor * b[i]
+
+
+@pytest.fixture
+def module() -> dict[str, Any]:
+    """The emitted text, with a driver that has one stream."""
+    active = types.SimpleNamespace(get_current_stream=lambda index: 0)
+    triton = types.SimpleNamespace(runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=active)))
+    names: dict[str, Any] = {"functools": functools, "threading": threading, "torch": torch, "triton": triton}
+    names |= {"TorchDispatchMode": TorchDispatchMode, "times": 0}
+    exec(REPEAT, names)
+    return names
+
+
+def launch(module: dict[str, Any], x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, factor: float) -> None:
+    rest = (z.numel(), factor)
+    add_kernel(x.data_ptr(), y.data_ptr(), z.data_ptr(), *rest)
+    tape = getattr(module["_recording"], "tape", None)
+    if tape is not None:
+        tape.launched(add_kernel, (x, y, z), rest)
+
+
+def repeated(module: dict[str, Any], extra: Callable[[torch.Tensor], Any] = lambda t: None) -> Callable[..., Any]:
+    """A function with hidden and returned tensors, views, and operations on each of them."""
+
+    def work(x: torch.Tensor, y: torch.Tensor, nothing: torch.Tensor | None, factor: float) -> tuple[Any, ...]:
+        module["times"] += 1
+        a, b = torch.empty(2 * N).split(N)
+        launch(module, x, y, a, factor)
+        launch(module, a, x, b, 1.0)
+        out = torch.empty_like(x)
+        launch(module, a, b, out, 2.0)
+        shown = torch.empty(N)
+        launch(module, out, y, shown, -1.0)
+        extra(shown)
+        rows = shown.view(4, N // 4)
+        tail = torch.empty(N)
+        launch(module, rows[1:], y, tail[: N // 2], 0.5)
+        return out, rows.sum(0), nothing, torch.cat([b[N // 2 :], tail[: N // 2]]).to(torch.float64), x
+
+    return module["_repeated"](work)
+
+
+def expected(x: torch.Tensor, y: torch.Tensor, factor: float) -> tuple[torch.Tensor, ...]:
+    a = x + factor * y
+    b = a + x
+    out = a + 2 * b
+    shown = out - y
+    rows = shown.view(4, N // 4)
+    return out, rows.sum(0), torch.cat([b[N // 2 :], shown[N // 4 :][: N // 2] + 0.5 * y[: N // 2]]).double()
+
+
+def same(found: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor, factor: float) -> bool:
+    out, sums, nothing, last, given = found
+    pairs = zip((out, sums, last), expected(x, y, factor), strict=True)
+    return nothing is None and given is x and all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
+
+
+def test_the_third_call_of_a_kind_is_repeated_with_its_own_tensors(module: dict[str, Any]) -> None:
+    work = repeated(module)
+    for factor in (0.5, -2.0):
+        for _ in range(5):
+            x, y = torch.randn(N), torch.randn(N)
+            assert same(work(x, y, None, factor), x, y, factor)
+    assert module["times"] == 4
+    x = torch.randn(N)
+    for _ in range(4):  # a kind of its own: both are one tensor
+        assert same(work(x, x, None, 0.5), x, x, 0.5)
+    assert module["times"] == 6
+    for _ in range(4):  # and so is other alignment
+        x, y = torch.randn(N + 1)[1:], torch.randn(N)
+        assert same(work(x, y, None, 0.5), x, y, 0.5)
+    assert module["times"] == 8
+
+
+@pytest.mark.parametrize(
+    "extra", [lambda t: t.sum().item(), lambda t: t.clamp_(-9, 9), lambda t: len(t.nonzero())], ids=["value", "in place", "size"]
+)  # fmt: skip
+def test_what_goes_by_values_is_done_anew(module: dict[str, Any], extra: Callable[[torch.Tensor], Any]) -> None:
+    work = repeated(module, extra)
+    for times in range(1, 6):
+        x, y = torch.rand(N), torch.rand(N)
+        assert same(work(x, y, None, 0.25), x, y, 0.25)
+        assert module["times"] == times
+
+
+def test_tensors_from_elsewhere_are_done_anew(module: dict[str, Any]) -> None:
+    other = torch.zeros(N)
+
+    def work(x: torch.Tensor) -> tuple[torch.Tensor]:
+        module["times"] += 1
+        out = torch.empty_like(x)
+        launch(module, x, other, out, 1.0)
+        return (out,)
+
+    call = module["_repeated"](work)
+    for _ in range(4):
+        other.add_(1.0)
+        x = torch.randn(N)
+        assert torch.allclose(call(x)[0], x + other)
+    assert module["times"] == 4
+
+
+def test_other_configurations_and_too_much_memory_are_done_anew(module: dict[str, Any]) -> None:
+    work, x = repeated(module), torch.randn(N)
+    chosen = module["_Choices"]()
+    for _ in range(3):
+        work(x, x, None, 1.0)
+    assert module["times"] == 2
+    chosen["family", N] = 1
+    work(x, x, None, 1.0)
+    assert module["times"] == 3
+    module["_TAPE_MEMORY"] = 4 * N
+    for _ in range(3):
+        work(x, x, None, 1.0)
+    assert module["times"] == 6
+
+
+def test_no_tensor_waits_for_the_garbage_collector(module: dict[str, Any]) -> None:
+    work = repeated(module)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            found = work(torch.randn(N), torch.randn(N), None, 1.0)
+            gone = [weakref.ref(t) for t in found if t is not None]
+            del found
+            assert not any(ref() is not None for ref in gone)
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_fails_while_it_is_recorded_fails_as_it_did(module: dict[str, Any]) -> None:
+    def fail(t: torch.Tensor) -> None:
+        if module["times"] == 2:
+            raise MemoryError("no room")
+
+    work = repeated(module, fail)
+    x, y = torch.randn(N), torch.randn(N)
+    work(x, y, None, 1.0)
+    with pytest.raises(MemoryError, match="no room"):
+        work(x, y, None, 1.0)
+    assert getattr(module["_recording"], "tape", None) is None
+    for _ in range(3):
+        assert same(work(x, y, None, 1.0), x, y, 1.0)
+    assert module["times"] == 3
