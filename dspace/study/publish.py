@@ -62,9 +62,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def versions_of(results: Results) -> dict[str, str]:
-    """What the numbers depend on besides the study file: as one of the trials noted it."""
-    noted = (t.attributes["versions"] for t in results.trials if "versions" in t.attributes)
-    return next(noted, {})
+    """What the numbers depend on besides the study file: all that trials noted, in their order, " and " between."""
+    found: dict[str, dict[str, None]] = {}
+    for trial in [*results.trials, *(t for trials in results.comparisons.values() for t in trials)]:
+        if trial.state in ("complete", "pruned"):
+            for key, value in trial.attributes.get("versions", {}).items():
+                found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
 
 
 def raw(results: Results, command: str) -> dict[str, Any]:
@@ -94,6 +98,7 @@ def _finished(trials: Sequence[Record]) -> list[dict[str, Any]]:
             "recall_by_age": t.attributes.get("recall_by_age"),
             **({"arm": t.arm} if t.arm else {}),
             **{k: t.attributes[k] for k in KEPT if k in t.attributes},
+            **{k: v for k, v in t.attributes.get("versions", {}).items() if k in ("commit", "machine")},
             **({"note": t.attributes["pruned"]} if "pruned" in t.attributes else {}),
         }
         for t in trials

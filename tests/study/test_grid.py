@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dspace.errors import StudyError, UserError
 from dspace.study.engine import run
-from dspace.study.publish import Line, difference, publish
+from dspace.study.publish import Line, difference, publish, versions_of
 from dspace.study.reading import load, loads
 from dspace.study.results import Record, collect, open_home
 from dspace.study.space import grid
@@ -109,6 +110,16 @@ def test_results_are_published(home: Path, tmp_path: Path) -> None:
     page = paths[1].read_text()
     assert "| palimpsa |" in page and "| softmax |" in page and "standard error, 2 seeds" in page
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_commit_and_machine_of_a_study_is_named(home: Path) -> None:
+    """Of trials that give numbers: a study may go on elsewhere, and later."""
+    results = collect(open_home(home / "run"))
+    noted = [("one", "complete"), ("two", "pruned"), ("one", "complete"), ("three", "failed")]
+    trials = [
+        Record(i, state, {}, {}, {"versions": {"commit": c, "machine": "m"}}, 1.0) for i, (c, state) in enumerate(noted)
+    ]
+    assert versions_of(replace(results, trials=trials)) == {"commit": "one and two", "machine": "m"}
 
 
 def test_the_ceiling_has_no_spec_to_export(home: Path) -> None:
