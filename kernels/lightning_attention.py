@@ -1075,7 +1075,8 @@ class _Tape(TorchDispatchMode):
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         self.alive += [*arguments, *results]
         by_value = torch.Tag.dynamic_output_shape in operation.tags or operation._schema.is_mutable
-        if by_value or not all([isinstance(t, torch.Tensor) and t.device == self.device for t in results]):
+        elsewhere = not all([isinstance(t, torch.Tensor) and t.device == self.device for t in results])
+        if by_value or elsewhere or _tensors(list((options or {}).values())):
             self.valid = False
         elif operation.is_view:
             self.owners.update({id(t): self.owners.get(id(arguments[0]), arguments[0]) for t in results})
@@ -1152,6 +1153,8 @@ def _repeated(function):
 
     @functools.wraps(function)
     def call(*arguments):
+        if getattr(_recording, "tape", None) is not None:  # part of a call that is being recorded
+            return function(*arguments)
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
         kinds = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
         addresses = [t.data_ptr() for t in given]

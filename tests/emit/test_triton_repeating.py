@@ -100,8 +100,15 @@ def test_the_third_call_of_a_kind_is_repeated_with_its_own_tensors(module: dict[
 
 
 @pytest.mark.parametrize(
-    "extra", [lambda t: t.sum().item(), lambda t: t.clamp_(-9, 9), lambda t: len(t.nonzero())], ids=["value", "in place", "size"]
-)  # fmt: skip
+    "extra",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.clamp_(-9, 9),
+        lambda t: len(t.nonzero()),
+        lambda t: torch.searchsorted(t, t, sorter=torch.argsort(t)),
+    ],
+    ids=["value", "in place", "size", "tensor by name"],
+)
 def test_what_goes_by_values_is_done_anew(module: dict[str, Any], extra: Callable[[torch.Tensor], Any]) -> None:
     work = repeated(module, extra)
     for times in range(1, 6):
@@ -170,3 +177,18 @@ def test_a_call_that_fails_while_it_is_recorded_fails_as_it_did(module: dict[str
     for _ in range(3):
         assert same(work(x, y, None, 1.0), x, y, 1.0)
     assert module["times"] == 3
+
+
+def test_a_call_within_a_recorded_one_is_part_of_it(module: dict[str, Any]) -> None:
+    inner = repeated(module)
+
+    def outer(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, sums, _, last, _ = inner(x, y, None, 2.0)
+        return out, sums, last
+
+    call = module["_repeated"](outer)
+    for _ in range(5):
+        x, y = torch.randn(N), torch.randn(N)
+        pairs = zip(call(x, y), expected(x, y, 2.0), strict=True)
+        assert all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
+    assert module["times"] == 2
