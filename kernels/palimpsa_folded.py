@@ -1690,7 +1690,10 @@ def _carry_vector_kernel(
     total, local, start, border, final, offsets, bases, T, NT, H, LENGTH,
     W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Values at segment borders from what each segment does: value' = total value + local, in either direction."""
+    """Values at segment borders from what each segment does: value' = total value + local, in either direction.
+
+    The first is 0 without ``start``; the last is stored if there is ``final``.
+    """
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_nh = (pid // NW).to(tl.int64)
@@ -1699,7 +1702,9 @@ def _carry_vector_kernel(
     o_w = (pid % NW) * BW + tl.arange(0, BW)
     m_w = o_w < W
     segments = tl.cdiv(end - begin, LENGTH)
-    value = tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    value = tl.zeros([BW], dtype=tl.float32)
+    if start is not None:
+        value += tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
     first = segments - 1 if REVERSE else segments * 0
     tl.store(border + ((base + first) * H + i_h) * W + o_w, value, mask=o_w < tl.where(begin < end, W, 0))
     for i in range(0, segments, BN):
@@ -1714,7 +1719,8 @@ def _carry_vector_kernel(
         there = at - H * W if REVERSE else at + H * W
         tl.store(border + there, after, mask=mask & (step + 1 < segments)[:, None])
         value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
-    tl.store(final + i_nh * W + o_w, value, mask=m_w)
+    if final is not None:
+        tl.store(final + i_nh * W + o_w, value, mask=m_w)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2300,10 +2306,10 @@ def _fold_gradients_proposals(K, dtype):
 
 @_repeated
 def _fold_forward(*arguments):
-    """The read of every token, final states (that of the matrix first), then what a backward pass needs.
+    """The read of every token, final states (that of the matrix first) if wanted, then what a backward pass needs.
 
     That is: states of every token if ``raw``, queries as divided, vector states at chunk starts, decay sums, matrix
-    states there.
+    states there. Initial states may be None: zero.
     """
     *tensors, scale, raw, offsets, want_final, save = arguments
     leaves, starts = tensors[:5], tensors[5:6]
@@ -2315,12 +2321,12 @@ def _fold_forward(*arguments):
     C, (tile_k, tile_v, state_warps, state_stages), *_ = config
     BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    like, packed, fast = starts[0], offsets is not None, _fast(key)
-    borders = [like.new_empty((chunks, H, K)) for _ in starts]
-    ends = [torch.empty_like(t) for t in starts]
+    packed, fast, full = offsets is not None, _fast(key), dict(dtype=torch.float32, device=key.device)
+    borders = [torch.empty((chunks, H, K), **full) for _ in starts]
+    ends = [torch.empty((N, H, K), **full) if want_final else None for _ in starts]
     sums = _decay_sums_scalar(retention, spans, T, NT, chunks, C)
     states = torch.empty((chunks, H, K, V), dtype=key.dtype if key.dtype == torch.bfloat16 else torch.float32, device=key.device)
-    final = like.new_empty((N, H, K, V)) if want_final else None
+    final = torch.empty((N, H, K, V), **full) if want_final else None
     OT, precision = _operands(key.dtype)
     total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
     matrix = _cdiv(K, tile_k) * _cdiv(V, tile_v) * N * H
@@ -2338,7 +2344,7 @@ def _fold_forward(*arguments):
         )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
-    values = [like.new_empty((B, T, H, K)) if raw else None for _ in starts]
+    values = [torch.empty((B, T, H, K), **full) if raw else None for _ in starts]
     _launch(
         _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
         (*leaves, *borders, key, value, sums, states, o, query, *values, spans), (scale, T, NT, H), (),
@@ -2350,7 +2356,8 @@ def _fold_forward(*arguments):
 @_repeated
 def _fold_backward(scale, offsets, *tensors):
     """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns; last what else it kept."""
-    leaves, key, value, retention, start = tensors[:5], *tensors[6:10]
+    leaves, starts = tensors[:5], tensors[5:6]
+    key, value, retention, start = tensors[6:10]
     query, *borders = tensors[10:12]
     d_o, d_final, *d_ends = tensors[12:]
     d_ends, d_values, kept = d_ends[:1], d_ends[1:2], d_ends[2:]
@@ -2368,7 +2375,6 @@ def _fold_backward(scale, offsets, *tensors):
         sums = _decay_sums_scalar(retention, spans, T, NT, chunks, C)
         states, _ = _states_scalar(key, value, sums, start, offsets, bases, NT, chunks, config, N, False)
     d_o = torch.zeros_like(value) if d_o is None else d_o
-    d_ends = [like.new_zeros((N, H, K)) if d is None else d for d in d_ends]
     d_states, d_start = torch.empty_like(states), None if start is None else torch.empty_like(start)
     _launch(
         _cotangents_scalar_kernel, (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1),
@@ -2397,7 +2403,7 @@ def _fold_backward(scale, offsets, *tensors):
         (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
         **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
     )
-    d_starts = [torch.empty_like(d) for d in d_ends]
+    d_starts = [None if t is None else torch.empty_like(t) for t in starts]
     BW = _tile(K, 32)
     for state in zip(total, local, d_ends, after, d_starts):
         _launch(
@@ -2513,8 +2519,6 @@ def _chunk_triton_core(q, k, v, b, g, I_p, M, Ibar, scale, offsets, want_varianc
     size_k, size_v = _sizes(q, k, v, b, g, I_p, M, Ibar)
     batch, steps, heads = q.shape[:3]
     dtype = _common(k.dtype, v.dtype)  # operands of the matmuls
-    if Ibar is None:
-        Ibar = torch.zeros(batch if offsets is None else offsets.shape[0] - 1, heads, size_k, device=q.device)
 
     # Ibar_t = exp(g) * Ibar_(t-1) + b*k**2
     # M_t = exp(g) * M_(t-1) + (k) (v), read with q/(I_p + Ibar)

@@ -122,12 +122,12 @@ class _Core:
         sizes = len(self.out)
         write(f"    dtype = {self._common_type()}  # operands of the matmuls")
         body = len(self.out)
-        for s in plan.vector_states:
+        calls = self._vector_states()
+        self.folded = fold.folding(plan, self.groups)
+        for s in plan.vector_states if self.folded is None else ():
             shape = f"batch if offsets is None else offsets.shape[0] - 1, heads{_SHAPE[s.axes]}"
             write(f"    if {names[s.name]} is None:")
             write(f"        {names[s.name]} = torch.zeros({shape}, device={like}.device)")
-        calls = self._vector_states()
-        self.folded = fold.folding(plan, self.groups)
         if self.folded is not None:
             self._fold(self.folded, calls[0][2])
         else:

@@ -46,10 +46,10 @@ def _fold_gradients_proposals(K, dtype):
 
 @_repeated
 def _fold_forward(*arguments):
-    """The read of every token, final states (that of the matrix first), then what a backward pass needs.
+    """The read of every token, final states (that of the matrix first) if wanted, then what a backward pass needs.
 
     That is: states of every token if ``raw``, queries as divided, vector states at chunk starts, {"decay sums, " if scalar else ""}matrix
-    states there.
+    states there. Initial states may be None: zero.
     """
     *tensors, scale, raw, offsets, want_final, save = arguments
     leaves, starts = tensors[:{n_leaf}], tensors[{n_leaf}:{n_leaf + n_state}]
@@ -61,11 +61,11 @@ def _fold_forward(*arguments):
     C, (tile_k, tile_v, state_warps, state_stages), *_ = config
     BK, BV, warps, stages = _chosen(_fold_proposals, "fold", K, V, key.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
-    like, packed, fast = starts[0], offsets is not None, _fast(key)
-    borders = [like.new_empty((chunks, H, K)) for _ in starts]
-    ends = [torch.empty_like(t) for t in starts]
+    packed, fast, full = offsets is not None, _fast(key), dict(dtype=torch.float32, device=key.device)
+    borders = [torch.empty((chunks, H, K), **full) for _ in starts]
+    ends = [torch.empty((N, H, K), **full) if want_final else None for _ in starts]
     {f"sums = {made}{chr(10)}    " if scalar else ""}states = torch.empty((chunks, H, K, V), dtype=key.dtype if key.dtype == torch.bfloat16 else torch.float32, device=key.device)
-    final = like.new_empty((N, H, K, V)) if want_final else None
+    final = torch.empty((N, H, K, V), **full) if want_final else None
     OT, precision = _operands(key.dtype)
     total, local = ([torch.empty_like(t) for t in borders] for _ in range(2))
     matrix = _cdiv(K, tile_k) * _cdiv(V, tile_v) * N * H
@@ -83,7 +83,7 @@ def _fold_forward(*arguments):
         )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
-    values = [like.new_empty((B, T, H, K)) if raw else None for _ in starts]
+    values = [torch.empty((B, T, H, K), **full) if raw else None for _ in starts]
     _launch(
         _fold_kernel, (_cdiv(V, BV) * H * chunks, 1, 1),
         (*leaves, *borders, key, value, {sums}states, o, query, *values, spans), (scale, T, NT, H), (),
@@ -95,7 +95,8 @@ def _fold_forward(*arguments):
 @_repeated
 def _fold_backward(scale, offsets, *tensors):
     """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns; last what else it kept."""
-    leaves, key, value, {retention}start = tensors[:{n_leaf}], *tensors[{n_leaf + n_state}:{n_tensor}]
+    leaves, starts = tensors[:{n_leaf}], tensors[{n_leaf}:{n_leaf + n_state}]
+    key, value, {retention}start = tensors[{n_leaf + n_state}:{n_tensor}]
     query, *borders = tensors[{n_tensor}:{n_tensor + 1 + n_state}]
     d_o, d_final, *d_ends = tensors[{n_tensor + 1 + n_state}:]
     d_ends, d_values, kept = d_ends[:{n_state}], d_ends[{n_state}:{2 * n_state}], d_ends[{2 * n_state}:]
@@ -112,7 +113,6 @@ def _fold_backward(scale, offsets, *tensors):
     else:
         {f"sums = {made}{chr(10)}        " if scalar else ""}states, _ = _states_{decay}(key, value, {sums}start, offsets, bases, NT, chunks, config, N, False)
     d_o = torch.zeros_like(value) if d_o is None else d_o
-    d_ends = [like.new_zeros((N, H, K)) if d is None else d for d in d_ends]
     d_states, d_start = torch.empty_like(states), None if start is None else torch.empty_like(start)
     _launch(
         _cotangents_{decay}_kernel, (_cdiv(K, BK) * _cdiv(V, BV) * N * H, 1, 1),
@@ -140,7 +140,7 @@ def _fold_backward(scale, offsets, *tensors):
         (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
         **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
     )
-    d_starts = [torch.empty_like(d) for d in d_ends]
+    d_starts = [None if t is None else torch.empty_like(t) for t in starts]
     BW = _tile(K, 32)
     for state in zip(total, local, d_ends, after, d_starts):
         _launch(

@@ -47,7 +47,10 @@ def _carry_vector_kernel(
     total, local, start, border, final, offsets, bases, T, NT, H, LENGTH,
     W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Values at segment borders from what each segment does: value' = total value + local, in either direction."""
+    """Values at segment borders from what each segment does: value' = total value + local, in either direction.
+
+    The first is 0 without ``start``; the last is stored if there is ``final``.
+    """
     NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_nh = (pid // NW).to(tl.int64)
@@ -56,7 +59,9 @@ def _carry_vector_kernel(
     o_w = (pid % NW) * BW + tl.arange(0, BW)
     m_w = o_w < W
     segments = tl.cdiv(end - begin, LENGTH)
-    value = tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
+    value = tl.zeros([BW], dtype=tl.float32)
+    if start is not None:
+        value += tl.load(start + i_nh * W + o_w, mask=m_w, other=0.0).to(tl.float32)
     first = segments - 1 if REVERSE else segments * 0
     tl.store(border + ((base + first) * H + i_h) * W + o_w, value, mask=o_w < tl.where(begin < end, W, 0))
     for i in range(0, segments, BN):
@@ -71,7 +76,8 @@ def _carry_vector_kernel(
         there = at - H * W if REVERSE else at + H * W
         tl.store(border + there, after, mask=mask & (step + 1 < segments)[:, None])
         value = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, after, 0.0), axis=0)
-    tl.store(final + i_nh * W + o_w, value, mask=m_w)
+    if final is not None:
+        tl.store(final + i_nh * W + o_w, value, mask=m_w)
 '''
 
 BEFORE = '''
