@@ -123,10 +123,11 @@ def _affine(recurrence: Recurrence, affine: tuple[AffineState, ...], trail: _Tra
         trail.note(
             f"{_list(small)} {'is' if len(small) == 1 else 'are'} small (free of v or k) and {'enters' if len(small) == 1 else 'enter'} the {_list(places)}"
         )
-        share = "divides" if _divides(recurrence, readout) else "enters"
+        share, one = "divide" if _divides(recurrence, readout) else "enter", len(small) == 1
         reason = (
-            f"all states are affine and the decay is {decay}; {_list(small)} varies only {_along(recurrence)}, "
-            f"so it {share} the {_list(places)} and what remains is class {letter}"
+            f"all states are affine and the decay is {decay}; {_list(small)} {'varies' if one else 'vary'} only "
+            f"{_along(recurrence)}, so {f'it {share}s' if one else f'they {share}'} the {_list(places)} and what remains "
+            f"is class {letter}"
         )
         return trail.decide("fold", reason, affine, readout)
     reason = f"every state is affine, its decay is {decay}, its writes are products key * value, the readout is linear"
