@@ -1281,16 +1281,16 @@ class _Tape(TorchDispatchMode):
         """
         seen = [*_tensors(returned), *[t for step in self.steps if step[0] is not None for t in _tensors(step[1])]]
         seen = {id(self.owners.get(id(t), t)) for t in seen}
-        shapes = [(tuple(t.shape), t.dtype) for t in self.made if id(t) in seen]
-        places = [*self.given, *[t for t in self.made if id(t) in seen], None]
-        places += [t for step in self.steps for t in step[3]]
-        places = {id(t): (i, 0) for i, t in enumerate(places)}
-        hidden = 0
+        shown = [t for t in self.made if id(t) in seen]
+        shapes, places, hidden = [(tuple(t.shape), t.dtype) for t in shown], {}, 0
         for t in self.made:
             if id(t) not in seen:
-                places[id(t)] = len(self.given) + len(shapes), hidden
-                hidden += -(-t.numel() * t.element_size() // 256) * 256
-        shapes.append(((hidden,), torch.uint8))
+                places[id(t)] = len(self.given) + len(shown), hidden
+                hidden += (t.numel() * t.element_size() // 256 + 1) * 256  # an address of its own, if it is empty too
+        shapes += [((hidden,), torch.uint8)] if hidden else []
+        later = [None] if hidden else []  # the place of that one tensor
+        numbered = [*self.given, *shown, *later, *[t for step in self.steps for t in step[3]]]
+        places.update({id(t): (i, 0) for i, t in enumerate(numbered)})
         bytes_made = sum([t.numel() * t.element_size() for t in self.made])
         if not self.valid or bytes_made > _TAPE_MEMORY or all([step[0] is not None for step in self.steps]):
             return None

@@ -192,3 +192,18 @@ def test_a_call_within_a_recorded_one_is_part_of_it(module: dict[str, Any]) -> N
         pairs = zip(call(x, y), expected(x, y, 2.0), strict=True)
         assert all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
     assert module["times"] == 2
+
+
+def test_kernels_may_be_given_empty_tensors_that_nothing_else_sees(module: dict[str, Any]) -> None:
+    def work(x: torch.Tensor) -> tuple[torch.Tensor]:
+        module["times"] += 1
+        out, nothing = torch.empty_like(x), torch.empty(0)
+        launch(module, x, x, nothing, 1.0)
+        launch(module, x, x, out, 1.0)
+        return (out,)
+
+    call = module["_repeated"](work)
+    for _ in range(4):
+        x = torch.randn(N)
+        assert torch.equal(call(x)[0], 2 * x)
+    assert module["times"] == 2
