@@ -2354,8 +2354,9 @@ def _fold_forward(*arguments):
 
 
 @_repeated
-def _fold_backward(scale, offsets, *tensors):
-    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns; last what else it kept."""
+def _fold_backward(*arguments):
+    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns, and what else it kept."""
+    *tensors, scale, offsets = arguments
     leaves, starts = tensors[:5], tensors[5:6]
     key, value, retention, start = tensors[6:10]
     query, *borders = tensors[10:12]
@@ -2434,7 +2435,7 @@ _fold_op = torch.library.custom_op(
     schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor t7, Tensor t8, Tensor t9, float scale, bool raw, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _fold_backward_op = torch.library.custom_op(
-    f"{_OPS}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments[-2:], *arguments[:-2]) if d is not None),
+    f"{_OPS}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments) if d is not None),
     mutates_args=(), schema="(Tensor t0, Tensor t1, Tensor t2, Tensor t3, Tensor t4, Tensor t5, Tensor t6, Tensor t7, Tensor t8, Tensor t9, Tensor t10, Tensor t11, Tensor? d0, Tensor? d1, Tensor? d2, Tensor? d3, float scale, Tensor? offsets) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -2495,7 +2496,7 @@ class _fold_eager(torch.autograd.Function):
         saved = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in cotangents]
         saved, offsets, kept = saved[:12], saved[12], saved[13:]
-        found = _fold_backward(ctx.scale, offsets, *saved, *given, *kept)
+        found = _fold_backward(*saved, *given, *kept, ctx.scale, offsets)
         return (*found, None, None, None, None)
 
 

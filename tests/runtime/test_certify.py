@@ -19,7 +19,7 @@ from dspace.runtime import compiler
 from dspace.runtime.analysis import module_text
 from dspace.runtime.budgets import MOST, budget, gates
 from dspace.runtime.cases import CORNERS, Case, Shape, draw_arguments, full_cases, quick_cases
-from dspace.runtime.certify import certify_module
+from dspace.runtime.certify import Examiner, certify_module
 from dspace.runtime.compare import compare
 from dspace.runtime.compiler import compile
 from dspace.runtime.expected import Expected
@@ -184,6 +184,31 @@ def test_a_mistake_made_only_where_nothing_is_differentiated_is_refused(ratio_fi
     case = (Case("variance", Shape(2, 9, 1, 2, 4, 3)),)
     certificate = certify_module(specs.load(ratio_file), module, cases=case, dtypes=("float32",), seed=3)
     assert {(c.form, c.quantity) for c in certificate.failures()} == {("chunk", "o without gradients")}
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_a_mistake_made_only_at_a_later_call_is_refused(ratio_file: Path, monkeypatch, differentiated: bool):
+    """A GPU's forms repeat what they recorded at the second call: with gradients, or where nothing is differentiated."""
+    module = compile(ratio_file, certify=False)
+    core, calls = module._CORES["cpu", "chunk"], []
+
+    @functools.wraps(core)
+    def wrong(*arguments):
+        output, variance, *final = core(*arguments)
+        if torch.is_grad_enabled() == differentiated:
+            calls.append(None)
+            output = 1.02 * output if len(calls) == 3 else output
+        return (output, variance, *final)
+
+    monkeypatch.setitem(module._CORES, ("cpu", "chunk"), wrong)
+    examiner = Examiner(specs.load(ratio_file), module, "cpu")
+    case = Case("variance", Shape(2, 9, 1, 2, 4, 3))
+    for repeats in (False, True):
+        calls.clear()
+        examiner.repeats = repeats
+        failed = {c.quantity for c in examiner.examine(case, "float32", 3, forms=("chunk",)) if c.status == "failed"}
+        assert bool(failed) == repeats
+    assert failed >= ({"o of a later call"} if differentiated else {"o without gradients"})
 
 
 def test_planted_mistake_in_the_reference_is_refused(affine_file: Path):

@@ -7,7 +7,6 @@ A feature that is an input is that tensor; one that needs vector states comes ou
 from __future__ import annotations
 
 import builtins
-import re
 
 import sympy
 
@@ -138,11 +137,11 @@ class _Core:
         self._results(like)
         # Aligned float32 copies, only of what expressions mention, and where only the variance does, with it.
         asked = next((i for i, line in enumerate(self.out) if line == _WANTED), len(self.out))
-        always = _words("\n".join([*self.out[body:asked], *self.out[asked + 2 :]]))
-        sometimes = _words("\n".join(self.out[asked : asked + 2])) - always
+        always = launching.words([*self.out[body:asked], *self.out[asked + 2 :]])
+        sometimes = launching.words(self.out[asked : asked + 2]) - always
         self.out[asked + 1 : asked + 1] = [f"    {line}" for line in self._views(sometimes)]
         self.out[body:body] = self._views(always)
-        self.out[sizes:sizes] = launching.sizes(every, like, _words("\n".join(self.out[sizes:])))
+        self.out[sizes:sizes] = launching.sizes(every, like, self.out[sizes:])
         return self.out
 
     def _views(self, words: set[str]) -> list[str]:
@@ -380,7 +379,3 @@ class _Core:
             write(f"        variance = {self._feature(plan.readout.variance, 'v', f'{like}.dtype')}")
         final = [f"{names[s.name]}_final" for s in self.recurrence.states]
         write(f"    return {', '.join(['output', 'variance', *final])}")
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text))

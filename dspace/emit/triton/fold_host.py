@@ -93,8 +93,9 @@ def _fold_forward(*arguments):
 
 
 @_repeated
-def _fold_backward(scale, offsets, *tensors):
-    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns; last what else it kept."""
+def _fold_backward(*arguments):
+    """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns, and what else it kept."""
+    *tensors, scale, offsets = arguments
     leaves, starts = tensors[:{n_leaf}], tensors[{n_leaf}:{n_leaf + n_state}]
     key, value, {retention}start = tensors[{n_leaf + n_state}:{n_tensor}]
     query, *borders = tensors[{n_tensor}:{n_tensor + 1 + n_state}]
@@ -171,7 +172,7 @@ _fold_op = torch.library.custom_op(
     schema="({schema}, float scale, bool raw, Tensor? offsets) -> ({made_of(3 + 3 * n_state)})",
 )
 _fold_backward_op = torch.library.custom_op(
-    f"{{_OPS}}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments[-2:], *arguments[:-2]) if d is not None),
+    f"{{_OPS}}::fold_backward", lambda *arguments: tuple(d for d in _fold_backward(*arguments) if d is not None),
     mutates_args=(), schema="({", ".join(given)}, float scale, Tensor? offsets) -> ({made_of(n_tensor - len(within))})",
 )
 
@@ -232,7 +233,7 @@ class _fold_eager(torch.autograd.Function):
         saved = ctx.saved_tensors
         given = [None if d is None else d.contiguous() for d in cotangents]
         saved, offsets, kept = saved[:{n_tensor + 1 + n_state}], saved[{n_tensor + 1 + n_state}], saved[{n_tensor + 2 + n_state}:]
-        found = _fold_backward(ctx.scale, offsets, *saved, *given, *kept)
+        found = _fold_backward(*saved, *given, *kept, ctx.scale, offsets)
         return (*found, None, None, None, None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from dspace.emit.triton.repeating import REPEAT
 
 IMPORTS = (
@@ -11,7 +13,7 @@ IMPORTS = (
     "from torch.utils._python_dispatch import TorchDispatchMode",
 )
 
-COMMON = f'''
+_KERNEL = '''
 try:
     import triton
     import triton.language as tl
@@ -24,12 +26,10 @@ def _kernel(function=None, **options):
     if function is None:
         return lambda f: _kernel(f, **options)
     return function if triton is None else triton.jit(function, **options)
+'''
 
-
-{REPEAT.strip()}
-
-
-_COMPILED = {{}}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
+_LAUNCH = '''
+_COMPILED = {}  # kernels as Triton compiled them, and their constants in order, by all that they were compiled for
 
 
 def _launch(kernel, grid, pointers, numbers, fixed, **constants):
@@ -58,8 +58,8 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
         _COMPILED[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
 
 
-_TUNED = {{}}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
-_PROPOSALS = {{}}  # what there was to choose from, by key
+_TUNED = {}  # what was measured to be the best on this GPU: "family sizes..." -> configuration, set from outside
+_PROPOSALS = {}  # what there was to choose from, by key
 _CONFIGS = _Choices()  # what is in use, by key
 
 
@@ -76,6 +76,8 @@ def _chosen(propose, *key):
     return config
 '''
 
+COMMON = "\n\n\n".join(part.strip() for part in (_KERNEL, REPEAT, _LAUNCH)) + "\n"
+
 
 def common_type(names: list[str]) -> str:
     """The dtype that holds all that tensors of these names do, in source."""
@@ -83,8 +85,14 @@ def common_type(names: list[str]) -> str:
     return dtypes[0] if len(dtypes) == 1 else f"_common({', '.join(dtypes)})"
 
 
-def sizes(tensors: list[str], like: str, used: set[str]) -> list[str]:
-    """Lines that read the sizes of a core's tensors, those that are ``used``."""
+def words(lines: list[str]) -> set[str]:
+    """All names, and parts of numbers, in these lines."""
+    return set(re.findall(r"\w+", "\n".join(lines)))
+
+
+def sizes(tensors: list[str], like: str, lines: list[str]) -> list[str]:
+    """Lines that read the sizes of a core's tensors, those that ``lines`` use."""
+    used = words(lines)
     lines = [f"    size_k, size_v = _sizes({', '.join(tensors)})"] if {"size_k", "size_v"} & used else []
     return lines + ([f"    batch, steps, heads = {like}.shape[:3]"] if {"batch", "steps", "heads"} & used else [])
 

@@ -7,7 +7,6 @@ their launches (:mod:`.ratio_host`).
 from __future__ import annotations
 
 import builtins
-import re
 
 import sympy
 
@@ -120,8 +119,7 @@ def _core(recurrence: Recurrence, words: Words) -> str:
                 lines.append(f"        {n['reads'][0]} = {n['reads'][0]}[..., None, :]")
             lines.append(f"        variance = {_result(plan.variance, show)}.to({like}.dtype)")
     lines.append(f"    return output, variance, {', '.join(ends)}")
-    text = "\n".join(lines[sizes:])
-    lines[sizes:sizes] = launching.sizes(every, like, set(re.findall(r"\w+", text)))
+    lines[sizes:sizes] = launching.sizes(every, like, lines[sizes:])
     return "\n".join(lines) + LEAN.format(core="_chunk_triton_core")
 
 
