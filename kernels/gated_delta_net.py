@@ -19,11 +19,13 @@ Made by a program: change the spec and generate again rather than editing this f
 from __future__ import annotations
 
 from torch.utils._python_dispatch import TorchDispatchMode
+import copy
 import ctypes
 import functools
 import itertools
 import math
 import numpy
+import operator
 import os
 import queue
 import sys
@@ -279,10 +281,10 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
         work = torch.float64 if double else torch.float32
         inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
         parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
-    core = _CORES.get((first.device.type, form), _reference_core)
-    if not torch.compiler.is_compiling() and _transformed(inputs, parameters, given):
+    core, compiling = _CORES.get((first.device.type, form), _reference_core), torch.compiler.is_compiling()
+    if not compiling and _transformed(inputs, parameters, given):
         core = _reference_core
-    lean = not (double or torch.compiler.is_compiling()) and steps and batch and getattr(core, "lean", False)
+    lean = not (double or compiling) and steps and batch and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
     elif lean and _STARTS_AT_ZERO:
@@ -296,7 +298,7 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
     if lean:
         arguments = *arguments, output_final_state
-    if first.is_cuda and not torch.compiler.is_compiling():
+    if first.is_cuda and not compiling and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(first):  # Triton launches on the current device
             o, variance, *final = core(*arguments)
     else:
@@ -988,16 +990,17 @@ class _Tape(TorchDispatchMode):
             self.steps.append((operation, arguments, options or {}, results))
         return result
 
-    def launched(self, runner, pointers, rest):
-        self.steps.append((None, pointers, (runner, rest), ()))
+    def launched(self, compiled, grid, pointers, rest):
+        self.steps.append((_shortest(compiled, grid, len(pointers), rest), pointers))
 
     def written(self, returned):
-        """(shapes and dtypes of new tensors, steps, what is returned), with places for tensors; None if impossible.
+        """What ``_repeat`` does: (new tensors, addresses within tensors, steps, what is returned); None if impossible.
 
         A place is the number of a tensor among those given, made, and results of operations, the bytes from there,
         and for a view its size and strides. What only kernels see shares the memory of one tensor.
         """
-        seen = [*_tensors(returned), *[t for step in self.steps if step[0] is not None for t in _tensors(step[1])]]
+        operations = [step for step in self.steps if len(step) > 2]
+        seen = [*_tensors(returned), *[t for step in operations for t in _tensors(step[1])]]
         seen = {id(self.owners.get(id(t), t)) for t in seen}
         shown = [t for t in self.made if id(t) in seen]
         shapes, places, hidden = [(tuple(t.shape), t.dtype) for t in shown], {}, 0
@@ -1007,16 +1010,35 @@ class _Tape(TorchDispatchMode):
                 hidden += (t.numel() * t.element_size() // 256 + 1) * 256  # an address of its own, if it is empty too
         shapes += [((hidden,), torch.uint8)] if hidden else []
         later = [None] if hidden else []  # the place of that one tensor
-        numbered = [*self.given, *shown, *later, *[t for step in self.steps for t in step[3]]]
+        numbered = [*self.given, *shown, *later, *[t for step in operations for t in step[3]]]
         places.update({id(t): (i, 0) for i, t in enumerate(numbered)})
         bytes_made = sum([t.numel() * t.element_size() for t in self.made])
-        if not self.valid or bytes_made > _TAPE_MEMORY or all([step[0] is not None for step in self.steps]):
+        if not self.valid or bytes_made > _TAPE_MEMORY or len(operations) == len(self.steps):
             return None
         try:
-            steps = [(step[0], self._placed(step[1], places), step[2]) for step in self.steps]
-            return shapes, steps, self._placed(returned, places)
+            steps = [(step[0], self._placed(step[1], places), *step[2:3]) for step in self.steps]
+            return self._addressed(shapes, steps, self._placed(returned, places))
         except KeyError:  # a tensor of which the tape does not know where it comes from
             return None
+
+    def _addressed(self, shapes, steps, returned):
+        """Launches with what takes their addresses out of a list: of tensors given, None, made, within, results."""
+        given, known = len(self.given), len(self.given) + len(shapes)
+        pointers = [p for step in steps if len(step) == 2 for p in step[1] if p is not None]
+        within = sorted({p[:2] for p in pointers if p[1]})
+        if any([number >= known for number, _ in within]):
+            raise KeyError("within the result of an operation")
+        entries = {None: given, **{pair: known + 1 + i for i, pair in enumerate(within)}}
+
+        def entry(p):
+            after = 0 if p is None or p[0] < given else 1 if p[0] < known else 1 + len(within)
+            return entries[p and p[:2]] if p is None or p[1] else p[0] + after
+
+        def getter(at):  # of one entry it would give the entry, not a tuple
+            return operator.itemgetter(*at) if len(at) > 1 else operator.itemgetter(slice(at[0], at[0] + 1))
+
+        steps = [(s[0], getter([entry(p) for p in s[1]])) if len(s) == 2 else s for s in steps]
+        return shapes, [(entry((number, 0)), begin) for number, begin in within], steps, returned
 
     def _placed(self, x, places):
         """``x`` with the place of each tensor instead."""
@@ -1055,7 +1077,7 @@ def _repeated(function):
 
     @functools.wraps(function)
     def call(*arguments):
-        if getattr(_recording, "tape", None) is not None:  # part of a call that is being recorded
+        if getattr(_recording, "tape", None) is not None or _hooked():  # part of a call that is being recorded
             return function(*arguments)
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
         kinds = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -1087,20 +1109,59 @@ def _repeated(function):
 
 def _repeat(tape, tensors, addresses):
     """The steps of a recorded call with other tensors of the same kind."""
-    made, steps, returned = tape
+    made, within, steps, returned = tape
     device = tensors[0].device
-    tensors += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
-    addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
+    tensors += made
+    addresses += [None, *[t.data_ptr() for t in made]]
+    addresses += [addresses[i] + begin for i, begin in within]
     stream = triton.runtime.driver.active.get_current_stream(device.index)
-    for operation, places, rest in steps:
-        if operation is None:
-            runner, others = rest
-            runner(*[p and addresses[p[0]] + p[1] for p in places], *others, stream=stream)
+    for call, which, *options in steps:
+        if not options:
+            call(stream, which(addresses))
         else:
-            results = operation(*_at(places, tensors), **rest)
-            tensors += results if isinstance(results, (tuple, list)) else [results]
-            addresses += [t.data_ptr() for t in tensors[len(addresses):]]
+            results = call(*_at(which, tensors), **options[0])
+            results = results if isinstance(results, (tuple, list)) else [results]
+            tensors += results
+            addresses += [t.data_ptr() for t in results]
     return tuple(_at(returned, tensors))
+
+
+def _shortest(compiled, grid, count, rest):
+    """``compiled[grid](*addresses, *rest)``, as a function of stream and addresses, without Triton's Python between.
+
+    That is for the hooks of profilers and takes longer than the driver. What is called behind it is found by going
+    through it once, with marks for stream and addresses and a launcher that only looks.
+    """
+    marks, calls = [object() for _ in range(count + 1)], []
+    stream, addresses = marks[0], marks[1:]
+    launcher, copied = copy.copy(compiled.run), copy.copy(compiled)
+    direct = getattr(launcher, "launch", None)
+    if direct is not None and not (launcher.global_scratch_size or launcher.profile_scratch_size):
+        launcher.launch = lambda *given: calls.append(given)
+        copied._run, copied.launch_metadata = launcher, lambda *_: None
+        try:
+            copied[grid](*addresses, *rest, stream=stream)
+        finally:
+            copied.module = None  # which is the original's to unload
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    given = [None if any([x is hook for hook in hooks]) else x for call in calls for x in call]
+    packed = bool(given) and isinstance(given[-1], tuple)  # newer Triton: what a kernel is given is one tuple
+    last = list(given.pop()) if packed else given
+    if len(calls) != 1 or not all([sum([x is mark for x in given + packed * last]) == 1 for mark in marks]):
+        runner = compiled[grid]
+        return lambda stream, addresses: runner(*addresses, *rest, stream=stream)
+    first, at = last.index(marks[1]), given.index(stream)
+    head, middle, tail = given[:at], given[at + 1 : None if packed else first], last[first + count :]
+    if packed:
+        return lambda stream, addresses: direct(*head, stream, *middle, (*addresses, *tail))
+    return lambda stream, addresses: direct(*head, stream, *middle, *addresses, *tail)
+
+
+def _hooked():
+    """Whether a profiler wants to see every launch."""
+    hooks = triton.knobs.runtime
+    return any([getattr(h, "calls", h) for h in (hooks.launch_enter_hook, hooks.launch_exit_hook)])
 
 
 def _at(place, tensors):
@@ -1132,10 +1193,10 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
     found, tape = _COMPILED.get(key), getattr(_recording, "tape", None)
     if found is not None:
-        runner, rest = found[0][grid], (*numbers, *fixed, *found[1])
-        runner(*addresses, *rest)
+        rest = (*numbers, *fixed, *found[1])
+        found[0][grid](*addresses, *rest)
         if tape is not None:
-            tape.launched(runner, pointers, rest)
+            tape.launched(found[0], grid, pointers, rest)
         return
     if tape is not None:  # not under the interpreter, and not where Triton has to be asked
         tape.valid = False

@@ -201,10 +201,10 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
         work = torch.float64 if double else torch.float32
         inputs = [_expand_heads(t.to(work) if double else t, 2, heads) for t in inputs]
         parameters = [_expand_heads(t.to(work), 0, heads) for t in parameters]
-    core = _CORES.get((first.device.type, form), _reference_core)
-    if not torch.compiler.is_compiling() and _transformed(inputs, parameters, given):
+    core, compiling = _CORES.get((first.device.type, form), _reference_core), torch.compiler.is_compiling()
+    if not compiling and _transformed(inputs, parameters, given):
         core = _reference_core
-    lean = not (double or torch.compiler.is_compiling()) and steps and batch and getattr(core, "lean", False)
+    lean = not (double or compiling) and steps and batch and getattr(core, "lean", False)
     if given:
         states = [t.to(work) for t in given]
     elif lean and _STARTS_AT_ZERO:
@@ -218,7 +218,7 @@ def _run(sequences, form, inputs, parameters, given, scale, offsets, output_vari
     arguments = *inputs, *parameters, *states, scale, offsets, output_variance
     if lean:
         arguments = *arguments, output_final_state
-    if first.is_cuda and not torch.compiler.is_compiling():
+    if first.is_cuda and not compiling and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(first):  # Triton launches on the current device
             o, variance, *final = core(*arguments)
     else:

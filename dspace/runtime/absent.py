@@ -44,13 +44,7 @@ class AbsentGPU:
         return gpu
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        name, code = metadata.name, metadata.hash
-
-        def launch(x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *rest: Any) -> None:
-            if self.recording:
-                self.launched.append(Launched(name, code, (x, y, z), rest[3:]))  # after launch metadata and hooks
-
-        return launch
+        return _Launcher(self, metadata)
 
     def get_current_device(self) -> int:
         return 0
@@ -68,6 +62,22 @@ class AbsentGPU:
         import torch
 
         return torch.device("cpu")
+
+
+class _Launcher:
+    """Between a compiled kernel and the driver, with the parts of Triton's own."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, gpu: AbsentGPU, metadata: Any) -> None:
+        self.gpu, self.name, self.code = gpu, metadata.name, metadata.hash
+
+    def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
+        self.launch(x, y, z, stream, function, *rest[:4], rest[4:])  # metadata twice and hooks, then arguments
+
+    def launch(self, x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
+        if self.gpu.recording:
+            self.gpu.launched.append(Launched(self.name, self.code, (x, y, z), rest[4]))
 
 
 class _Utilities:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import gc
+import operator
 import threading
 import types
 import weakref
@@ -20,30 +22,85 @@ from dspace.emit.triton.repeating import REPEAT
 N = 24
 
 
-def add_kernel(x: int, y: int, z: int, n: int, factor: float, stream: object = None) -> None:
+def add_kernel(x: int, y: int, z: int, n: int, factor: float) -> None:
     """z = x + factor y, by address, as a compiled kernel does it."""
     a, b, c = ((ctypes.c_float * n).from_address(address) for address in (x, y, z))
     for i in range(n):
         c[i] = a[i] + factor * b[i]
 
 
-@pytest.fixture
-def module() -> dict[str, Any]:
-    """The emitted text, with a driver that has one stream."""
-    active = types.SimpleNamespace(get_current_stream=lambda index: 0)
-    triton = types.SimpleNamespace(runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=active)))
+class Launcher:
+    """What stands between a compiled kernel and the driver: ``launch`` gets the arguments behind others, or as one."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, layout: str) -> None:
+        self.packed = layout == "packed"
+        self.launch: Callable[..., None] = self.drive
+
+    def __call__(self, x: int, y: int, z: int, stream: int, rest: tuple[Any, ...], *args: Any) -> None:
+        self.launch(x, y, z, stream, False, *rest, *((args,) if self.packed else args))
+
+    def drive(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        assert (x, y, z, stream, rest[0]) == (3, 1, 1, 7, False)
+        add_kernel(*(rest[-1] if self.packed else rest[-5:]))
+
+
+class Compiled:
+    """A kernel as Triton compiled it; ``through`` counts the calls that go through all of its Python."""
+
+    def __init__(self, layout: str) -> None:
+        self._run = Launcher(layout)
+        self.module: int | None = 1
+        self.through = 0
+        if layout == "other":
+            del self._run.launch
+            self._run = lambda x, y, z, stream, rest, *args: add_kernel(*args)  # type: ignore[assignment]
+
+    @property
+    def run(self) -> Launcher:
+        return self._run
+
+    def launch_metadata(self, *args: Any) -> object:
+        return object()
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def runner(*args: Any, stream: int = 7) -> None:
+            self.through += 1
+            self.run(*grid, stream, (self.launch_metadata(), HOOKS.launch_enter_hook, HOOKS.launch_exit_hook), *args)
+
+        return runner
+
+
+class Hook:
+    """Those of profilers that were added."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+
+HOOKS = types.SimpleNamespace(launch_enter_hook=Hook(), launch_exit_hook=Hook())
+
+
+@pytest.fixture(params=["flat", "packed", "other"])
+def module(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The emitted text, with a driver that has one stream, and each layout of a launcher's arguments."""
+    active = types.SimpleNamespace(get_current_stream=lambda index: 7)
+    runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=active))
+    triton = types.SimpleNamespace(runtime=runtime, knobs=types.SimpleNamespace(runtime=HOOKS))
     names: dict[str, Any] = {"functools": functools, "threading": threading, "torch": torch, "triton": triton}
-    names |= {"TorchDispatchMode": TorchDispatchMode, "times": 0}
+    names |= {"copy": copy, "operator": operator, "TorchDispatchMode": TorchDispatchMode, "times": 0}
+    names["compiled"] = Compiled(request.param)
     exec(REPEAT, names)
     return names
 
 
 def launch(module: dict[str, Any], x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, factor: float) -> None:
-    rest = (z.numel(), factor)
-    add_kernel(x.data_ptr(), y.data_ptr(), z.data_ptr(), *rest)
+    compiled, grid, rest = module["compiled"], (3, 1, 1), (z.numel(), factor)
+    compiled[grid](x.data_ptr(), y.data_ptr(), z.data_ptr(), *rest)
     tape = getattr(module["_recording"], "tape", None)
     if tape is not None:
-        tape.launched(add_kernel, (x, y, z), rest)
+        tape.launched(compiled, grid, (x, y, z), rest)
 
 
 def repeated(module: dict[str, Any], extra: Callable[[torch.Tensor], Any] = lambda t: None) -> Callable[..., Any]:
@@ -147,6 +204,38 @@ def test_other_configurations_and_too_much_memory_are_done_anew(module: dict[str
     for _ in range(3):
         work(x, x, None, 1.0)
     assert module["times"] == 6
+
+
+def test_a_repeated_call_goes_past_the_python_of_triton(module: dict[str, Any]) -> None:
+    work, compiled = repeated(module), module["compiled"]
+    for times in range(5):
+        before, (x, y) = compiled.through, torch.randn(2, N)
+        assert same(work(x, y, None, 0.5), x, y, 0.5)
+        assert compiled.through - before == (0 if times > 1 and hasattr(compiled.run, "launch") else 5)
+    assert compiled.module == 1 and compiled.launch_metadata.__self__ is compiled  # the look left it as it was
+
+
+def test_a_profiler_sees_every_launch(module: dict[str, Any]) -> None:
+    work, compiled, (x, y) = repeated(module), module["compiled"], torch.randn(2, N)
+    for _ in range(3):
+        work(x, y, None, 0.5)
+    HOOKS.launch_exit_hook.calls.append(print)
+    try:
+        before = compiled.through
+        assert same(work(x, y, None, 0.5), x, y, 0.5)
+        assert compiled.through == before + 5
+    finally:
+        HOOKS.launch_exit_hook.calls.clear()
+
+
+def test_a_kernel_with_scratch_memory_gets_it_at_every_call(module: dict[str, Any]) -> None:
+    compiled = module["compiled"]
+    compiled._run.global_scratch_size = 8
+    work = repeated(module)
+    for _ in range(4):
+        before, (x, y) = compiled.through, torch.randn(2, N)
+        assert same(work(x, y, None, 0.5), x, y, 0.5)
+        assert compiled.through == before + 5
 
 
 def test_no_tensor_waits_for_the_garbage_collector(module: dict[str, Any]) -> None:

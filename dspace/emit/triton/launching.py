@@ -7,7 +7,9 @@ import re
 from dspace.emit.triton.repeating import REPEAT
 
 IMPORTS = (
+    "import copy",
     "import functools",
+    "import operator",
     "import threading",
     "import torch",
     "from torch.utils._python_dispatch import TorchDispatchMode",
@@ -45,10 +47,10 @@ def _launch(kernel, grid, pointers, numbers, fixed, **constants):
     key = (kernel.fn, device, fixed, max(numbers) >= 2**31, *kinds, *constants.values())
     found, tape = _COMPILED.get(key), getattr(_recording, "tape", None)
     if found is not None:
-        runner, rest = found[0][grid], (*numbers, *fixed, *found[1])
-        runner(*addresses, *rest)
+        rest = (*numbers, *fixed, *found[1])
+        found[0][grid](*addresses, *rest)
         if tape is not None:
-            tape.launched(runner, pointers, rest)
+            tape.launched(found[0], grid, pointers, rest)
         return
     if tape is not None:  # not under the interpreter, and not where Triton has to be asked
         tape.valid = False

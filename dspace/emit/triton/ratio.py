@@ -32,7 +32,7 @@ _RESERVED = frozenset(
     reads results row side slot slots spans tile token triton tl until user values whole zero zeros
     ahead arguments bases border bytes_a_token common decay device grads here inputs start sums tensors
     given high keep kept longest low most precision registers slabs unroll variance warps
-    B T NT H LOW HIGH STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL AHEAD""".split()
+    B T NT H LOW HIGH ROWS STORE K V I N BK BV BE BP NK NV OT PRECISION PACKED PARTS FAST VARIANCE SLABS UNROLL AHEAD""".split()
 )
 
 

@@ -176,13 +176,13 @@ def forward(words: Words) -> str:
     ]
     lines.append(
         '    """Reads of every token, final states; with ``keep``, if it is small, what spares the backward pass work.\n\n'
-        '    Initial states may be None: zero. Final states are None unless wanted.\n    """'
+        '    Initial states may be None: zero. Final states and the reads of the variance are None unless wanted.\n    """'
     )
     lines += _sizes_lines(words, n, 1)
     for j, r in enumerate(reads):
         kind = _kind(plan, j)
-        shape = "(B, T, H, V)" if j < plan.output_reads else "(B, T, H, V) if variance else (0,)"
-        lines.append(f"    {r} = torch.empty({shape}, dtype={kind}, device=device)")
+        wanted = "" if j < plan.output_reads else " if variance else None"
+        lines.append(f"    {r} = torch.empty((B, T, H, V), dtype={kind}, device=device){wanted}")
     lines += [f"    {s}_end = {s}" for s in n["states"]]
     lines += [
         f"    border = torch.empty(most * H * {count} * V * K, dtype=kept, device=device)",
@@ -253,7 +253,7 @@ def backward(words: Words) -> str:
         "    BE = 256 if K * V >= 256 else 32  # elements of a state that one warp scans",
         "    parts = _cdiv(K * V, BE)",
         *(f"    d_decay_{d} = torch.empty_like(decay_{d})" for d in groups),
-        *(f"    d_{p} = None" for p in n["parameters"]),
+        *(f"    d_{p} = {fresh.format('(H,)')}" for p in n["parameters"]),
         "    if given:",
         f"        border, {', '.join(words.sums)} = given",
         "    else:",
@@ -280,6 +280,7 @@ def backward(words: Words) -> str:
     arguments = [*n["k_in"], *n["v_in"], *words.decays, *n["parameters"], "border", *(f"d_{r}" for r in reads)]
     arguments += [*(k_gradient(words, x) for x in n["k_in"]), *(f"{x}_part" for x in parts)]
     arguments += [f"direct_{d}_part" for d in groups] + [f"d_{p}_part" for p in n["parameters"]] + ["adjoints", "spans"]
+    summed = [name for p in n["parameters"] for name in (f"d_{p}_part", f"d_{p}")]
     settled = [*keyed, *n["value_in"], *words.sums, "adjoints", "products", *(f"{x}_part" for x in parts)]
     settled += [*(f"direct_{d}_part" for d in groups), *(f"d_{x}_part" for x in keyed)]
     settled += [f"d_{x}_out" for x in (*keyed, *n["v_in"])] + [f"d_decay_{d}" for d in groups]
@@ -290,15 +291,11 @@ def backward(words: Words) -> str:
         "            K=K, V=V, I=I_local, N=N_local, FAST=_fast(border), VARIANCE=variance,",
         "            num_warps=1, num_stages=1, **_registers(border, registers), **common,",
         "        )",
-        *(
-            f"        d_{p} = d_{p}_part.sum(0) if d_{p} is None else d_{p} + d_{p}_part.sum(0)"
-            for p in n["parameters"]
-        ),
         *(f"        d_{s}_start = None if low == 0 and {s} is None else {_STATE}" for s in states),
         f"        pointers = (border, adjoints, {', '.join([*words.sums, *(f'd_{s}_end' for s in states)])},",
-        f"                    {', '.join(f'd_{s}_start' for s in states)}, products, inside, bases)",
+        f"                    {', '.join([*(f'd_{s}_start' for s in states), 'products', *summed])}, inside, bases)",
         "        _launch(",
-        "            _carry_kernel, (parts, N * H, 1), pointers, place, (H,),",
+        f"            _carry_kernel, (parts, N * H, 1), pointers, {'(*place, slabs_here * chunks)' if summed else 'place'}, (H,),",
         "            K=K, V=V, BE=BE, PACKED=offsets is not None, num_warps=1,",
         "        )",
         "        BK, BV, warps = _settle_tiles(K, V)",
@@ -311,7 +308,7 @@ def backward(words: Words) -> str:
         *(f"        d_{s}_end = d_{s}_start" for s in states),
     ]
     results = [f"d_{x}_out" for x in n["tensors"]] + [f"d_decay_{d}" for d in groups]
-    results += [f"d_{p}.to({p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in states]
+    results += [f"_typed(d_{p}, {p}.dtype)" for p in n["parameters"]] + [f"d_{s}_start" for s in states]
     lines.append(f"    return {', '.join(results)}")
     return "\n".join(lines) + "\n"
 
@@ -328,13 +325,20 @@ def operators(words: Words) -> str:
         kind = "like.dtype" if _direct(plan, j) else "torch.float32"
         shape = "like.shape" if j < plan.output_reads else "like.shape if variance else (0,)"
         fakes.append(f"like.new_empty({shape}, dtype={kind})")
+    second = "" if plan.direct_variance else ", dtype=torch.float32"
     v = n["all"].index(n["v_in"][0])
     k = n["all"].index(n["k_in"][0])
     first = len(n["all"]) - len(plan.states)
     count = len(reads) + len(plan.states)
     return f'''
+def _ratio_whole(*arguments):
+    """As an operator, which returns tensors: the reads of the variance are empty unless wanted."""
+    like = arguments[{k}]
+    return tuple([like.new_empty(0{second}) if r is None else r for r in _ratio_forward(*arguments)])
+
+
 _ratio_op = torch.library.custom_op(
-    f"{{_OPS}}::ratio", lambda *arguments: _ratio_forward(*arguments), mutates_args=(),
+    f"{{_OPS}}::ratio", lambda *arguments: _ratio_whole(*arguments), mutates_args=(),
     schema="({inputs}, float scale, Tensor? offsets, bool variance) -> ({results})",
 )
 _ratio_backward_op = torch.library.custom_op(

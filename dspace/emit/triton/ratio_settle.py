@@ -27,10 +27,11 @@ def carry_kernel(words: Words) -> str:
         *(f"d_{s}_end" for s in states),
         *(f"d_{s}_start" for s in states),
     ]
+    parameters = [name for p in words.parameters for name in (f"d_{p}_part", f"d_{p}")]
     lines = signature(
         "_carry_kernel",
-        [*pointers, "products", "offsets", "bases"],
-        "T, LOW, HIGH, NT, H",
+        [*pointers, "products", *parameters, "offsets", "bases"],
+        "T, LOW, HIGH, NT, ROWS, H" if parameters else "T, LOW, HIGH, NT, H",
         "K: tl.constexpr, V: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr",
     )
     lines += '''
@@ -44,6 +45,8 @@ def carry_kernel(words: Words) -> str:
     m_e = o_e < V * K
     user = (i_n.to(tl.int64) * H + i_h) * K * V + o_e % K * V + o_e // K
 '''.strip("\n").splitlines()
+    if parameters:
+        lines += _parameter_sums(words.parameters)
     for s in states:
         lines += [
             f"    if d_{s}_end is None:  # zero",
@@ -88,6 +91,20 @@ def carry_kernel(words: Words) -> str:
     for s in states:
         lines += [f"    if d_{s}_start is not None:", f"        tl.store(d_{s}_start + user, d_{s}, mask=m_e)"]
     return "\n".join(lines) + "\n"
+
+
+def _parameter_sums(parameters: list[str]) -> list[str]:
+    """Gradients of parameters: what the programs of the local adjoints found, on top of the windows behind."""
+    lines = ["    if (i_e == 0) & (i_n == 0):"]
+    lines += [f"        sum_{p} = tl.zeros([256], tl.float32)" for p in parameters]
+    lines += ["        for i_r in range(0, tl.cdiv(ROWS, 256)):", "            o_r = i_r * 256 + tl.arange(0, 256)"]
+    lines += [
+        f"            sum_{p} += tl.load(d_{p}_part + o_r * H + i_h, mask=o_r < ROWS, other=0.0)" for p in parameters
+    ]
+    for p in parameters:
+        behind = f"tl.load(d_{p} + i_h, mask=HIGH < T, other=0.0)"
+        lines.append(f"        tl.store(d_{p} + i_h, {behind} + tl.sum(sum_{p}, 0))")
+    return lines
 
 
 def settle_kernel(words: Words) -> str:

@@ -168,8 +168,9 @@ class Words:
 
 
 def signature(kernel: str, pointers: Iterable[str], sizes: str, constants: str) -> list[str]:
+    counted = ", ".join(f'"{size}"' for size in ("T", "LOW", "HIGH", "NT", "ROWS") if size in sizes.split(", "))
     return [
-        '@_kernel(do_not_specialize=["T", "LOW", "HIGH", "NT"])',
+        f"@_kernel(do_not_specialize=[{counted}])",
         f"def {kernel}(",
         f"    {', '.join(pointers)},",
         f"    {sizes},",
