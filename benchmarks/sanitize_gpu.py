@@ -1,14 +1,15 @@
 """Errors of the generated kernels over the whole matrix of lengths and head sizes, and how they take bad input.
 
     python benchmarks/sanitize_gpu.py [--specs simple_gla,gla,...] [--jobs 16] [--json FILE]
-    compute-sanitizer python benchmarks/sanitize_gpu.py --reduced --jobs 1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/sanitize_gpu.py --reduced --jobs 1
 
 T in {1, 63, 64, 65, 1000, 4096}, K and V in {16, 40, 48, 64, 96, 100, 128, 192, 256} (every size of each, in pairs),
 float32, bfloat16 and float16; grouped heads, initial and final states, variance, packed sequences, splits with carried
 states; outputs and every gradient against the float64 reference, which runs on the CPU. Prints the worst error of each
 kind beside its budget (DESIGN.md section 6), then what bad input does. Exits 1 if anything is over budget.
 
-Without a GPU it runs under TRITON_INTERPRET=1, to try the script itself.
+PyTorch takes every tensor's memory from the driver under compute-sanitizer, so that what is beside a tensor is nobody's;
+then no CUDA graph is tried. Without a GPU it runs under TRITON_INTERPRET=1, to try the script itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from dspace.runtime.budgets import FEW, MATMUL_CLASSES, MOST, ROUNDING, SAMPLES, budget  # noqa: E402
+from dspace.runtime.budgets import FEW, MATMUL_CLASSES, MOST, ROUNDING, SAMPLES, budget, excused  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = "simple_gla,gla,normalized_linear_attention,palimpsa_folded,palimpsa"
@@ -169,13 +170,14 @@ def examine(order: tuple[str, int, int, str, bool]) -> tuple[tuple[str, int, int
                 accepted = budget(dtype, sort, form, table["class"])  # type: ignore[arg-type]
                 wrong = error(want, got) if bool(got.isfinite().all()) else float("inf")
                 checks += 1
-                few = want.numel() <= FEW * want.shape[-1]
-                if wrong > accepted and (dtype == "float32" or few):
-                    # What rounding alone does to the recurrence: the few terms of a sum, or a few sums, may cancel.
+                if wrong > accepted:
+                    # What rounding alone does to the recurrence: terms of a sum, or a few sums, may cancel.
                     for sample in range(len(floors), 1 if dtype == "float32" else SAMPLES + 1):
                         floors.append(run(reference, table, *rounded(table, leaves, weights, sample), **whole))
                     least = max(error(want, floor[i]) for floor in floors)
-                    accepted = max(accepted, min(ROUNDING * least, MOST))
+                    few = want.numel() <= FEW * want.shape[-1]
+                    room = excused(least, accepted, few, torch.finfo(kind).eps)
+                    accepted = max(accepted, min(ROUNDING * least, MOST) if dtype == "float32" else room)
                 where = f"{form} {label} K{K} V{V} {quantity}"
                 if sort not in worst or wrong / accepted > worst[sort][0]:
                     worst[sort] = (wrong / accepted, wrong, where)
@@ -269,7 +271,7 @@ def contract(
     # The first length is compiled as it is, the second makes T symbolic; no other one is compiled again.
     verdict = "ok" if worst < 1e-5 and counter.frame_count <= 2 else f"WRONG: {counter.frame_count} graphs, {worst:.1e}"
     rows.append(("torch.compile, five lengths", verdict))
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:  # a graph has memory of its own
         still = [x.clone() for x in good]
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream), torch.no_grad():

@@ -41,6 +41,16 @@ ORDINARY = 0.6
 MOST = 0.25
 """But no rounding to 16 bits excuses more than this."""
 
+
+def excused(rounded: float, accepted: float, few: bool, digit: float) -> float:
+    """What rounding of operands excuses of a 16-bit quantity, as relative error.
+
+    ``rounded`` is how far the recurrence errs from inputs that are rounded once more, ``accepted`` the budget, ``few``
+    whether the quantity has no more than FEW vectors, ``digit`` the last one of its type.
+    """
+    return min(ROUNDING * rounded if few else accepted * rounded / (ORDINARY * digit), MOST)
+
+
 SAMPLES = 3
 """So many more times the recurrence is evaluated for that, from arguments that differ in their last digit."""
 

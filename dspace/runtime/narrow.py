@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dspace.runtime.budgets import FEW, MOST, ORDINARY, ROUNDING, SAMPLES
+from dspace.runtime.budgets import FEW, ROUNDING, SAMPLES, excused
 from dspace.runtime.compare import relative_error
 
 if TYPE_CHECKING:
@@ -96,10 +96,9 @@ class Narrow:
         allowed = ROUNDING * errs
         if self.rounded:
             rounded = _largest(self.rounded, quantity, reference)
-            ordinary = ORDINARY * torch.finfo(self.kind).eps
             few = reference.numel() <= FEW * reference.shape[-1]
-            excused = min(ROUNDING * rounded if few else budget * rounded / ordinary, MOST)
-            allowed, errs = max(allowed, excused), max(errs, rounded)
+            room = excused(rounded, budget, few, torch.finfo(self.kind).eps)
+            allowed, errs = max(allowed, room), max(errs, rounded)
         return allowed, errs
 
     def overflows(self, quantity: str, dtype: torch.dtype) -> bool:
