@@ -1330,11 +1330,14 @@ def _common(dtype, *others):
     return dtype
 
 
+_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
+
+
 def _operands(dtype):
     """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
     if dtype == torch.bfloat16:
         return tl.bfloat16, "tf32"
-    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+    return tl.float32, "tf32" if dtype == torch.float16 else _EXACT
 
 
 _KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory

@@ -1416,11 +1416,14 @@ def _common(dtype, *others):
     return dtype
 
 
+_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
+
+
 def _operands(dtype):
     """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
     if dtype == torch.bfloat16:
         return tl.bfloat16, "tf32"
-    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+    return tl.float32, "tf32" if dtype == torch.float16 else _EXACT
 
 
 _KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
@@ -2379,6 +2382,9 @@ def _chunk_triton_core(q, k, v, eps, S, z, scale, offsets, want_variance, want_f
     """Features of every token, then matmuls over chunks with the states at their borders."""
     if q.dtype == torch.float64:  # no tensor cores for it
         return _reference_core(q, k, v, eps, S, z, scale, offsets, want_variance)
+    if {q.dtype, k.dtype, v.dtype} != {torch.float32}:
+        # One tensor for all that an input is used for: its gradient is a difference of nearly equal parts.
+        return _chunk_triton_core(q.float(), k.float(), v.float(), eps, S, z, scale, offsets, want_variance, want_final)
     size_k, size_v = _sizes(q, k, v, eps, S, z)
     batch, steps, heads = q.shape[:3]
     dtype = _common(q.dtype, k.dtype, v.dtype)  # operands of the matmuls

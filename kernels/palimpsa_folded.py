@@ -1679,11 +1679,14 @@ def _common(dtype, *others):
     return dtype
 
 
+_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
+
+
 def _operands(dtype):
     """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
     if dtype == torch.bfloat16:
         return tl.bfloat16, "tf32"
-    return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+    return tl.float32, "tf32" if dtype == torch.float16 else _EXACT
 
 
 _KEPT = 2**25  # bytes: so much is kept for the backward pass, where launches cost more than memory
@@ -2257,6 +2260,11 @@ def _fold_own_kernel(
             x_Ibar = x_Ibar_kept + write
             inverse_0 = _reciprocal(x_I_p + x_Ibar, FAST)
             token_x_Ibar = -1.0 * d_query * inverse_0 * inverse_0 * x_q
+            grad_x_q = d_query * inverse_0
+            grad_x_I_p = -1.0 * d_query * inverse_0 * inverse_0 * x_q
+            grad_x_q = grad_x_q + tl.zeros([C, BK], dtype=tl.float32)
+            tl.store(d_x_q_out + corner * K + tile, grad_x_q.to(d_x_q_out.dtype.element_ty), mask=m_ck)
+            sum_x_I_p += tl.sum(grad_x_I_p, axis=1)
             if x_Ibar_cotangent is not None:
                 token_x_Ibar += tl.load(x_Ibar_cotangent + corner * K + tile, mask=m_ck, other=0.0)
             d_x_Ibar = tl.dot(x_Ibar_back, token_x_Ibar.to(OT), input_precision=PRECISION)
@@ -2267,17 +2275,12 @@ def _fold_own_kernel(
             grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
             grad_x_b = d_x_Ibar * x_k * x_k
             grad_x_g = d_x_Ibar * x_Ibar_kept
-            grad_x_q = d_query * inverse_0
-            grad_x_I_p = -1.0 * d_query * inverse_0 * inverse_0 * x_q
-            grad_x_q = grad_x_q + tl.zeros([C, BK], dtype=tl.float32)
-            tl.store(d_x_q_out + corner * K + tile, grad_x_q.to(d_x_q_out.dtype.element_ty), mask=m_ck)
             grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
             grad_x_k += tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
             tl.store(d_x_k_out + corner * K + tile, grad_x_k.to(d_x_k_out.dtype.element_ty), mask=m_ck)
             sum_x_b += tl.sum(grad_x_b, axis=1)
             grad_x_g = tl.where(m_ck, grad_x_g, 0.0)
             sum_x_g += tl.sum(grad_x_g, axis=1)
-            sum_x_I_p += tl.sum(grad_x_I_p, axis=1)
         tl.store(d_x_b_out + corner + at, sum_x_b, mask=live)
         sum_x_g += tl.load(d_x_g_out + corner + at, mask=live)
         tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)

@@ -104,19 +104,23 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
 @contextlib.contextmanager
 def elsewhere(module: ModuleType, target: str = "sm_90") -> Iterator[None]:
     """Within the block, ``module`` runs the forms of a GPU for tensors of the CPU, as if they were on ``target``."""
-    cores, fast = dict(module._CORES), getattr(module, "_fast", None)
+    cores, fast, exact = dict(module._CORES), getattr(module, "_fast", None), getattr(module, "_EXACT", None)
     try:
         for form in ("chunk", "recurrent"):
             module._CORES["cpu", form] = module._CORES["cuda", form]
         _forget(module)
         if fast is not None:  # whether the GPU has an approximate reciprocal
             module.__dict__["_fast"] = lambda tensor: target.startswith("sm")
+        if exact is not None:  # how float32 is multiplied
+            module.__dict__["_EXACT"] = "tf32x3" if target.startswith("sm") else "ieee"
         yield
     finally:
         module._CORES.update(cores)
         _forget(module)
         if fast is not None:
             module.__dict__["_fast"] = fast
+        if exact is not None:
+            module.__dict__["_EXACT"] = exact
 
 
 def launches_of(

@@ -109,10 +109,15 @@ def test_every_kernel_of_every_spec_compiles_with_bounded_spills(modules: dict[s
     size, bounds = (64, SPILLED) if target == "sm_90" else (32, NARROW)
     tried = launches(modules, size, target)
     assert len(tried) > 60
-    reports = [offline.build(launch, target) for launch in tried]
-    assert not [b for b in reports if b.faults]
-    most = {b: max((bytes for part, bytes in bounds.items() if part in b.name), default=64) for b in reports}
-    assert not [b for b in reports if b.spilled > most[b]]
+    reports = [(launch, offline.build(launch, target)) for launch in tried]
+    assert not [b for _, b in reports if b.faults]
+
+    def bound(launch: offline.Launch) -> int:
+        if "_gradients_" in launch.name and launch.options.get("PRECISION") in ("tf32x3", "ieee"):
+            return 512  # three products of float32 for each
+        return max((bytes for part, bytes in bounds.items() if part in launch.name), default=64)
+
+    assert not [b for launch, b in reports if b.spilled > bound(launch)]
 
 
 def test_no_length_compiles_anything_anew(modules: dict[str, ModuleType]) -> None:

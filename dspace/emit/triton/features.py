@@ -118,6 +118,15 @@ class _Core:
         write('    """Features of every token, then matmuls over chunks with the states at their borders."""')
         write(f"    if {like}.dtype == torch.float64:  # no tensor cores for it")
         write(f"        return _reference_core({', '.join(every)}, scale, offsets, want_variance)")
+        if self._divides():
+            own = [names[v.name] for v in r.inputs]
+            rest = ["scale", "offsets", "want_variance", "want_final"]
+            write(f"    if {{{', '.join(f'{n}.dtype' for n in own)}}} != {{torch.float32}}:")
+            write(
+                "        # One tensor for all that an input is used for: its gradient is a difference of nearly equal parts."
+            )
+            arguments = [*(f"{n}.float()" for n in own), *every[len(own) :], *rest]
+            write(f"        return _chunk_triton_core({', '.join(arguments)})")
         sizes = len(self.out)
         write(f"    dtype = {self._common_type()}  # operands of the matmuls")
         body = len(self.out)
@@ -153,7 +162,18 @@ class _Core:
         ]
         return ["    # aligned to [B, T, H, K, V], with size 1 where there is no such axis", *views] if views else []
 
+    def _divides(self) -> bool:
+        """Whether the output is divided by something that is made of states.
+
+        An average over values, as normalised attention is, changes with its query by the difference of two sums that
+        are nearly the same where tokens are alike: no digit of 16-bit products is left of it.
+        """
+        states = {*self.vector_symbols, *(r.symbol for r in self.plan.readout.reads)}
+        powers = self.plan.readout.output.atoms(sympy.Pow)
+        return any(p.exp.could_extract_minus_sign() and p.base.free_symbols & states for p in powers)
+
     def _common_type(self) -> str:
+        """Type of what is multiplied: of the inputs, in which products are fastest."""
         plain = []
         for state in self.plan.matrix_states:
             for w in state.writes:

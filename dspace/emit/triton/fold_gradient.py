@@ -65,10 +65,13 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
     lines += [*writer.zeros(leaves), *_LOOP, *writer.wide(leaves)]
     lines.append(f"{PAD}d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)")
     lines += writer.states_of_tokens()
-    tokens, gradients = writer.from_query()
-    together, inverse = inverses_of({**tokens, **gradients})
+    tokens, found = writer.from_query()
+    together, inverse = inverses_of({**tokens, **found})
     lines += [" " * 4 + line for line in writer.inverses(inverse, writer.local)]
     lines += writer.statements({n: together[n] for n in tokens}, writer.local, 12)
+    cotangents = {sympy.Symbol(f"d_{s}", real=True) for s in states}
+    at_once = [v for v in leaves if not found[f"grad_{writer.names[v.name]}"].free_symbols & cotangents]
+    lines += writer.evaluated(at_once, found, together, fold.key)  # so that the query need not be kept in registers
     for s in states:
         lines += [
             f"{PAD}if {s}_cotangent is not None:",
@@ -80,9 +83,7 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
             f"{PAD}tl.store({s}_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, {s}_since * d_{s}, mask=row)",
             f"{PAD}tl.store({s}_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + {s}_whole, mask=m_k)",
         ]
-    lines += writer.statements({n: together[n] for n in gradients}, writer.local, 12)
-    for v in leaves:
-        lines += writer.keep(v, gradients[f"grad_{writer.names[v.name]}"], adds=v == fold.key)
+    lines += writer.evaluated([v for v in leaves if v not in at_once], found, together, fold.key)
     for v in leaves:
         lines += writer.store(v, adds=v == fold.retention)
     return "\n".join(lines) + "\n"
@@ -193,6 +194,20 @@ class _Gradients(ChunkKernels):
             if sympy.Add(*terms) != 0:
                 found[f"grad_{self.names[v.name]}"] = sympy.Add(*terms)
         return found
+
+    def evaluated(
+        self,
+        variables: Iterable[Variable],
+        found: Mapping[str, sympy.Expr],
+        shown: Mapping[str, sympy.Expr],
+        key: Variable | None,
+    ) -> list[str]:
+        """Lines that evaluate the gradients of ``variables`` as ``shown``, and keep them."""
+        names = {f"grad_{self.names[v.name]}": v for v in variables}
+        lines = self.statements({n: shown[n] for n in names}, self.local, 12)
+        for n, v in names.items():
+            lines += self.keep(v, found[n], adds=v == key)
+        return lines
 
     def keep(self, v: Variable, grad: sympy.Expr, adds: bool) -> list[str]:
         """Lines that store the gradient of an input or parameter (or add it to what is there), or sum it over channels."""
