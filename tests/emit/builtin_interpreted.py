@@ -1,7 +1,8 @@
 """Run as a program under TRITON_INTERPRET=1: certificates of the Triton kernels of built-in specs, as JSON.
 
-Standard input is a list of ``{"spec": name, "edits": [[pattern, replacement, count], ...]}``; edits are made in the
-emitted text first, so that tests can plant mistakes in kernels. The forms of the GPU run in place of those of the CPU.
+Standard input is a list of ``{"spec": name, "edits": [[pattern, replacement, count], ...], "case": name, "dtype": name}``,
+all but the first optional; edits are made in the emitted text first, so that tests can plant mistakes in kernels, and a
+case is one of a full certificate. The forms of the GPU run in place of those of the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from dspace import spec as specs
 from dspace.runtime.analysis import module_text
-from dspace.runtime.cases import Case, Shape
+from dspace.runtime.cases import Case, Shape, full_cases
 from dspace.runtime.certify import certify_module
 from dspace.runtime.load import load_file
 
@@ -42,7 +43,10 @@ def certificate(order: dict[str, Any], folder: Path) -> dict[str, Any]:
     module = load_file(path, name)
     for form in ("chunk", "recurrent"):
         module._CORES["cpu", form] = module._CORES["cuda", form]
-    found = certify_module(spec, module, cases=(PACKED,) if edits else (PACKED, ONE), dtypes=("float32",), seed=5)
+    cases = (PACKED,) if edits else (PACKED, ONE)
+    if "case" in order:
+        cases = tuple(c for c in full_cases("cuda") if c.name == order["case"])
+    found = certify_module(spec, module, cases=cases, dtypes=(order.get("dtype", "float32"),), seed=5)
     return {
         "class": module.SPEC["class"],
         "passed": found.passed,

@@ -80,6 +80,22 @@ def test_mistakes_planted_in_emitted_kernels_are_refused() -> None:
         assert all(error == pytest.approx(0.02, rel=0.05) for error in failed.values())
 
 
+def test_gradients_of_an_average_are_right_where_tokens_are_alike() -> None:
+    """The query's is a difference of two sums 200 times as large: products of bfloat16 leave nothing of it."""
+    order = {"spec": "normalized_linear_attention", "case": "constant", "dtype": "bfloat16"}
+    (certificate,) = certified([order])
+    assert certificate["passed"], certificate["failures"]
+    errors = {what: error for form, what, error, status in certificate["checks"] if form == "chunk" and status == "ok"}
+    assert {"o", "d q", "d k", "d v"} <= set(errors) and errors["d q"] < 5e-3
+
+
+def test_only_outputs_that_divide_by_states_are_float32_all_through(modules: dict[str, ModuleType]) -> None:
+    for name, module in modules.items():
+        kinds = {launch.options.get("OT") for launch in offline.launches_of(module, K=32, V=32)} - {None}
+        wide = {str(kind) for kind in kinds} == {"fp32"}
+        assert wide == (name == "normalized_linear_attention"), (name, kinds)
+
+
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     """The generated module of every built-in spec."""
