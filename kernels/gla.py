@@ -1245,12 +1245,13 @@ def _shortest(compiled, grid, count, rest):
     """
     marks, calls = [object() for _ in range(count + 1)], []
     stream, addresses = marks[0], marks[1:]
-    launcher, copied = copy.copy(compiled.run), copy.copy(compiled)
+    launcher = copy.copy(compiled.run)
     direct = getattr(launcher, "launch", None)
-    if direct is not None and not (launcher.global_scratch_size or launcher.profile_scratch_size):
-        launcher.launch = lambda *given: calls.append(given)
-        copied._run, copied.launch_metadata = launcher, lambda *_: None
+    own = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")  # with these a launch is not as the one before
+    if direct is not None and not any([getattr(launcher, name, False) for name in own]):
+        launcher.launch, copied = lambda *given: calls.append(given), copy.copy(compiled)
         try:
+            copied._run, copied.launch_metadata = launcher, lambda *_: None
             copied[grid](*addresses, *rest, stream=stream)
         finally:
             copied.module = None  # which is the original's to unload

@@ -53,6 +53,7 @@ class Compiled:
         self._run = Launcher(layout)
         self.module: int | None = 1
         self.through = 0
+        self.unloaded: list[int] = []
         if layout == "other":
             del self._run.launch
             self._run = lambda x, y, z, stream, rest, *args: add_kernel(*args)  # type: ignore[assignment]
@@ -63,6 +64,10 @@ class Compiled:
 
     def launch_metadata(self, *args: Any) -> object:
         return object()
+
+    def __del__(self) -> None:
+        if self.module is not None:
+            self.unloaded.append(self.module)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         def runner(*args: Any, stream: int = 7) -> None:
@@ -212,7 +217,9 @@ def test_a_repeated_call_goes_past_the_python_of_triton(module: dict[str, Any]) 
         before, (x, y) = compiled.through, torch.randn(2, N)
         assert same(work(x, y, None, 0.5), x, y, 0.5)
         assert compiled.through - before == (0 if times > 1 and hasattr(compiled.run, "launch") else 5)
-    assert compiled.module == 1 and compiled.launch_metadata.__self__ is compiled  # the look left it as it was
+    assert (
+        not compiled.unloaded and compiled.module == 1 and compiled.launch_metadata.__self__ is compiled
+    )  # the look left it as it was
 
 
 def test_a_profiler_sees_every_launch(module: dict[str, Any]) -> None:
@@ -236,6 +243,7 @@ def test_a_kernel_with_scratch_memory_gets_it_at_every_call(module: dict[str, An
         before, (x, y) = compiled.through, torch.randn(2, N)
         assert same(work(x, y, None, 0.5), x, y, 0.5)
         assert compiled.through == before + 5
+    assert not compiled.unloaded
 
 
 def test_no_tensor_waits_for_the_garbage_collector(module: dict[str, Any]) -> None:
