@@ -1272,23 +1272,19 @@ class _Tape(TorchDispatchMode):
             return None
 
     def _addressed(self, shapes, steps, returned):
-        """Launches with what takes their addresses out of a list: of tensors given, None, made, within, results."""
-        given, known = len(self.given), len(self.given) + len(shapes)
+        """Launches with what takes their addresses out of a list: None, those within tensors, those of all tensors."""
         pointers = [p for step in steps if len(step) == 2 for p in step[1] if p is not None]
         within = sorted({p[:2] for p in pointers if p[1]})
-        if any([number >= known for number, _ in within]):
+        if any([number >= len(self.given) + len(shapes) for number, _ in within]):
             raise KeyError("within the result of an operation")
-        entries = {None: given, **{pair: known + 1 + i for i, pair in enumerate(within)}}
+        entries = {pair: 1 + i for i, pair in enumerate(within)}
 
-        def entry(p):
-            after = 0 if p is None or p[0] < given else 1 if p[0] < known else 1 + len(within)
-            return entries[p and p[:2]] if p is None or p[1] else p[0] + after
-
-        def getter(at):  # of one entry it would give the entry, not a tuple
+        def getter(pointers):
+            at = [0 if p is None else entries[p[:2]] if p[1] else 1 + len(within) + p[0] for p in pointers]
+            # of one entry it would give the entry, not a tuple
             return operator.itemgetter(*at) if len(at) > 1 else operator.itemgetter(slice(at[0], at[0] + 1))
 
-        steps = [(s[0], getter([entry(p) for p in s[1]])) if len(s) == 2 else s for s in steps]
-        return shapes, [(entry((number, 0)), begin) for number, begin in within], steps, returned
+        return shapes, within, [(s[0], getter(s[1])) if len(s) == 2 else s for s in steps], returned
 
     def _placed(self, x, places):
         """``x`` with the place of each tensor instead."""
@@ -1363,8 +1359,8 @@ def _repeat(tape, tensors, addresses):
     device = tensors[0].device
     made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
     tensors += made
-    addresses += [None, *[t.data_ptr() for t in made]]
-    addresses += [addresses[i] + begin for i, begin in within]
+    addresses += [t.data_ptr() for t in made]
+    addresses = [None, *[addresses[i] + begin for i, begin in within], *addresses]
     stream = triton.runtime.driver.active.get_current_stream(device.index)
     for call, which, *options in steps:
         if not options:

@@ -20,6 +20,7 @@ from dspace.math.ir import (
     State,
     Write,
     axes_of,
+    divisor_symbols,
     join_axes,
 )
 from dspace.math.logdecay import log_decay
@@ -138,7 +139,7 @@ def _divides(recurrence: Recurrence, readout: Readout) -> bool:
     """Whether a small state occurs in a divisor of the readout."""
     small = {s.symbol for s in recurrence.states if s.axes != "kv"}
     parts = [readout.output, *(q for r in readout.reads for q in (r.queries or {}).values())]
-    return any(p.exp.is_negative and p.free_symbols & small for e in parts for p in e.atoms(sympy.Pow))
+    return any(divisor_symbols(e) & small for e in parts)
 
 
 def _along(recurrence: Recurrence) -> str:

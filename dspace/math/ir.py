@@ -176,6 +176,12 @@ def contract(expr: sympy.Expr, over: Axes) -> sympy.Expr:
     return expr
 
 
+def divisor_symbols(expr: sympy.Expr) -> set[sympy.Symbol]:
+    """All symbols in what ``expr`` divides by."""
+    divisors = (p.base for p in expr.atoms(sympy.Pow) if p.exp.could_extract_minus_sign())
+    return set().union(*(d.free_symbols for d in divisors))
+
+
 def contractions_in(expr: sympy.Expr) -> set[sympy.Expr]:
     """All contraction nodes in ``expr``, nested ones included."""
     return expr.atoms(SumK, SumV)

@@ -104,23 +104,20 @@ def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
 @contextlib.contextmanager
 def elsewhere(module: ModuleType, target: str = "sm_90") -> Iterator[None]:
     """Within the block, ``module`` runs the forms of a GPU for tensors of the CPU, as if they were on ``target``."""
-    cores, fast, exact = dict(module._CORES), getattr(module, "_fast", None), getattr(module, "_EXACT", None)
+    cores, nvidia = dict(module._CORES), target.startswith("sm")
+    # whether the GPU has an approximate reciprocal, and how float32 is multiplied there
+    there = {"_fast": lambda tensor: nvidia, "_EXACT": "tf32x3" if nvidia else "ieee"}
+    here = {name: module.__dict__[name] for name in there if name in module.__dict__}
     try:
         for form in ("chunk", "recurrent"):
             module._CORES["cpu", form] = module._CORES["cuda", form]
         _forget(module)
-        if fast is not None:  # whether the GPU has an approximate reciprocal
-            module.__dict__["_fast"] = lambda tensor: target.startswith("sm")
-        if exact is not None:  # how float32 is multiplied
-            module.__dict__["_EXACT"] = "tf32x3" if target.startswith("sm") else "ieee"
+        module.__dict__.update({name: there[name] for name in here})
         yield
     finally:
         module._CORES.update(cores)
         _forget(module)
-        if fast is not None:
-            module.__dict__["_fast"] = fast
-        if exact is not None:
-            module.__dict__["_EXACT"] = exact
+        module.__dict__.update(here)
 
 
 def launches_of(

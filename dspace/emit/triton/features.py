@@ -17,7 +17,7 @@ from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launchi
 from dspace.emit.triton.printer import specialise
 from dspace.emit.triton.vector_group import Fold, VectorGroup
 from dspace.math.functions import Softplus
-from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of
+from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of, divisor_symbols
 from dspace.plan.affine import AffinePlan, affine_plan, kind
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
@@ -169,8 +169,7 @@ class _Core:
         are nearly the same where tokens are alike: no digit of 16-bit products is left of it.
         """
         states = {*self.vector_symbols, *(r.symbol for r in self.plan.readout.reads)}
-        powers = self.plan.readout.output.atoms(sympy.Pow)
-        return any(p.exp.could_extract_minus_sign() and p.base.free_symbols & states for p in powers)
+        return bool(divisor_symbols(self.plan.readout.output) & states)
 
     def _common_type(self) -> str:
         """Type of what is multiplied: of the inputs, in which products are fastest."""

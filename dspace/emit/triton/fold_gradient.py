@@ -71,7 +71,7 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
     lines += writer.statements({n: together[n] for n in tokens}, writer.local, 12)
     cotangents = {sympy.Symbol(f"d_{s}", real=True) for s in states}
     at_once = [v for v in leaves if not found[f"grad_{writer.names[v.name]}"].free_symbols & cotangents]
-    lines += writer.evaluated(at_once, found, together, fold.key)  # so that the query need not be kept in registers
+    lines += writer.evaluated(at_once, found, together)  # so that the query need not be kept in registers
     for s in states:
         lines += [
             f"{PAD}if {s}_cotangent is not None:",
@@ -83,7 +83,7 @@ def own(fold: Fold, names: Mapping[str, str]) -> str:
             f"{PAD}tl.store({s}_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, {s}_since * d_{s}, mask=row)",
             f"{PAD}tl.store({s}_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + {s}_whole, mask=m_k)",
         ]
-    lines += writer.evaluated([v for v in leaves if v not in at_once], found, together, fold.key)
+    lines += writer.evaluated([v for v in leaves if v not in at_once], found, together)
     for v in leaves:
         lines += writer.store(v, adds=v == fold.retention)
     return "\n".join(lines) + "\n"
@@ -136,7 +136,7 @@ class _Gradients(ChunkKernels):
 
     def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
         super().__init__(fold.group, names)
-        self.query = fold.query
+        self.fold, self.query = fold, fold.query
         self.local = {**self.names, "d_query": "d_query"}
 
     def head(self, name: str, pointers: list[str], about: str) -> list[str]:
@@ -196,17 +196,13 @@ class _Gradients(ChunkKernels):
         return found
 
     def evaluated(
-        self,
-        variables: Iterable[Variable],
-        found: Mapping[str, sympy.Expr],
-        shown: Mapping[str, sympy.Expr],
-        key: Variable | None,
+        self, variables: Iterable[Variable], found: Mapping[str, sympy.Expr], shown: Mapping[str, sympy.Expr]
     ) -> list[str]:
-        """Lines that evaluate the gradients of ``variables`` as ``shown``, and keep them."""
+        """Lines that evaluate the gradients of ``variables`` as ``shown``, and keep them (the key's beside another)."""
         names = {f"grad_{self.names[v.name]}": v for v in variables}
         lines = self.statements({n: shown[n] for n in names}, self.local, 12)
         for n, v in names.items():
-            lines += self.keep(v, found[n], adds=v == key)
+            lines += self.keep(v, found[n], adds=v == self.fold.key)
         return lines
 
     def keep(self, v: Variable, grad: sympy.Expr, adds: bool) -> list[str]:

@@ -63,7 +63,7 @@ def _vector_{tag}_options(inputs, like, W, T, B, offsets, backward):
     tiles = _cdiv(W, BW)
     spans, bases, NT, segments, length, single = _segments(T, offsets, N, B, H, tiles, C)
     fast = _fast(like)
-    precision = "tf32" if dtype != torch.float32 else "tf32x3" if fast else "ieee"
+    precision = "tf32" if dtype != torch.float32 else _EXACT
     fixed = dict(
         W=W, C=C, BW=BW, SINGLE=single, PRECISION=precision, STAGES=stages,
         FAST=fast, PACKED=offsets is not None, num_warps=warps[backward],
