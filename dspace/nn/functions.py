@@ -107,6 +107,31 @@ def per_row(value: Tensor, rows: int) -> Tensor:
     return value[:, None].expand(trials, rows // trials, *value.shape[1:]).flatten(0, 1).unsqueeze(1)
 
 
+class _ByOwn(torch.autograd.Function):
+    """``x w'`` of each trial. PyTorch's own makes the gradient of ``w`` transposed, which what uses it then pays for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, torch.bmm(dy.mT, x) if ctx.needs_input_grad[1] else None
+
+
+def by_own(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows ``x`` ``[S, rows, in]`` of each trial by its own ``weight`` ``[S, out, in]``, in autocast's dtype if any."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
+    return _ByOwn.apply(x, weight)
+
+
 def spread(value: Tensor, axes: str, onto: str) -> Tensor:
     """Insert singleton dimensions so that ``value`` ``[..., *axes]`` broadcasts against ``[..., *onto]``."""
     for back, axis in enumerate(reversed(onto)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dspace.errors import UserError
 from dspace.nn.attention import SoftmaxAttention
+from dspace.nn.functions import by_own
 from dspace.nn.layer import Mixer, MixerState
 
 MixerFactory = Callable[[int], nn.Module]
@@ -131,7 +132,7 @@ class Model(nn.Module):
             x = x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
         weight = self.embedding.weight
         if self.trials > 1:  # each trial's rows by its own embedding
-            return torch.bmm(x.reshape(self.trials, -1, x.shape[-1]), weight.mT).view(*x.shape[:-1], self.vocab_size)
+            return by_own(x.reshape(self.trials, -1, x.shape[-1]), weight).view(*x.shape[:-1], self.vocab_size)
         return F.linear(x, weight)
 
     def step(self, tokens: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspace.errors import UserError
-from dspace.nn.functions import per_row
+from dspace.nn.functions import by_own, per_row
 from dspace.nn.model import Model
 from dspace.nn.parameters import copy_of
 
@@ -24,7 +24,7 @@ class StackedLinear(nn.Linear):
     """``[S, out, in]`` on ``[S * B, ..., in]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.bmm(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight.mT)
+        y = by_own(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight)
         if self.bias is not None:
             y = y + self.bias[:, None]
         return y.view(*x.shape[:-1], self.out_features)

@@ -44,7 +44,7 @@ class Step:
         """Sum of the losses of each trial since :meth:`take_losses`."""
         self.graph: torch.cuda.CUDAGraph | None = None
         self._loss: Callable[..., Tensor] = self.loss
-        self._update: Callable[[Tensor], None] = optimizer.step
+        self._update: Callable[[Tensor, tuple[Tensor | None, ...]], None] = optimizer.update
         self.engine = self._prepare(engine)
 
     def loss(self, tokens: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
@@ -58,9 +58,8 @@ class Step:
         """The step on what the buffers hold."""
         losses = self._loss(self.tokens, self.positions, self.targets)
         grads = torch.autograd.grad(losses.sum(), self.optimizer.parameters, allow_unused=True)
-        self.optimizer.take(grads)
         with torch.no_grad():
-            self._update(self.control)
+            self._update(self.control, grads)
             self.losses += losses.detach()
 
     def __call__(self, tokens: Tensor, positions: Tensor, targets: Tensor, control: Tensor) -> None:
@@ -107,7 +106,9 @@ class Step:
             first = str(error).strip().split("\n")[0][:300]
             warnings.warn(f"training without {what}: {type(error).__name__}: {first}", stacklevel=2)
             self._loss, self._update, self.graph = (
-                (self.loss, self.optimizer.step, None) if what == "torch.compile" else (self._loss, self._update, None)
+                (self.loss, self.optimizer.update, None)
+                if what == "torch.compile"
+                else (self._loss, self._update, None)
             )
             return False
         finally:
@@ -117,7 +118,7 @@ class Step:
     def _compile(self) -> None:
         torch._dynamo.reset()  # or the compiler takes each further model for one recompilation too many
         self._loss = torch.compile(self.loss, dynamic=False)
-        self._update = torch.compile(self.optimizer.step, dynamic=False)
+        self._update = torch.compile(self.optimizer.update, dynamic=False)
         self._warm(2)
 
     def _record(self) -> None:

@@ -108,19 +108,26 @@ def test_unstacking_gives_the_weights_back() -> None:
             torch.testing.assert_close(p, old[key] + i)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("large", [10**9, 30])
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_the_flat_optimizer_is_adamw(clip: float | None) -> None:
+def test_the_flat_optimizer_is_adamw(clip: float | None, large: int, compiled: bool, monkeypatch) -> None:
+    """Also with a parameter large enough for a buffer of its own (blocks of 5 numbers), and traced by the compiler."""
+    monkeypatch.setattr("dspace.nn.flat.LARGE", large)
+    monkeypatch.setattr("dspace.nn.flat.BLOCK", 256 if large > 30 else 5)
     torch.manual_seed(0)
     mine, his = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
     his.load_state_dict(mine.state_dict())
     flat = FlatAdamW(mine, 1, [0.1], clip)
+    assert len(flat.buffers) == (1 if large > 30 else 2)
+    update = torch.compile(flat.update, backend="aot_eager", dynamic=False) if compiled else flat.update
     theirs = torch.optim.AdamW(his.parameters(), lr=1.0, weight_decay=0.1)
     rates = torch.tensor([[0.1], [0.05], [0.2]])
     for rate, control in zip(rates, flat.controls(rates), strict=True):
         x = torch.randn(3, 7)
-        flat.take(torch.autograd.grad(mine(x).square().sum(), flat.parameters))
+        grads = torch.autograd.grad(mine(x).square().sum(), flat.parameters)
         with torch.no_grad():
-            flat.step(control)
+            update(control, grads)
         theirs.param_groups[0]["lr"] = float(rate)
         theirs.zero_grad()
         his(x).square().sum().backward()
