@@ -51,7 +51,9 @@ class Step:
         """Cross-entropy ``[S]`` at the questions of each trial."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=False):
             logits = self.model(tokens, positions)
-        each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        # the shape in which they were multiplied, so that a compiler need not copy their gradient
+        shape = (self.trials, -1) if self.trials > 1 else (-1,)
+        each = cross_entropy(logits.view(*shape, logits.shape[-1]).float(), targets.view(shape))
         return each.view(self.trials, -1).mean(1)
 
     def compute(self) -> None:
@@ -137,6 +139,14 @@ class Step:
         self.control.copy_(torch.cat([torch.zeros(self.trials), torch.ones(2)]))
         for _ in range(times):
             self.compute()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """``[...]`` from ``[..., classes]``. To a compiler it is written so that one pass over the logits each way does."""
+    if not torch.compiler.is_compiling():
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    here = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
+    return torch.logsumexp(logits, -1) - torch.where(here, logits, 0.0).sum(-1)
 
 
 def precision_of(name: str) -> torch.dtype | None:
