@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import sympy
-
-from dspace.emit.triton.vector_group import Fold
+from dspace.emit.triton.vector_group import VectorGroup
 from dspace.emit.triton.vector_kernels import Kernels
-from dspace.math.ir import AffineState, Variable
+from dspace.math.ir import Variable
 
 PAD = " " * 12
 """Before the lines of the loop."""
-
-_LOG2E = "1.4426950408889634"
 
 PLACE = """
         o_c = tl.arange(0, C)
@@ -37,32 +33,8 @@ LOOP = """
 class ChunkKernels(Kernels):
     """Writes kernels in which no variable of a spec has its own name, so that it meets no other."""
 
-    def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
-        super().__init__(fold.group, {n: v if n == "scale" else f"x_{v}" for n, v in names.items()})
-        self.fold = fold
-
-    @property
-    def known(self) -> list[Variable]:
-        """Inputs that are only decays whose sums are there."""
-        fold, states = self.fold, self.group.states
-        others = [self.group.write(s) for s in states] + [s.log_decay for s in states if not fold.shared(s)]
-        needed = set().union(*(sympy.sympify(e).free_symbols for e in (fold.query, *others)))
-        return [v for v in self.group.inputs if v == fold.retention and v.symbol not in needed]
-
-    def decay_sums(self, state: AffineState) -> list[str]:
-        """Those of the matrix state, if its decay is the same."""
-        if not self.fold.shared(state):
-            return super().decay_sums(state)
-        s = self.names[state.name]
-        return [f"        {s}_sums = {_LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
-
-    def decays(self, state: AffineState) -> list[str]:
-        s, lines = self.names[state.name], super().decays(state)
-        if not self.fold.shared(state):
-            return lines
-        last = "corner + (end - begin - 1).to(tl.int32) * H"  # of a spare chunk there is none
-        past = f"        {s}_past = {_LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
-        return [past if line.startswith(f"        {s}_past =") else line for line in lines]
+    def __init__(self, group: VectorGroup, names: Mapping[str, str]) -> None:
+        super().__init__(group, {n: v if n == "scale" else f"x_{v}" for n, v in names.items()})
 
     def rows(self, variables: Iterable[Variable]) -> list[str]:
         """Loads of inputs and parameters without channels."""

@@ -41,12 +41,13 @@ def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
 
 def source(fold: Fold, names: Mapping[str, str]) -> str:
     """The kernels and the function ``_fold`` of one query."""
-    writer = ChunkKernels(fold, names)
+    writer = ChunkKernels(fold.group, names)
     return "\n\n".join(
         [
             _states_of_all(writer, fold.decay),
             _kernel(writer, fold.query, fold.decay == "scalar"),
-            fold_gradient.gradients(fold, names),
+            fold_gradient.own(fold, names),
+            fold_gradient.behind(fold, names),
             fold_host.host(fold),
         ]
     )
@@ -95,7 +96,7 @@ def _fold_states_kernel(
             i_c = (i_c % sequences) * NT + i_c // sequences
         begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
 '''.strip("\n").splitlines()
-    lines += [*PLACE, *writer.rows(v for v in used if v not in writer.known)]
+    lines += [*PLACE, *writer.rows(used)]
     for state in group.states:
         lines += writer.decays(state)
     lines += [*LOOP, *writer.wide(used)]
@@ -112,7 +113,7 @@ def _fold_states_kernel(
 def _kernel(writer: ChunkKernels, query: sympy.Expr, decays: bool) -> str:
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves] + [f"{s}_border" for s in writer.states]
-    pointers += ["keys_in", "values_in", *(["of_sums"] if decays else []), "states_in", "out_at"]
+    pointers += ["keys_in", "values_in", *(["sums_in"] if decays else []), "states_in", "out_at"]
     pointers += ["query_out", *(f"{s}_out" for s in writer.states), "spans"]
     lines = f'''
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -137,7 +138,7 @@ def _fold_kernel(
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
 """.strip("\n").splitlines()
-    lines += writer.rows(v for v in writer.leaves if v not in writer.known)
+    lines += writer.rows(writer.leaves)
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.decay_sums(state)
         lines.append(
@@ -175,14 +176,11 @@ def _fold_kernel(
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
         value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
 """.strip("\n").splitlines()
-    alike = [s for state, s in zip(group.states, writer.states, strict=True) if writer.fold.shared(state)]
     if not decays:
         lines.append("        scores = tl.where(causal, scores, 0.0)")
-    elif alike:
-        lines += [f"        out = out * {alike[0]}_since", f"        scores = scores * {alike[0]}_gap"]
     else:
         lines += """
-        seen = tl.load(of_sums + corner + at, mask=live, other=0.0)
+        seen = tl.load(sums_in + corner + at, mask=live, other=0.0)
         out = out * tl.exp(seen)[:, None]
         gap = tl.minimum(seen[:, None] - seen[None, :], 0.0)
         scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
