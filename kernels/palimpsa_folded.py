@@ -2121,12 +2121,8 @@ def _fold_states_kernel(
         at_chunk = i_c.to(tl.int64) * H + i_h
         x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_b = x_b_row[:, None]
-        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        x_g = x_g_row[:, None]
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
-        x_Ibar_sums = tl.cumsum(step, axis=0)
-        x_Ibar_past = tl.sum(step, axis=0)
+        x_Ibar_sums = 1.4426950408889634 * tl.load(of_sums + corner + at, mask=live, other=0.0)
+        x_Ibar_past = 1.4426950408889634 * tl.load(of_sums + corner + (end - begin - 1).to(tl.int32) * H, mask=begin < end, other=0.0)
         x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
@@ -2142,7 +2138,7 @@ def _fold_states_kernel(
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _fold_kernel(
-    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, keys_in, values_in, sums_in, states_in, out_at, query_out, x_Ibar_out, spans,
+    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, keys_in, values_in, of_sums, states_in, out_at, query_out, x_Ibar_out, spans,
     scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
@@ -2165,12 +2161,8 @@ def _fold_kernel(
         causal = o_c[:, None] >= o_c[None, :]
         x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_b = x_b_row[:, None]
-        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        x_g = x_g_row[:, None]
         x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
-        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_sums = 1.4426950408889634 * tl.load(of_sums + corner + at, mask=live, other=0.0)
         x_Ibar_gap = tl.exp2(tl.where(causal, tl.minimum(x_Ibar_sums[:, None] - x_Ibar_sums[None, :], 0.0), -float('inf')))
         x_Ibar_since = tl.exp2(x_Ibar_sums)[:, None]
         scores = tl.zeros([C, C], dtype=tl.float32)
@@ -2202,10 +2194,8 @@ def _fold_kernel(
             scores = tl.dot(query, key_tile.to(OT), scores, input_precision=PRECISION)
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
         value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
-        seen = tl.load(sums_in + corner + at, mask=live, other=0.0)
-        out = out * tl.exp(seen)[:, None]
-        gap = tl.minimum(seen[:, None] - seen[None, :], 0.0)
-        scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))
+        out = out * x_Ibar_since
+        scores = scores * x_Ibar_gap
         out = tl.dot(scores.to(OT), value_tile.to(OT), out, input_precision=PRECISION) * scale
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 

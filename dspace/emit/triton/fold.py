@@ -17,7 +17,10 @@ from dspace.emit.triton import fold_gradient, fold_host
 from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold, VectorGroup
+from dspace.math.ir import AffineState, Variable
 from dspace.plan.affine import AffinePlan, kind
+
+_LOG2E = "1.4426950408889634"
 
 
 def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
@@ -41,7 +44,7 @@ def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
 
 def source(fold: Fold, names: Mapping[str, str]) -> str:
     """The kernels and the function ``_fold`` of one query."""
-    writer = ChunkKernels(fold.group, names)
+    writer = _Forward(fold, names)
     return "\n\n".join(
         [
             _states_of_all(writer, fold.decay),
@@ -53,7 +56,38 @@ def source(fold: Fold, names: Mapping[str, str]) -> str:
     )
 
 
-def _states_of_all(writer: ChunkKernels, decay: str) -> str:
+class _Forward(ChunkKernels):
+    """Writes the kernels of the forward pass, where the matrix state's sums of decays are at hand."""
+
+    def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
+        super().__init__(fold.group, names)
+        self.fold = fold
+
+    @property
+    def known(self) -> list[Variable]:
+        """Inputs that are only decays whose sums are there."""
+        fold, states = self.fold, self.group.states
+        others = [self.group.write(s) for s in states] + [s.log_decay for s in states if not fold.shared(s)]
+        needed = set().union(*(sympy.sympify(e).free_symbols for e in (fold.query, *others)))
+        return [v for v in self.group.inputs if v == fold.retention and v.symbol not in needed]
+
+    def decay_sums(self, state: AffineState) -> list[str]:
+        """Those of the matrix state, if its decay is the same."""
+        if not self.fold.shared(state):
+            return super().decay_sums(state)
+        s = self.names[state.name]
+        return [f"        {s}_sums = {_LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
+
+    def decays(self, state: AffineState) -> list[str]:
+        s, lines = self.names[state.name], super().decays(state)
+        if not self.fold.shared(state):
+            return lines
+        last = "corner + (end - begin - 1).to(tl.int32) * H"  # of a spare chunk there is none
+        past = f"        {s}_past = {_LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
+        return [past if line.startswith(f"        {s}_past =") else line for line in lines]
+
+
+def _states_of_all(writer: _Forward, decay: str) -> str:
     """Matrix states at chunk starts, and behind the programs that make them those of the vector states' chunks."""
     group = writer.group
     written = set().union(*(group.write(s).free_symbols | group.log_decay(s).free_symbols for s in group.states))
@@ -96,7 +130,7 @@ def _fold_states_kernel(
             i_c = (i_c % sequences) * NT + i_c // sequences
         begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
 '''.strip("\n").splitlines()
-    lines += [*PLACE, *writer.rows(used)]
+    lines += [*PLACE, *writer.rows(v for v in used if v not in writer.known)]
     for state in group.states:
         lines += writer.decays(state)
     lines += [*LOOP, *writer.wide(used)]
@@ -110,10 +144,10 @@ def _fold_states_kernel(
     return "\n".join(lines) + "\n"
 
 
-def _kernel(writer: ChunkKernels, query: sympy.Expr, decays: bool) -> str:
+def _kernel(writer: _Forward, query: sympy.Expr, decays: bool) -> str:
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves] + [f"{s}_border" for s in writer.states]
-    pointers += ["keys_in", "values_in", *(["sums_in"] if decays else []), "states_in", "out_at"]
+    pointers += ["keys_in", "values_in", *(["of_sums"] if decays else []), "states_in", "out_at"]
     pointers += ["query_out", *(f"{s}_out" for s in writer.states), "spans"]
     lines = f'''
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -138,7 +172,7 @@ def _fold_kernel(
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
 """.strip("\n").splitlines()
-    lines += writer.rows(writer.leaves)
+    lines += writer.rows(v for v in writer.leaves if v not in writer.known)
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.decay_sums(state)
         lines.append(
@@ -176,11 +210,14 @@ def _fold_kernel(
             out = tl.dot(query, matrix.to(OT), out, input_precision=PRECISION)
         value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
 """.strip("\n").splitlines()
+    alike = [s for state, s in zip(group.states, writer.states, strict=True) if writer.fold.shared(state)]
     if not decays:
         lines.append("        scores = tl.where(causal, scores, 0.0)")
+    elif alike:
+        lines += [f"        out = out * {alike[0]}_since", f"        scores = scores * {alike[0]}_gap"]
     else:
         lines += """
-        seen = tl.load(sums_in + corner + at, mask=live, other=0.0)
+        seen = tl.load(of_sums + corner + at, mask=live, other=0.0)
         out = out * tl.exp(seen)[:, None]
         gap = tl.minimum(seen[:, None] - seen[None, :], 0.0)
         scores = scores * tl.exp(tl.where(causal & live[:, None], gap, -float("inf")))

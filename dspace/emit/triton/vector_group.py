@@ -62,6 +62,10 @@ class Fold:
     retention: Variable | None
     """The input that is the log decay of the matrix state as it is, likewise."""
 
+    def shared(self, state: AffineState) -> bool:
+        """Whether the state decays as the matrix state does, whose sums of decays are there."""
+        return self.retention is not None and state.log_decay == self.retention.symbol
+
     @property
     def touched(self) -> frozenset[Variable]:
         """Inputs and parameters to whose gradients later chunks add: those of the writes and decays."""
