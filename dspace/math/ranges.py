@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import sympy
 
 from dspace.math.intervals import domains_of, excludes_zero, interval, is_positive
-from dspace.math.ir import Recurrence, SumK, SumV
+from dspace.math.ir import Recurrence, State, SumK, SumV, Variable
+from dspace.math.numeric import draw, evaluate, full
+
+DRAWS = 32
+"""Points at which a decay without a known bound is looked at, of each of two sizes."""
 
 EXP_LIMIT = 88.0
 """exp(x) leaves float32 beyond this."""
@@ -51,8 +56,21 @@ def _hazards(recurrence: Recurrence) -> list[str]:
     return found
 
 
-def _growth(recurrence: Recurrence) -> list[str]:
-    """Whether each elementwise decay lies within [-1, 1]: a state that grows is a hazard over long sequences."""
+def grows(recurrence: Recurrence) -> bool:
+    """Whether an elementwise decay exceeds 1 somewhere: not only no bound is known, as for ``g / (g + h)``."""
+    rng = np.random.default_rng(0)
+    drawn: tuple[Variable | State, ...] = (*recurrence.variables, *recurrence.states)
+    for _, decay in _unbounded(recurrence):
+        for scale in (1.0, 30.0) * DRAWS:
+            point = {v.symbol: full(draw(v, rng) * (1.0 if v.domain == "unit" else scale), v.axes) for v in drawn}
+            with np.errstate(all="ignore"):
+                if bool((np.abs(evaluate(decay, point)) > 1 + 1e-9).any()):
+                    return True
+    return False
+
+
+def _unbounded(recurrence: Recurrence) -> tuple[tuple[State, sympy.Expr], ...]:
+    """States with an elementwise decay that may leave [-1, 1] as far as its intervals say, and that decay."""
     domains = domains_of(recurrence)
     found = []
     for s in recurrence.states:
@@ -63,11 +81,17 @@ def _growth(recurrence: Recurrence) -> list[str]:
             continue
         bounds = interval(decay, domains)
         if bounds.high > 1 or bounds.low < -1:
-            found.append(
-                f"the decay {decay} of {s.name} may exceed 1 in size: the state may grow without bound"
-                f"; cure: bound {_names(decay)} by its domain (unit, or nonpositive under exp)"
-            )
-    return found
+            found.append((s, decay))
+    return tuple(found)
+
+
+def _growth(recurrence: Recurrence) -> list[str]:
+    """A state that grows is a hazard over long sequences, and has no chunk form on a GPU."""
+    return [
+        f"the decay {decay} of {s.name} may exceed 1 in size: the state may grow without bound, and a GPU may have to"
+        f" take one token after the other; cure: bound {_names(decay)} by its domain (unit, or nonpositive under exp)"
+        for s, decay in _unbounded(recurrence)
+    ]
 
 
 def _names(expr: sympy.Expr) -> str:

@@ -80,6 +80,35 @@ def test_mistakes_planted_in_emitted_kernels_are_refused() -> None:
         assert all(error == pytest.approx(0.02, rel=0.05) for error in failed.values())
 
 
+GROWING = """
+name = "growing"
+[inputs]
+q = "k"
+k = "k"
+v = "v"
+g = { axes = "", domain = "real" }
+[state.S]
+axes = "kv"
+init = "0"
+update = "exp(g) * S + k * v"
+[state.p]
+axes = "k"
+init = "0"
+update = "1.01 * p + k**2"
+[readout]
+output = "scale * sum_k(S * q / (1 + p))"
+"""
+
+
+def test_states_that_grow_are_right(tmp_path: Path) -> None:
+    """Chunk forms know only decays: the kernel for any recurrence takes their place."""
+    path = tmp_path / "growing.toml"
+    path.write_text(GROWING, encoding="utf-8")
+    (certificate,) = certified([{"spec": str(path)}])
+    assert certificate["passed"], certificate["failures"]
+    assert {"chunk", "recurrent"} <= {form for form, *_ in certificate["checks"]}
+
+
 def test_gradients_of_an_average_are_right_where_tokens_are_alike() -> None:
     """The query's is a difference of two sums 200 times as large: products of bfloat16 leave nothing of it."""
     order = {"spec": "normalized_linear_attention", "case": "constant", "dtype": "bfloat16"}

@@ -12,6 +12,7 @@ from dspace.math import analyse
 from dspace.math.functions import Sigmoid, Softplus
 from dspace.math.intervals import interval, sign_domain
 from dspace.math.ir import DOMAINS, SumK
+from dspace.math.ranges import grows
 
 x, y = sympy.symbols("x y", real=True)
 EXPRESSIONS = [
@@ -81,3 +82,14 @@ def test_hazards_are_told_with_a_cure():
     assert "may be by zero" in told
     assert "may exceed 1" in told
     assert all("cure" in s for s in analyse(r).ranges)
+
+
+@pytest.mark.parametrize(
+    "decay, expected",
+    [("exp(h)", True), ("1.001", True), ("-1.5", True), ("exp(h)/(1 + exp(h))", False), ("exp(-h**2)", False)],
+)
+def test_growth_is_what_happens_somewhere_not_what_no_interval_excludes(decay: str, expected: bool):
+    r = build(
+        "growth", {"S": ("kv", "0", f"{decay}*S + v*k*h")}, "sum_k(S*q)", **{"q": "k", "k": "k", "v": "v", "h": ""}
+    )
+    assert grows(r) == expected

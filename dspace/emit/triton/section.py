@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from dspace.emit.base import Section
 from dspace.emit.triton import features, sequential
 from dspace.math.ir import Analysis
+from dspace.math.ranges import grows
 
 _OTHERS = ("dspace.emit.triton.ratio",)
 """Modules with a ``section`` of their own, asked in this order after the chunkwise one."""
@@ -17,8 +18,11 @@ _OTHERS = ("dspace.emit.triton.ratio",)
 def section(analysis: Analysis) -> Section:
     """Chunk form of classes a, b and fold (chunkwise) or c (ratio), and the sequential form, which serves any class.
 
-    Where no plan gives a chunk form, the sequential one stands in for it.
+    Where no plan gives a chunk form, the sequential one stands in for it; so it does where a decay exceeds 1, as chunk
+    forms take no exponential of a positive number.
     """
+    if grows(analysis.recurrence):
+        return sequential.section(analysis)
     made = features.section(analysis)
     for name in _OTHERS:
         if made is None and find_spec(name) is not None:
