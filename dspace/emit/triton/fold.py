@@ -78,13 +78,11 @@ class _Forward(ChunkKernels):
         s = self.names[state.name]
         return [f"        {s}_sums = {_LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
 
-    def decays(self, state: AffineState) -> list[str]:
-        s, lines = self.names[state.name], super().decays(state)
+    def decay_of_chunk(self, state: AffineState) -> str:
         if not self.fold.shared(state):
-            return lines
+            return super().decay_of_chunk(state)
         last = "corner + (end - begin - 1).to(tl.int32) * H"  # of a spare chunk there is none
-        past = f"        {s}_past = {_LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
-        return [past if line.startswith(f"        {s}_past =") else line for line in lines]
+        return f"{_LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
 
 
 def _states_of_all(writer: _Forward, decay: str) -> str:

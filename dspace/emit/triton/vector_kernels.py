@@ -164,9 +164,13 @@ class Kernels:
         s = self.names[state.name]
         return [
             *self.decay_sums(state),
-            f"        {s}_past = tl.sum(step, axis=0)",
+            f"        {s}_past = {self.decay_of_chunk(state)}",
             f"        {s}_until = tl.exp2(tl.minimum({s}_past - {s}_sums, 0.0))",
         ]
+
+    def decay_of_chunk(self, state: AffineState) -> str:
+        """The last of the sums, after :meth:`decay_sums`."""
+        return "tl.sum(step, axis=0)"
 
     def step(self, state: AffineState, kept: bool) -> list[str]:
         """Lines for the state after each token (and without its own write: ``kept``, or before it: ``before``)."""
