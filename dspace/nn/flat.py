@@ -115,7 +115,7 @@ class _Buffer:
         """Gradients as the buffer lies; that of a parameter alone as it is."""
         if self.grads is None:
             return torch.zeros_like(self.values) if grads[0] is None else grads[0].reshape(-1, BLOCK)
-        if torch.compiler.is_compiling():  # one kernel writes them all, whatever their strides
+        if torch.compiler.is_compiling():  # one kernel, whatever their strides; each by itself pads and copies longer
             rows = [
                 self.values.new_zeros(self.trials * n * BLOCK)
                 if g is None

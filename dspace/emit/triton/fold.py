@@ -9,7 +9,7 @@ the backward pass reads twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
 
@@ -17,10 +17,9 @@ from dspace.emit.triton import fold_gradient, fold_host
 from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold, VectorGroup
+from dspace.emit.triton.vector_kernels import LOG2E
 from dspace.math.ir import AffineState, Variable
 from dspace.plan.affine import AffinePlan, kind
-
-_LOG2E = "1.4426950408889634"
 
 
 def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
@@ -63,26 +62,25 @@ class _Forward(ChunkKernels):
         super().__init__(fold.group, names)
         self.fold = fold
 
-    @property
-    def known(self) -> list[Variable]:
-        """Inputs that are only decays whose sums are there."""
+    def rows(self, variables: Iterable[Variable]) -> list[str]:
+        """Without an input that is only a decay whose sums are there."""
         fold, states = self.fold, self.group.states
         others = [self.group.write(s) for s in states] + [s.log_decay for s in states if not fold.shared(s)]
         needed = set().union(*(sympy.sympify(e).free_symbols for e in (fold.query, *others)))
-        return [v for v in self.group.inputs if v == fold.retention and v.symbol not in needed]
+        return super().rows(v for v in variables if v != fold.retention or v.symbol in needed)
 
     def decay_sums(self, state: AffineState) -> list[str]:
         """Those of the matrix state, if its decay is the same."""
         if not self.fold.shared(state):
             return super().decay_sums(state)
         s = self.names[state.name]
-        return [f"        {s}_sums = {_LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
+        return [f"        {s}_sums = {LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
 
     def decay_of_chunk(self, state: AffineState) -> str:
         if not self.fold.shared(state):
             return super().decay_of_chunk(state)
         last = "corner + (end - begin - 1).to(tl.int32) * H"  # of a spare chunk there is none
-        return f"{_LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
+        return f"{LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
 
 
 def _states_of_all(writer: _Forward, decay: str) -> str:
@@ -128,7 +126,7 @@ def _fold_states_kernel(
             i_c = (i_c % sequences) * NT + i_c // sequences
         begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
 '''.strip("\n").splitlines()
-    lines += [*PLACE, *writer.rows(v for v in used if v not in writer.known)]
+    lines += [*PLACE, *writer.rows(used)]
     for state in group.states:
         lines += writer.decays(state)
     lines += [*LOOP, *writer.wide(used)]
@@ -170,7 +168,7 @@ def _fold_kernel(
         m_v = o_v < V
         causal = o_c[:, None] >= o_c[None, :]
 """.strip("\n").splitlines()
-    lines += writer.rows(v for v in writer.leaves if v not in writer.known)
+    lines += writer.rows(writer.leaves)
     for state, s in zip(group.states, writer.states, strict=True):
         lines += writer.decay_sums(state)
         lines.append(
@@ -209,10 +207,10 @@ def _fold_kernel(
         value_tile = tl.load(values_in + corner * V + (at[:, None] * V + o_v[None, :]), mask=live[:, None] & m_v[None, :], other=0.0)
 """.strip("\n").splitlines()
     alike = [s for state, s in zip(group.states, writer.states, strict=True) if writer.fold.shared(state)]
-    if not decays:
-        lines.append("        scores = tl.where(causal, scores, 0.0)")
-    elif alike:
+    if alike:
         lines += [f"        out = out * {alike[0]}_since", f"        scores = scores * {alike[0]}_gap"]
+    elif not decays:
+        lines.append("        scores = tl.where(causal, scores, 0.0)")
     else:
         lines += """
         seen = tl.load(of_sums + corner + at, mask=live, other=0.0)

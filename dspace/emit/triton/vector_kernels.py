@@ -10,6 +10,9 @@ from dspace.emit.triton.printer import TritonPrinter, inverses_of
 from dspace.emit.triton.vector_group import VectorGroup
 from dspace.math.ir import AffineState, Variable
 
+LOG2E = "1.4426950408889634"
+"""Kernels sum decays to the base 2, of which GPUs take powers."""
+
 _HEAD = """    NW: tl.constexpr = (W + BW - 1) // BW
     pid = tl.program_id(0)
     i_w = pid % NW
@@ -153,7 +156,7 @@ class Kernels:
             step = f"tl.full([C], {step}, tl.float32)"
         return [
             "        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits",
-            f"        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum({step}, -40.0), 0.0), 0.0)"
+            f"        step = tl.where(live, {LOG2E} * tl.minimum(tl.maximum({step}, -40.0), 0.0), 0.0)"
             if state.log_decay != 0
             else "        step = tl.zeros([C], dtype=tl.float32)",
             f"        {s}_sums = tl.cumsum(step, axis=0)",
