@@ -1050,7 +1050,7 @@ def _kernel(function=None, **options):
 
 
 _TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
-_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
+_TAPE_MEMORY = 2**29  # bytes that a repeated call makes at most; with more, its kernels take longer than any host
 _recording = threading.local()  # .tape: that of the call which this thread records, if any
 
 
@@ -1568,11 +1568,11 @@ def _outputs_scalar_kernel(
         tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _gradients_scalar_kernel(
+@_kernel
+def _chunk_gradients_scalar(
     q, k, v, d_o,
     G, dg,
-    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    states, d_states, dq, dk, dv, spans, i_c, i_h, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1583,9 +1583,6 @@ def _gradients_scalar_kernel(
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
         o_c = tl.arange(0, C)
@@ -1692,6 +1689,23 @@ def _gradients_scalar_kernel(
         from_here = tl.cumsum(of_queries - of_keys, axis=0, reverse=True)
         until_here = tl.cumsum(along_key, axis=0) - along_key
         tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _gradients_scalar_kernel(
+    q, k, v, d_o,
+    G, dg,
+    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Gradients of the inputs, one chunk of a head a program."""
+    pid = tl.program_id(0)
+    _chunk_gradients_scalar(
+        q, k, v, d_o,
+        G, dg,
+        states, d_states, dq, dk, dv, spans, pid // H, pid % H, scale, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
 
 
 def _config_proposals_scalar(K, V, dtype):

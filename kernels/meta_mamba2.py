@@ -1200,7 +1200,7 @@ def _kernel(function=None, **options):
 
 
 _TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
-_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
+_TAPE_MEMORY = 2**29  # bytes that a repeated call makes at most; with more, its kernels take longer than any host
 _recording = threading.local()  # .tape: that of the call which this thread records, if any
 
 

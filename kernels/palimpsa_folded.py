@@ -1377,7 +1377,7 @@ def _kernel(function=None, **options):
 
 
 _TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
-_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
+_TAPE_MEMORY = 2**29  # bytes that a repeated call makes at most; with more, its kernels take longer than any host
 _recording = threading.local()  # .tape: that of the call which this thread records, if any
 
 
@@ -1909,11 +1909,11 @@ def _cotangents_scalar_kernel(
         tl.store(d_initial + i_nh * K * V + tile, dS, mask=m_tile)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _gradients_scalar_kernel(
+@_kernel
+def _chunk_gradients_scalar(
     q, k, v, d_o,
     G, dg,
-    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    states, d_states, dq, dk, dv, spans, i_c, i_h, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -1924,9 +1924,6 @@ def _gradients_scalar_kernel(
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
         o_c = tl.arange(0, C)
@@ -2035,6 +2032,23 @@ def _gradients_scalar_kernel(
         tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
 
 
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _gradients_scalar_kernel(
+    q, k, v, d_o,
+    G, dg,
+    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Gradients of the inputs, one chunk of a head a program."""
+    pid = tl.program_id(0)
+    _chunk_gradients_scalar(
+        q, k, v, d_o,
+        G, dg,
+        states, d_states, dq, dk, dv, spans, pid // H, pid % H, scale, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
+
+
 def _config_proposals_scalar(K, V, dtype):
     """Chunk and (k tile, v tile, warps, stages) of the states, outputs and gradients kernels; the first by default.
 
@@ -2121,8 +2135,12 @@ def _fold_states_kernel(
         at_chunk = i_c.to(tl.int64) * H + i_h
         x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_b = x_b_row[:, None]
-        x_Ibar_sums = 1.4426950408889634 * tl.load(of_sums + corner + at, mask=live, other=0.0)
-        x_Ibar_past = 1.4426950408889634 * tl.load(of_sums + corner + (end - begin - 1).to(tl.int32) * H, mask=begin < end, other=0.0)
+        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
+        x_g = x_g_row[:, None]
+        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
+        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
+        x_Ibar_sums = tl.cumsum(step, axis=0)
+        x_Ibar_past = tl.sum(step, axis=0)
         x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
@@ -2200,19 +2218,48 @@ def _fold_kernel(
         tl.store(out_at + corner * V + (at[:, None] * V + o_v[None, :]), out.to(out_at.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 
 
+@_kernel
+def _heard(message, mask):
+    """Words that another program writes there, once each."""
+    words = tl.load(message, mask=mask, other=0, volatile=True)
+    while tl.max((words == -21555).to(tl.int32), axis=0) == 1:
+        words = tl.load(message, mask=mask, other=0, volatile=True)
+    # Of fewer words than threads some hold copies, loaded by themselves, which the loop does not ask whether they came
+    # before the words were written. Now all words are.
+    tl.debug_barrier()
+    return tl.load(message, mask=mask, other=0, volatile=True)
+
+
 @_kernel(do_not_specialize=["T", "NT", "H"])
-def _fold_own_kernel(
-    d_query_in, x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, x_Ibar_total, x_Ibar_local, x_Ibar_cotangent, d_x_q_out, d_x_k_out, d_x_b_out, d_x_g_out, d_x_I_p_out,
-    spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
+def _fold_gradients_kernel(
+    query_in, of_key, of_value, d_out, of_sums, d_retention, of_states, d_states, d_query_out, d_key, d_value,
+    x_q_in, x_k_in, x_b_in, x_g_in, x_I_p_in, x_Ibar_border, x_Ibar_cotangent, x_Ibar_after, x_Ibar_end, x_Ibar_starts, d_x_q_out, d_x_k_out, d_x_b_out, d_x_g_out, d_x_I_p_out,
+    sequences, offsets, bases, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Gradients of the query and, through the states of this chunk, of all that they are made from."""
+    """Gradients of one chunk of a head, through the divided query and the vector states of all that they are made from."""
     NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
+    i_h = tl.program_id(0) % H
+    i_c = (tl.num_programs(0) - 1 - tl.program_id(0)) // H  # the last first
+    if PACKED:
+        i_n = tl.load(sequences + i_c)
+    else:  # the same chunk of all sequences
+        many = tl.num_programs(0) // (H * NT)
+        i_n = i_c % many
+        i_c = i_n * NT + i_c // many
+    _chunk_gradients_scalar(
+        query_in, of_key, of_value, d_out, of_sums, d_retention, of_states, d_states, d_query_out, d_key, d_value, spans, i_c, i_h, scale, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED
+    )
+    tl.debug_barrier()  # what other threads stored is loaded below
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
+        if PACKED:
+            first, last, base = _sequence(offsets, bases, i_n, T, NT, PACKED)
+            is_first, is_last = begin == first, end == last
+        else:
+            is_first, is_last = i_c % NT == 0, i_c % NT == NT - 1
+        user = (i_n * H + i_h) * K  # of what the caller gave or gets
         o_c = tl.arange(0, C)
         live = o_c < (end - begin).to(tl.int32)
         corner = begin * H + i_h
@@ -2220,50 +2267,63 @@ def _fold_own_kernel(
         at_chunk = i_c.to(tl.int64) * H + i_h
         x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
         x_b = x_b_row[:, None]
-        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        x_g = x_g_row[:, None]
         x_I_p = tl.load(x_I_p_in + i_h).to(tl.float32)
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
-        x_Ibar_sums = tl.cumsum(step, axis=0)
-        x_Ibar_whole = tl.exp2(tl.sum(step, axis=0))
+        x_Ibar_sums = 1.4426950408889634 * tl.load(of_sums + corner + at, mask=live, other=0.0)
+        x_Ibar_past = 1.4426950408889634 * tl.load(of_sums + corner + (end - begin - 1).to(tl.int32) * H)
+        x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
+        x_Ibar_whole = tl.exp2(x_Ibar_past)
         x_Ibar_since = tl.exp2(x_Ibar_sums)[:, None]
         x_Ibar_gap = tl.exp2(tl.where(o_c[:, None] > o_c[None, :], tl.minimum(x_Ibar_sums[:, None] - x_Ibar_sums[None, :], 0.0), -float('inf'))).to(OT)
         x_Ibar_back = tl.exp2(tl.where(o_c[None, :] >= o_c[:, None], tl.minimum(x_Ibar_sums[None, :] - x_Ibar_sums[:, None], 0.0), -float('inf'))).to(OT)
         sum_x_b = tl.zeros([C], dtype=tl.float32)
         sum_x_g = tl.zeros([C], dtype=tl.float32)
         sum_x_I_p = tl.zeros([C], dtype=tl.float32)
-        for i_k in tl.range(0, NK, num_stages=STAGES):
+        for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
             m_ck = live[:, None] & m_k[None, :]
             tile = at[:, None] * K + o_k[None, :]
-            x_q = tl.load(x_q_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
             x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
-            d_query = tl.load(d_query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            query = tl.load(query_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            d_query = tl.load(d_query_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
             write = x_b * x_k * x_k
             x_Ibar_start = tl.load(x_Ibar_border + at_chunk * K + o_k, mask=m_k, other=0.0)
             x_Ibar_kept = tl.dot(x_Ibar_gap, write.to(OT), x_Ibar_since * x_Ibar_start[None, :], input_precision=PRECISION)
             x_Ibar = x_Ibar_kept + write
             inverse_0 = _reciprocal(x_I_p + x_Ibar, FAST)
-            token_x_Ibar = -1.0 * d_query * inverse_0 * inverse_0 * x_q
+            token_x_Ibar = -1.0 * d_query * inverse_0 * query
             grad_x_q = d_query * inverse_0
-            grad_x_I_p = -1.0 * d_query * inverse_0 * inverse_0 * x_q
+            grad_x_I_p = token_x_Ibar
             grad_x_q = grad_x_q + tl.zeros([C, BK], dtype=tl.float32)
             tl.store(d_x_q_out + corner * K + tile, grad_x_q.to(d_x_q_out.dtype.element_ty), mask=m_ck)
             sum_x_I_p += tl.sum(grad_x_I_p, axis=1)
             if x_Ibar_cotangent is not None:
                 token_x_Ibar += tl.load(x_Ibar_cotangent + corner * K + tile, mask=m_ck, other=0.0)
             d_x_Ibar = tl.dot(x_Ibar_back, token_x_Ibar.to(OT), input_precision=PRECISION)
-            # before the first token: its row says it, with its decay
+            before = tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0)
+            after = tl.zeros([BK], dtype=tl.float32)
+            if is_last:
+                if x_Ibar_end is not None:
+                    after += tl.load(x_Ibar_end + user + o_k, mask=m_k, other=0.0).to(tl.float32)
+            else:
+                after += _heard(x_Ibar_after + (at_chunk + H) * K + o_k, m_k).to(tl.float32, bitcast=True)
+            # at the start: the row of the first token says it, with its decay
+            start = x_Ibar_since * d_x_Ibar + x_Ibar_whole * after[None, :]
             row = (o_c == 0)[:, None] & m_k[None, :]
-            tl.store(x_Ibar_local + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, x_Ibar_since * d_x_Ibar, mask=row)
-            tl.store(x_Ibar_total + at_chunk * K + o_k, tl.zeros([BK], dtype=tl.float32) + x_Ibar_whole, mask=m_k)
+            if is_first:
+                if x_Ibar_starts is not None:
+                    tl.store(x_Ibar_starts + user + o_k[None, :] + o_c[:, None] * 0, start, mask=row)
+            else:
+                if not FAST:  # of NVIDIA's instructions every result that is not a number has the same bits, not those of UNSAID
+                    start = tl.where(start == start, start, float("nan"))
+                word = start.to(tl.int32, bitcast=True)
+                tl.store(x_Ibar_after + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, word, mask=row)
+            d_x_Ibar += x_Ibar_until[:, None] * after[None, :]
             grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
             grad_x_b = d_x_Ibar * x_k * x_k
             grad_x_g = d_x_Ibar * x_Ibar_kept
             grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
-            grad_x_k += tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
+            grad_x_k += before.to(tl.float32)
             tl.store(d_x_k_out + corner * K + tile, grad_x_k.to(d_x_k_out.dtype.element_ty), mask=m_ck)
             sum_x_b += tl.sum(grad_x_b, axis=1)
             grad_x_g = tl.where(m_ck, grad_x_g, 0.0)
@@ -2273,64 +2333,6 @@ def _fold_own_kernel(
         tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)
         sum_x_I_p = tl.sum(sum_x_I_p, axis=0)
         tl.store(d_x_I_p_out + at_chunk, sum_x_I_p)
-
-
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _fold_behind_kernel(
-    x_k_in, x_b_in, x_g_in, x_Ibar_border, x_Ibar_after, d_x_k_out, d_x_b_out, d_x_g_out,
-    spans, scale, T, NT, H, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, PACKED: tl.constexpr,
-):
-    """Adds to the gradients what follows from the cotangents of the vector states at the end of the chunk."""
-    NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
-    begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
-    if begin < end:
-        o_c = tl.arange(0, C)
-        live = o_c < (end - begin).to(tl.int32)
-        corner = begin * H + i_h
-        at = o_c * H  # offsets in a chunk are 32 bit wide, from a start that is 64
-        at_chunk = i_c.to(tl.int64) * H + i_h
-        x_b_row = tl.load(x_b_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        x_b = x_b_row[:, None]
-        x_g_row = tl.load(x_g_in + corner + at, mask=live, other=0.0).to(tl.float32)
-        x_g = x_g_row[:, None]
-        # exp(-40) is nothing beside 1: a longer step would only cost the sums their digits
-        step = tl.where(live, 1.4426950408889634 * tl.minimum(tl.maximum(x_g_row, -40.0), 0.0), 0.0)
-        x_Ibar_sums = tl.cumsum(step, axis=0)
-        x_Ibar_past = tl.sum(step, axis=0)
-        x_Ibar_until = tl.exp2(tl.minimum(x_Ibar_past - x_Ibar_sums, 0.0))
-        along_x_Ibar = tl.zeros([C], dtype=tl.float32)
-        started_x_Ibar = 0.0
-        sum_x_b = tl.zeros([C], dtype=tl.float32)
-        sum_x_g = tl.zeros([C], dtype=tl.float32)
-        for i_k in tl.range(0, NK, num_stages=STAGES):
-            o_k = i_k * BK + tl.arange(0, BK)
-            m_k = o_k < K
-            m_ck = live[:, None] & m_k[None, :]
-            tile = at[:, None] * K + o_k[None, :]
-            x_k = tl.load(x_k_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
-            write = x_b * x_k * x_k
-            after = tl.load(x_Ibar_after + at_chunk * K + o_k, mask=m_k, other=0.0)
-            start = tl.load(x_Ibar_border + at_chunk * K + o_k, mask=m_k, other=0.0)
-            d_x_Ibar = x_Ibar_until[:, None] * after[None, :]
-            along_x_Ibar += tl.sum(write * d_x_Ibar, axis=1)
-            started_x_Ibar += tl.sum(start * after, axis=0)
-            grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
-            grad_x_b = d_x_Ibar * x_k * x_k
-            grad_x_k = grad_x_k + tl.zeros([C, BK], dtype=tl.float32)
-            grad_x_k += tl.load(d_x_k_out + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)
-            tl.store(d_x_k_out + corner * K + tile, grad_x_k.to(d_x_k_out.dtype.element_ty), mask=m_ck)
-            sum_x_b += tl.sum(grad_x_b, axis=1)
-        kept_x_Ibar = tl.exp2(x_Ibar_past) * started_x_Ibar + (tl.cumsum(along_x_Ibar, axis=0) - along_x_Ibar)
-        grad = kept_x_Ibar
-        sum_x_g += tl.where(live, grad, 0.0)
-        sum_x_b += tl.load(d_x_b_out + corner + at, mask=live)
-        tl.store(d_x_b_out + corner + at, sum_x_b, mask=live)
-        sum_x_g += tl.load(d_x_g_out + corner + at, mask=live)
-        tl.store(d_x_g_out + corner + at, sum_x_g, mask=live)
 
 
 
@@ -2344,15 +2346,6 @@ def _fold_proposals(K, V, dtype):
     if dtype != torch.bfloat16 or min(K, V) < 64:
         return [first]
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
-
-
-def _fold_gradients_proposals(K, dtype):
-    """(k tile, warps, stages) of each of the two kernels of the gradients of what divides the query."""
-    k = _tile(K, 64)
-    if dtype != torch.bfloat16 or K < 64:
-        own = (k, 4 if dtype != torch.bfloat16 else 2, 1)
-        return [(own, own)]
-    return [((k, 4, 2), (k, 2, 2)), ((k, 4, 2), (k, 4, 1)), ((k, 4, 1), (k, 4, 1))]
 
 
 @_repeated
@@ -2391,7 +2384,7 @@ def _fold_forward(*arguments):
     for state in zip(total, local, starts, borders, ends):
         _launch(
             _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
-            W=K, BW=BW, BN=16, REVERSE=False, PACKED=packed, num_warps=1,
+            W=K, BW=BW, BN=64, REVERSE=False, PACKED=packed, num_warps=2,
         )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
@@ -2421,11 +2414,8 @@ def _fold_backward(*arguments):
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
     like, packed, fast = borders[0], offsets is not None, _fast(key)
     OT, precision = _operands(key.dtype)
-    if kept:
-        sums, states = kept
-    else:
-        sums = _decay_sums_scalar(retention, spans, T, NT, chunks, C)
-        states, _ = _states_scalar(key, value, sums, start, offsets, bases, NT, chunks, config, N, False)
+    sums, *kept = kept or [_decay_sums_scalar(retention, spans, T, NT, chunks, C)]
+    states, *_ = kept or _states_scalar(key, value, sums, start, offsets, bases, NT, chunks, config, N, False)
     d_o = torch.zeros_like(value) if d_o is None else d_o
     d_states, d_start = torch.empty_like(states), None if start is None else torch.empty_like(start)
     _launch(
@@ -2439,34 +2429,20 @@ def _fold_backward(*arguments):
     d_leaves += [new((chunks, H, K) if wide else (chunks, H)) for wide in _FOLD[4:]]
     d_key, d_value = d_leaves[1], torch.empty_like(value)
     d_retention = d_leaves[3]
-    d_query = torch.empty_like(query)
+    d_query = d_leaves[0] if d_leaves[0].dtype == query.dtype else torch.empty_like(query)
+    sequences, d_starts = None, [None if t is None else torch.empty_like(t) for t in starts]
+    if packed:
+        sequences = torch.searchsorted(bases, torch.arange(chunks, device=key.device), right=True) - 1
+        # those of sequences without tokens are what they end with
+        d_starts = [d if d is None else torch.zeros_like(d) if e is None else e.to(d.dtype) + 0 for d, e in zip(d_starts, d_ends)]
+    later = [torch.full(t.shape, -21555, dtype=torch.int32, device=key.device) for t in borders]
     BK, BV, warps, stages = gradients
     _launch(
-        _gradients_scalar_kernel, (H * chunks, 1, 1),
-        (query, key, value, d_o, sums, d_retention, states, d_states, d_query, d_key, d_value, spans),
-        (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, PACKED=packed,
-        num_warps=warps, num_stages=stages,
-    )
-    total, local, after = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    (BK, warps, stages), (BK_behind, warps_behind, stages_behind) = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
-    fixed = dict(K=K, C=C, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed)
-    _launch(
-        _fold_own_kernel, (H * chunks, 1, 1),
-        (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
-        **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
-    )
-    d_starts = [None if t is None else torch.empty_like(t) for t in starts]
-    BW = _tile(K, 32)
-    for state in zip(total, local, d_ends, after, d_starts):
-        _launch(
-            _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
-            W=K, BW=BW, BN=16, REVERSE=True, PACKED=packed, num_warps=1,
-        )
-    touched = [(leaves[i], d_leaves[i]) for i in (1, 2, 3)]
-    _launch(
-        _fold_behind_kernel, (H * chunks, 1, 1),
-        (*[t for t, _ in touched], *borders, *after, *[d for _, d in touched], spans), (scale, T, NT, H), (),
-        **fixed, BK=BK_behind, STAGES=stages_behind, num_warps=warps_behind, num_stages=stages_behind,
+        _fold_gradients_kernel, (H * chunks, 1, 1),
+        (query, key, value, d_o, sums, d_retention, states, d_states, d_query, d_key, d_value,
+         *leaves, *borders, *d_values, *later, *d_ends, *d_starts, *d_leaves, sequences, offsets, bases, spans),
+        (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, FAST=fast,
+        PACKED=packed, num_warps=warps, num_stages=stages,
     )
     d_leaves = [
         d if wide else d.to(t.dtype) for d, t, wide in zip(d_leaves[:4], leaves, _FOLD)
@@ -2534,9 +2510,8 @@ class _fold_eager(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, ctx.scale, _, offsets, _ = arguments
         found = _fold_forward(*arguments, True)
-        kept = found[6:]
-        if kept[-1].numel() * kept[-1].element_size() > _KEPT:
-            kept = ()
+        *sums, states = found[6:]
+        kept = (*sums, states) if states.numel() * states.element_size() <= _KEPT else sums
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *found[4:6], offsets, *kept)
         return found[:4]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from dspace.emit.triton.vector_group import VectorGroup
-from dspace.emit.triton.vector_kernels import Kernels
-from dspace.math.ir import Variable
+import sympy
+
+from dspace.emit.triton.vector_group import Fold, VectorGroup
+from dspace.emit.triton.vector_kernels import LOG2E, Kernels
+from dspace.math.ir import AffineState, Variable
 
 PAD = " " * 12
 """Before the lines of the loop."""
@@ -65,3 +67,30 @@ class ChunkKernels(Kernels):
                 load = f"tl.load({name}_in + corner * K + tile, mask=m_ck, other=0.0).to(tl.float32)"
             lines.append(f"{PAD}{name} = {load}")
         return lines
+
+
+class FoldKernels(ChunkKernels):
+    """Writes kernels that run after the matrix state's sums of decays were made, and take them where decays are alike."""
+
+    def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
+        super().__init__(fold.group, names)
+        self.fold = fold
+
+    def rows(self, variables: Iterable[Variable]) -> list[str]:
+        """Without an input that is only a decay whose sums are there."""
+        fold, states = self.fold, self.group.states
+        others = [self.group.write(s) for s in states] + [s.log_decay for s in states if not fold.shared(s)]
+        needed = set().union(*(sympy.sympify(e).free_symbols for e in (fold.query, *others)))
+        return super().rows(v for v in variables if v != fold.retention or v.symbol in needed)
+
+    def decay_sums(self, state: AffineState) -> list[str]:
+        """Those of the matrix state, if its decay is the same."""
+        if not self.fold.shared(state):
+            return super().decay_sums(state)
+        s = self.names[state.name]
+        return [f"        {s}_sums = {LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
+
+    def decay_of_chunk(self, state: AffineState) -> str:
+        if not self.fold.shared(state):
+            return super().decay_of_chunk(state)
+        return f"{LOG2E} * tl.load(of_sums + corner + (end - begin - 1).to(tl.int32) * H)"

@@ -89,13 +89,13 @@ def _outputs_kernel(
 '''
 
 GRADIENTS = '''
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _gradients_kernel(
+@_kernel
+def _chunk_gradients(
     q, k, v, d_o,
 #if decay
     G, dg,
 #endif
-    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    states, d_states, dq, dk, dv, spans, i_c, i_h, scale, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):
@@ -106,9 +106,6 @@ def _gradients_kernel(
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NK: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    i_h = pid % H
-    i_c = pid // H
     begin, end = _chunk(spans, i_c, T, NT, C, PACKED)
     if begin < end:
         o_c = tl.arange(0, C)
@@ -248,4 +245,25 @@ def _gradients_kernel(
         until_here = tl.cumsum(along_key, axis=0) - along_key
         tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
 #endif
+
+
+@_kernel(do_not_specialize=["T", "NT", "H"])
+def _gradients_kernel(
+    q, k, v, d_o,
+#if decay
+    G, dg,
+#endif
+    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Gradients of the inputs, one chunk of a head a program."""
+    pid = tl.program_id(0)
+    _chunk_gradients(
+        q, k, v, d_o,
+#if decay
+        G, dg,
+#endif
+        states, d_states, dq, dk, dv, spans, pid // H, pid % H, scale, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED,
+    )
 '''

@@ -9,16 +9,14 @@ the backward pass reads twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 
 from dspace.emit.triton import fold_gradient, fold_host
-from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels
+from dspace.emit.triton.chunk_kernels import LOOP, PAD, PLACE, ChunkKernels, FoldKernels
 from dspace.emit.triton.printer import inverses_of
 from dspace.emit.triton.vector_group import Fold, VectorGroup
-from dspace.emit.triton.vector_kernels import LOG2E
-from dspace.math.ir import AffineState, Variable
 from dspace.plan.affine import AffinePlan, kind
 
 
@@ -43,47 +41,17 @@ def folding(plan: AffinePlan, groups: Sequence[VectorGroup]) -> Fold | None:
 
 def source(fold: Fold, names: Mapping[str, str]) -> str:
     """The kernels and the function ``_fold`` of one query."""
-    writer = _Forward(fold, names)
     return "\n\n".join(
         [
-            _states_of_all(writer, fold.decay),
-            _kernel(writer, fold.query, fold.decay == "scalar"),
-            fold_gradient.own(fold, names),
-            fold_gradient.behind(fold, names),
+            _states_of_all(ChunkKernels(fold.group, names), fold.decay),
+            _kernel(FoldKernels(fold, names), fold.query, fold.decay == "scalar"),
+            fold_gradient.gradients(fold, names),
             fold_host.host(fold),
         ]
     )
 
 
-class _Forward(ChunkKernels):
-    """Writes the kernels of the forward pass, where the matrix state's sums of decays are at hand."""
-
-    def __init__(self, fold: Fold, names: Mapping[str, str]) -> None:
-        super().__init__(fold.group, names)
-        self.fold = fold
-
-    def rows(self, variables: Iterable[Variable]) -> list[str]:
-        """Without an input that is only a decay whose sums are there."""
-        fold, states = self.fold, self.group.states
-        others = [self.group.write(s) for s in states] + [s.log_decay for s in states if not fold.shared(s)]
-        needed = set().union(*(sympy.sympify(e).free_symbols for e in (fold.query, *others)))
-        return super().rows(v for v in variables if v != fold.retention or v.symbol in needed)
-
-    def decay_sums(self, state: AffineState) -> list[str]:
-        """Those of the matrix state, if its decay is the same."""
-        if not self.fold.shared(state):
-            return super().decay_sums(state)
-        s = self.names[state.name]
-        return [f"        {s}_sums = {LOG2E} * tl.load(of_sums + corner + at, mask=live, other=0.0)"]
-
-    def decay_of_chunk(self, state: AffineState) -> str:
-        if not self.fold.shared(state):
-            return super().decay_of_chunk(state)
-        last = "corner + (end - begin - 1).to(tl.int32) * H"  # of a spare chunk there is none
-        return f"{LOG2E} * tl.load(of_sums + {last}, mask=begin < end, other=0.0)"
-
-
-def _states_of_all(writer: _Forward, decay: str) -> str:
+def _states_of_all(writer: ChunkKernels, decay: str) -> str:
     """Matrix states at chunk starts, and behind the programs that make them those of the vector states' chunks."""
     group = writer.group
     written = set().union(*(group.write(s).free_symbols | group.log_decay(s).free_symbols for s in group.states))
@@ -140,7 +108,7 @@ def _fold_states_kernel(
     return "\n".join(lines) + "\n"
 
 
-def _kernel(writer: _Forward, query: sympy.Expr, decays: bool) -> str:
+def _kernel(writer: FoldKernels, query: sympy.Expr, decays: bool) -> str:
     group, names = writer.group, writer.names
     pointers = [f"{names[v.name]}_in" for v in writer.leaves] + [f"{s}_border" for s in writer.states]
     pointers += ["keys_in", "values_in", *(["of_sums"] if decays else []), "states_in", "out_at"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspace.emit.triton.fold_gradient import UNSAID
 from dspace.emit.triton.vector_group import Fold
 
 
@@ -21,6 +22,13 @@ def host(fold: Fold) -> str:
     made = f"_decay_sums_{decay}(retention, spans, T, NT, chunks, C)"
     of_retention = f"d_leaves[{leaves.index(fold.retention)}]" if fold.retention else "torch.empty_like(retention)"
     d_key = "None" if fold.key else "d_key"
+    # Written before, and read where it is: no memory of its own for what is read once, soon, by the same program.
+    spare = [
+        i for i, v in enumerate(group.inputs) if group.wide(v) and v != fold.key and v.symbol in fold.query.free_symbols
+    ]
+    d_query = "torch.empty_like(query)"
+    if spare:
+        d_query = f"d_leaves[{spare[0]}] if d_leaves[{spare[0]}].dtype == query.dtype else {d_query}"
     given_back = "" if not scalar else "None, " if fold.retention else "d_retention, "
     return f'''
 _FOLD = {tuple(group.wide(v) for v in leaves)!r}  # which inputs and parameters have channels
@@ -33,15 +41,6 @@ def _fold_proposals(K, V, dtype):
     if dtype != torch.bfloat16 or min(K, V) < 64:
         return [first]
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
-
-
-def _fold_gradients_proposals(K, dtype):
-    """(k tile, warps, stages) of each of the two kernels of the gradients of what divides the query."""
-    k = _tile(K, 64)
-    if dtype != torch.bfloat16 or K < 64:
-        own = (k, 4 if dtype != torch.bfloat16 else 2, 1)
-        return [(own, own)]
-    return [((k, 4, 2), (k, 2, 2)), ((k, 4, 2), (k, 4, 1)), ((k, 4, 1), (k, 4, 1))]
 
 
 @_repeated
@@ -79,7 +78,7 @@ def _fold_forward(*arguments):
     for state in zip(total, local, starts, borders, ends):
         _launch(
             _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
-            W=K, BW=BW, BN=16, REVERSE=False, PACKED=packed, num_warps=1,
+            W=K, BW=BW, BN=64, REVERSE=False, PACKED=packed, num_warps=2,
         )
     o = torch.empty_like(value)
     query = torch.empty_like(key) if save else None
@@ -109,10 +108,7 @@ def _fold_backward(*arguments):
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
     like, packed, fast = borders[0], offsets is not None, _fast(key)
     OT, precision = _operands(key.dtype)
-    if kept:
-        {sums}states {"" if scalar else ", "}= kept
-    else:
-        {f"sums = {made}{chr(10)}        " if scalar else ""}states, _ = _states_{decay}(key, value, {sums}start, offsets, bases, NT, chunks, config, N, False)
+    {f"sums, *kept = kept or [{made}]{chr(10)}    " if scalar else ""}states, *_ = kept or _states_{decay}(key, value, {sums}start, offsets, bases, NT, chunks, config, N, False)
     d_o = torch.zeros_like(value) if d_o is None else d_o
     d_states, d_start = torch.empty_like(states), None if start is None else torch.empty_like(start)
     _launch(
@@ -125,34 +121,20 @@ def _fold_backward(*arguments):
     new = like.new_zeros if packed else like.new_empty
     d_leaves += [new((chunks, H, K) if wide else (chunks, H)) for wide in _FOLD[{n_in}:]]
     d_key, d_value = {"torch.empty_like(key)" if at_key is None else f"d_leaves[{at_key}]"}, torch.empty_like(value)
-    {f"d_retention = {of_retention}{chr(10)}    " if scalar else ""}d_query = torch.empty_like(query)
+    {f"d_retention = {of_retention}{chr(10)}    " if scalar else ""}d_query = {d_query}
+    sequences, d_starts = None, [None if t is None else torch.empty_like(t) for t in starts]
+    if packed:
+        sequences = torch.searchsorted(bases, torch.arange(chunks, device=key.device), right=True) - 1
+        # those of sequences without tokens are what they end with
+        d_starts = [d if d is None else torch.zeros_like(d) if e is None else e.to(d.dtype) + 0 for d, e in zip(d_starts, d_ends)]
+    later = [torch.full(t.shape, {UNSAID}, dtype=torch.int32, device=key.device) for t in borders]
     BK, BV, warps, stages = gradients
     _launch(
-        _gradients_{decay}_kernel, (H * chunks, 1, 1),
-        (query, key, value, d_o, {"sums, d_retention, " if scalar else ""}states, d_states, d_query, d_key, d_value, spans),
-        (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, PACKED=packed,
-        num_warps=warps, num_stages=stages,
-    )
-    total, local, after = ([torch.empty_like(t) for t in borders] for _ in range(3))
-    (BK, warps, stages), (BK_behind, warps_behind, stages_behind) = _chosen(_fold_gradients_proposals, "fold_gradients", K, key.dtype)
-    fixed = dict(K=K, C=C, OT=OT, PRECISION=precision, FAST=fast, PACKED=packed)
-    _launch(
-        _fold_own_kernel, (H * chunks, 1, 1),
-        (d_query, *leaves, *borders, *total, *local, *d_values, *d_leaves, spans), (scale, T, NT, H), (),
-        **fixed, BK=BK, STAGES=stages, num_warps=warps, num_stages=stages,
-    )
-    d_starts = [None if t is None else torch.empty_like(t) for t in starts]
-    BW = _tile(K, 32)
-    for state in zip(total, local, d_ends, after, d_starts):
-        _launch(
-            _carry_vector_kernel, (_cdiv(K, BW) * N * H, 1, 1), (*state, offsets, bases), (T, NT, H, C), (),
-            W=K, BW=BW, BN=16, REVERSE=True, PACKED=packed, num_warps=1,
-        )
-    touched = [(leaves[i], d_leaves[i]) for i in {tuple(written)!r}]
-    _launch(
-        _fold_behind_kernel, (H * chunks, 1, 1),
-        (*[t for t, _ in touched], *borders, *after, *[d for _, d in touched], spans), (scale, T, NT, H), (),
-        **fixed, BK=BK_behind, STAGES=stages_behind, num_warps=warps_behind, num_stages=stages_behind,
+        _fold_gradients_kernel, (H * chunks, 1, 1),
+        (query, key, value, d_o, {"sums, d_retention, " if scalar else ""}states, d_states, d_query, d_key, d_value,
+         *leaves, *borders, *d_values, *later, *d_ends, *d_starts, *d_leaves, sequences, offsets, bases, spans),
+        (scale, T, NT, H), (), K=K, V=V, C=C, BK=BK, BV=BV, OT=OT, PRECISION=precision, FAST=fast,
+        PACKED=packed, num_warps=warps, num_stages=stages,
     )
     d_leaves = [
         d if wide else d.to(t.dtype) for d, t, wide in zip(d_leaves[:{n_in}], leaves, _FOLD)
@@ -220,9 +202,8 @@ class _fold_eager(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, ctx.scale, _, offsets, _ = arguments
         found = _fold_forward(*arguments, True)
-        kept = found[{3 + 3 * n_state}:]
-        if kept[-1].numel() * kept[-1].element_size() > _KEPT:
-            kept = ()
+        *sums, states = found[{3 + 3 * n_state}:]
+        kept = (*sums, states) if states.numel() * states.element_size() <= _KEPT else sums
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *found[{2 + 2 * n_state}:{3 + 3 * n_state}], offsets, *kept)
         return found[:{2 + 2 * n_state}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _LOCAL = re.compile(
-    r"\b_(config_proposals|config|state_tile|states|forward|backward|decay_sums|linear|outputs|cotangents|gradients|scores|values|keys)(?=(?:_kernel|_op|_eager|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
+    r"\b_(config_proposals|config|state_tile|states|forward|backward|decay_sums|linear|outputs|cotangents|chunk_gradients|gradients|scores|values|keys)(?=(?:_kernel|_op|_eager|_fake|_save|_gradient|_backward_op|_backward_fake)?\b)"
 )
 
 
