@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspace.nn import native
+
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class _Unit(torch.autograd.Function):
@@ -132,6 +135,36 @@ def by_own(x: Tensor, weight: Tensor) -> Tensor:
     return _ByOwn.apply(x, weight)
 
 
+class _Tied(torch.autograd.Function):
+    """Rows of an embedding and its copy in a narrower dtype, whose gradients meet in one tensor, not in three."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return F.embedding(rows, weight.flatten(0, -2)), weight.to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        looked_up, copied = grads
+        (rows,) = ctx.saved_tensors
+        looked_up = looked_up.float().flatten(0, -2)
+        whole = copied.float().flatten(0, -2).index_put((rows.flatten(),), looked_up, accumulate=True)
+        return whole.view(copied.shape), None, None
+
+
+def tied(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``weight`` ``[..., entries, size]``, and ``weight`` in autocast's dtype to multiply with.
+
+    ``rows`` of several embeddings are counted through. One function where it is compiled for a narrower dtype.
+    """
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if torch.compiler.is_compiling() and dtype != weight.dtype == torch.float32:
+        return _Tied.apply(weight, rows, dtype)
+    return F.embedding(rows, weight.flatten(0, -2)), weight
+
+
 def spread(value: Tensor, axes: str, onto: str) -> Tensor:
     """Insert singleton dimensions so that ``value`` ``[..., *axes]`` broadcasts against ``[..., *onto]``."""
     for back, axis in enumerate(reversed(onto)):
@@ -183,14 +216,51 @@ def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[T
     history = x.new_zeros(x.shape[0], past, x.shape[2]) if cache is None else cache.to(x.dtype)
     length = x.shape[1]
     tail = x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
-    if taps.ndim == 3 or torch.compiler.is_compiling():
-        whole = torch.cat([history, x], 1)
-        each = [per_row(taps[:, j], len(x)) if taps.ndim == 3 else taps[j] for j in range(past + 1)]
-        y = x * each[past].to(x.dtype)
-        for j in range(past):
-            y = y + whole[:, j : j + length] * each[j].to(x.dtype)
-        return y, tail
-    return _CausalConv.apply(x, history, taps.to(x.dtype)), tail
+    if taps.ndim == 2 and not torch.compiler.is_compiling():
+        return _CausalConv.apply(x, history, taps.to(x.dtype)), tail
+    return _shifted_sum(x, history, taps), tail
+
+
+def conv_of_some(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`causal_conv` of as many channels of ``x`` as ``taps`` have, its cache, and the other channels as they are."""
+    channels = taps.shape[-1]
+    if cache is None and x.is_cuda and _TRITON and (taps.ndim == 3 or torch.compiler.is_compiling()):
+        y, rest = _FusedConv.apply(x, taps)
+        past = taps.shape[-2] - 1
+        return y, F.pad(x[..., :channels], (0, 0, past, 0))[:, x.shape[1] :], rest
+    return *causal_conv(x[..., :channels], taps, cache), x[..., channels:]
+
+
+def _shifted_sum(x: Tensor, history: Tensor, taps: Tensor) -> Tensor:
+    """The convolution in formulas, which a compiler fuses with those around it."""
+    past, length = taps.shape[-2] - 1, x.shape[1]
+    whole = torch.cat([history, x], 1)
+    each = [per_row(taps[:, j], len(x)) if taps.ndim == 3 else taps[j] for j in range(past + 1)]
+    y = x * each[past].to(x.dtype)
+    for j in range(past):
+        y = y + whole[:, j : j + length] * each[j].to(x.dtype)
+    return y
+
+
+class _FusedConv(torch.autograd.Function):
+    """Formulas one way, one kernel the other, which joins the gradients of the channels where they come apart here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, taps)
+        convolved, rest = x.split([taps.shape[-1], x.shape[-1] - taps.shape[-1]], -1)
+        return _shifted_sum(convolved, x.new_zeros(len(x), taps.shape[-2] - 1, taps.shape[-1]), taps), rest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        from dspace.nn.conv_kernel import conv_backward
+
+        x, taps = ctx.saved_tensors
+        stacked = taps if taps.ndim == 3 else taps[None]
+        dx, tiles = conv_backward(x, stacked, *grads)
+        dtaps = tiles.view(len(stacked), -1, *stacked.shape[1:]).sum(1)
+        return dx, dtaps.view(taps.shape).to(taps.dtype)
 
 
 def packed_conv(x: Tensor, taps: Tensor, offsets: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspace.errors import UserError
-from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, packed_conv, per_row, spread
+from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, conv_of_some, packed_conv, per_row, spread
 from dspace.nn.operator import as_operator
 from dspace.nn.parameters import Constrained, Decay, never_negative, per_head_start
 from dspace.nn.recipe import Apply, Const, Convolve, PerHead, Plan, Ref, Slot, Take, Tree, make_plan
@@ -239,18 +239,27 @@ class _Run:
         mixed = mixer.project(x)
         self.head_shape = mixed.shape[:2]
         parts: list[Tensor] = []
-        first, *plain = mixed.split([mixer._convolved, *mixer._widths["plain"]], -1)
         if mixer._convolved:
-            convolved = self.convolve(first)
+            convolved, mixed = self.convolve_some(mixed)
             active, bare = convolved.split([mixer._activated, mixer._convolved - mixer._activated], -1)
             parts += F.silu(active).split(mixer._widths["silu_conv"], -1) if mixer._activated else []
             parts += bare.split(mixer._widths["conv"], -1) if mixer._widths["conv"] else []
-        parts += plain
+        parts += mixed.split(mixer._widths["plain"], -1)
         self.gate = parts.pop() if mixer._gated else None
         self.parts = [p.unflatten(-1, s) for p, s in zip(parts, mixer._shapes, strict=True)]
         self.values: dict[str, tuple[Tensor, str]] = {
             p.name: (mixer.of_row(mixer.constants[p.name](), len(x)), p.axes) for p in mixer.operator.parameters
         }
+
+    def convolve_some(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`convolve` of the first channels, and the others."""
+        if self.offsets is not None:
+            first = x[..., : self.mixer._convolved]
+            return self.convolve(first), x[..., self.mixer._convolved :]
+        cache = next(self.caches) if self.caches is not None else None
+        y, tail, rest = conv_of_some(x, next(self.taps), cache)
+        self.tails.append(tail)
+        return y, rest
 
     def convolve(self, x: Tensor) -> Tensor:
         """Through the next short convolution, in the order in which the state lists their caches."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspace.errors import UserError
 from dspace.nn.attention import SoftmaxAttention
-from dspace.nn.functions import by_own
+from dspace.nn.functions import by_own, tied
 from dspace.nn.layer import Mixer, MixerState
 
 MixerFactory = Callable[[int], nn.Module]
@@ -42,6 +42,18 @@ class Block(nn.Module):
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return (x, final) if options.get("output_final_state") else x
+
+
+class TiedEmbedding(nn.Embedding):
+    """The weights of which make logits too."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Where the entry of each token is in the weights."""
+        return tokens
+
+    def and_weight(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` returns, and the weights as matmuls take them."""
+        return tied(self.weight, self.rows(tokens))
 
 
 class Model(nn.Module):
@@ -81,7 +93,7 @@ class Model(nn.Module):
         make = _factory(mixer, hidden_size, num_heads, mixer_options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.embedding = nn.Embedding(vocab_size, hidden_size)
+            self.embedding = TiedEmbedding(vocab_size, hidden_size)
             self.positions = nn.Embedding(max_positions, hidden_size) if max_positions else None
             self.embed_dropout = nn.Dropout(embed_dropout) if embed_dropout else None
             self.blocks = nn.ModuleList(Block(make(i), hidden_size, mlp_ratio, dropout) for i in range(num_layers))
@@ -109,7 +121,11 @@ class Model(nn.Module):
         self, tokens: Tensor, state: list[Any] | None = None, cu_seqlens: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, list[Any]]:
         """Normalised hidden states ``[B, T, hidden_size]`` and the layers' final states (None unless asked for)."""
-        x = self.embedding(tokens)
+        return self._mixed(self.embedding(tokens), tokens, state, cu_seqlens, **options)
+
+    def _mixed(
+        self, x: Tensor, tokens: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, **options: Any
+    ) -> tuple[Tensor, list[Any]]:
         if self.positions is not None:
             if state is not None:
                 raise UserError("Model: absolute positions and a carried state do not go together")
@@ -127,10 +143,10 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, vocab_size]``, or ``[B, D, vocab_size]`` at ``positions`` ``[B, D]`` only."""
-        x, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
+        x, weight = self.embedding.and_weight(tokens)
+        x, _ = self._mixed(x, tokens, None, cu_seqlens)
         if positions is not None:
             x = x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
-        weight = self.embedding.weight
         if self.trials > 1:  # each trial's rows by its own embedding
             return by_own(x.reshape(self.trials, -1, x.shape[-1]), weight).view(*x.shape[:-1], self.vocab_size)
         return F.linear(x, weight)

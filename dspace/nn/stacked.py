@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dspace.errors import UserError
 from dspace.nn.functions import by_own, per_row
-from dspace.nn.model import Model
+from dspace.nn.model import Model, TiedEmbedding
 from dspace.nn.parameters import copy_of
 
 
@@ -30,13 +30,15 @@ class StackedLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class StackedEmbedding(nn.Embedding):
+class StackedEmbedding(TiedEmbedding):
     """``[S, entries, size]`` on tokens ``[S * B, T]``."""
 
+    def rows(self, tokens: Tensor) -> Tensor:
+        trials, entries, _ = self.weight.shape
+        return tokens + per_row(torch.arange(trials, device=tokens.device) * entries, len(tokens))
+
     def forward(self, tokens: Tensor) -> Tensor:
-        trials, entries, size = self.weight.shape
-        first = per_row(torch.arange(trials, device=tokens.device) * entries, len(tokens))
-        return F.embedding(tokens + first, self.weight.reshape(trials * entries, size))
+        return F.embedding(self.rows(tokens), self.weight.flatten(0, 1))
 
 
 class StackedLayerNorm(nn.LayerNorm):
@@ -49,7 +51,7 @@ class StackedLayerNorm(nn.LayerNorm):
 
 _STACKED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: StackedLinear,
-    nn.Embedding: StackedEmbedding,
+    TiedEmbedding: StackedEmbedding,
     nn.LayerNorm: StackedLayerNorm,
 }
 
