@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import struct
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -107,7 +108,8 @@ def compile_in_processes(
 def _work(launches: Sequence[Launch], tickets: int, stand_in: Any, launcher: Any) -> None:
     """What a forked process does; it never returns. The GPU's driver must not be used after a fork: a stand-in is.
 
-    Some releases of Triton have a launcher for each signature, which a C compiler makes: also for the cache on disk.
+    Some releases of Triton have a launcher for each signature, which a C compiler makes: also for the cache on disk,
+    and while the kernel is compiled, where the signature is known before.
     """
     try:
         gc.disable()  # no tensor of the parent is freed here
@@ -117,11 +119,26 @@ def _work(launches: Sequence[Launch], tickets: int, stand_in: Any, launcher: Any
         driver.set_active(stand_in)
         while ticket := os.read(tickets, 2):
             launch = launches[struct.unpack("=H", ticket)[0]]
+            early = threading.Thread(target=_launcher_early, args=(launch, launcher))
+            early.start()
             with contextlib.suppress(Exception):
                 compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                early.join()
                 launcher(compiled.src, compiled.metadata)
     finally:
         os._exit(0)
+
+
+def _launcher_early(launch: Launch, launcher: Any) -> None:
+    with contextlib.suppress(Exception):
+        launcher(launch.source(), _Unknown())
+
+
+class _Unknown:
+    """Metadata of what is not compiled yet: a launcher only keeps them."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _ended(child: int) -> bool:

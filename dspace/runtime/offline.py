@@ -40,6 +40,12 @@ class Launch:
         """Equal for launches that compile to the same code, whichever module they come from."""
         return repr((self.kernel.src, _signature(self)))
 
+    def source(self) -> Any:
+        """What Triton compiles, with its types and constants, as it makes it of a launch itself."""
+        from triton.compiler import ASTSource
+
+        return ASTSource(self.kernel, *_signature(self)[:3])
+
 
 @dataclass(frozen=True)
 class Build:
@@ -191,12 +197,10 @@ def compiled_for(launch: Launch, target: str) -> Any:
     """One launch compiled for ``target``, as Triton returns it."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature, constants, attributes, options = _signature(launch)
     hip = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+    return triton.compile(launch.source(), target=gpu, options=_signature(launch)[3])
 
 
 def present_target() -> str:
