@@ -214,11 +214,15 @@ def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[T
     """
     past = taps.shape[-2] - 1
     history = x.new_zeros(x.shape[0], past, x.shape[2]) if cache is None else cache.to(x.dtype)
-    length = x.shape[1]
-    tail = x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
     if taps.ndim == 2 and not torch.compiler.is_compiling():
-        return _CausalConv.apply(x, history, taps.to(x.dtype)), tail
-    return _shifted_sum(x, history, taps), tail
+        return _CausalConv.apply(x, history, taps.to(x.dtype)), _tail(x, history)
+    return _shifted_sum(x, history, taps), _tail(x, history)
+
+
+def _tail(x: Tensor, history: Tensor) -> Tensor:
+    """The last of ``history`` and ``x`` behind it, as many as ``history`` has."""
+    length, past = x.shape[1], history.shape[1]
+    return x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
 
 
 def conv_of_some(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,8 +230,7 @@ def conv_of_some(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[
     channels = taps.shape[-1]
     if cache is None and x.is_cuda and _TRITON and (taps.ndim == 3 or torch.compiler.is_compiling()):
         y, rest = _FusedConv.apply(x, taps)
-        past = taps.shape[-2] - 1
-        return y, F.pad(x[..., :channels], (0, 0, past, 0))[:, x.shape[1] :], rest
+        return y, _tail(x[..., :channels], x.new_zeros(len(x), taps.shape[-2] - 1, channels)), rest
     return *causal_conv(x[..., :channels], taps, cache), x[..., channels:]
 
 
