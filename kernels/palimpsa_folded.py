@@ -2219,15 +2219,24 @@ def _fold_kernel(
 
 
 @_kernel
-def _heard(message, mask):
-    """Words that another program writes there, once each."""
-    words = tl.load(message, mask=mask, other=0, volatile=True)
-    while tl.max((words == -21555).to(tl.int32), axis=0) == 1:
+def _look(message, mask, FAST: tl.constexpr):
+    if FAST:
         words = tl.load(message, mask=mask, other=0, volatile=True)
+    else:  # an AMD GPU has caches that do not see what each other's programs write, but by atomic operations
+        words = tl.where(mask, tl.atomic_or(message, 0, mask=mask), 0)
+    return words
+
+
+@_kernel
+def _heard(message, mask, FAST: tl.constexpr):
+    """Words that another program writes there, once each."""
+    words = _look(message, mask, FAST)
+    while tl.max((words == -21555).to(tl.int32), axis=0) == 1:
+        words = _look(message, mask, FAST)
     # Of fewer words than threads some hold copies, loaded by themselves, which the loop does not ask whether they came
     # before the words were written. Now all words are.
     tl.debug_barrier()
-    return tl.load(message, mask=mask, other=0, volatile=True)
+    return _look(message, mask, FAST)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -2306,7 +2315,7 @@ def _fold_gradients_kernel(
                 if x_Ibar_end is not None:
                     after += tl.load(x_Ibar_end + user + o_k, mask=m_k, other=0.0).to(tl.float32)
             else:
-                after += _heard(x_Ibar_after + (at_chunk + H) * K + o_k, m_k).to(tl.float32, bitcast=True)
+                after += _heard(x_Ibar_after + (at_chunk + H) * K + o_k, m_k, FAST).to(tl.float32, bitcast=True)
             # at the start: the row of the first token says it, with its decay
             start = x_Ibar_since * d_x_Ibar + x_Ibar_whole * after[None, :]
             row = (o_c == 0)[:, None] & m_k[None, :]
@@ -2314,10 +2323,12 @@ def _fold_gradients_kernel(
                 if x_Ibar_starts is not None:
                     tl.store(x_Ibar_starts + user + o_k[None, :] + o_c[:, None] * 0, start, mask=row)
             else:
-                if not FAST:  # of NVIDIA's instructions every result that is not a number has the same bits, not those of UNSAID
+                there = x_Ibar_after + at_chunk * K + o_k[None, :] + o_c[:, None] * 0
+                if FAST:  # of NVIDIA's instructions every result that is not a number has the same bits, not those of UNSAID
+                    tl.store(there, start.to(tl.int32, bitcast=True), mask=row)
+                else:
                     start = tl.where(start == start, start, float("nan"))
-                word = start.to(tl.int32, bitcast=True)
-                tl.store(x_Ibar_after + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, word, mask=row)
+                    tl.atomic_xchg(there, start.to(tl.int32, bitcast=True), mask=row)
             d_x_Ibar += x_Ibar_until[:, None] * after[None, :]
             grad_x_k = 2.0 * x_b * d_x_Ibar * x_k
             grad_x_b = d_x_Ibar * x_k * x_k

@@ -30,15 +30,24 @@ UNSAID = -21555
 
 _HEAD = """
 @_kernel
-def _heard(message, mask):
-    \"\"\"Words that another program writes there, once each.\"\"\"
-    words = tl.load(message, mask=mask, other=0, volatile=True)
-    while tl.max((words == {unsaid}).to(tl.int32), axis=0) == 1:
+def _look(message, mask, FAST: tl.constexpr):
+    if FAST:
         words = tl.load(message, mask=mask, other=0, volatile=True)
+    else:  # an AMD GPU has caches that do not see what each other's programs write, but by atomic operations
+        words = tl.where(mask, tl.atomic_or(message, 0, mask=mask), 0)
+    return words
+
+
+@_kernel
+def _heard(message, mask, FAST: tl.constexpr):
+    \"\"\"Words that another program writes there, once each.\"\"\"
+    words = _look(message, mask, FAST)
+    while tl.max((words == {unsaid}).to(tl.int32), axis=0) == 1:
+        words = _look(message, mask, FAST)
     # Of fewer words than threads some hold copies, loaded by themselves, which the loop does not ask whether they came
     # before the words were written. Now all words are.
     tl.debug_barrier()
-    return tl.load(message, mask=mask, other=0, volatile=True)
+    return _look(message, mask, FAST)
 
 
 @_kernel(do_not_specialize=["T", "NT", "H"])
@@ -133,7 +142,7 @@ if is_last:
     if {s}_end is not None:
         after += tl.load({s}_end + user + o_k, mask=m_k, other=0.0).to(tl.float32)
 else:
-    after += _heard({s}_after + (at_chunk + H) * K + o_k, m_k).to(tl.float32, bitcast=True)
+    after += _heard({s}_after + (at_chunk + H) * K + o_k, m_k, FAST).to(tl.float32, bitcast=True)
 # at the start: the row of the first token says it, with its decay
 start = {s}_since * d_{s} + {s}_whole * after[None, :]
 row = (o_c == 0)[:, None] & m_k[None, :]
@@ -141,10 +150,12 @@ if is_first:
     if {s}_starts is not None:
         tl.store({s}_starts + user + o_k[None, :] + o_c[:, None] * 0, start, mask=row)
 else:
-    if not FAST:  # of NVIDIA's instructions every result that is not a number has the same bits, not those of UNSAID
+    there = {s}_after + at_chunk * K + o_k[None, :] + o_c[:, None] * 0
+    if FAST:  # of NVIDIA's instructions every result that is not a number has the same bits, not those of UNSAID
+        tl.store(there, start.to(tl.int32, bitcast=True), mask=row)
+    else:
         start = tl.where(start == start, start, float("nan"))
-    word = start.to(tl.int32, bitcast=True)
-    tl.store({s}_after + at_chunk * K + o_k[None, :] + o_c[:, None] * 0, word, mask=row)
+        tl.atomic_xchg(there, start.to(tl.int32, bitcast=True), mask=row)
 d_{s} += {s}_until[:, None] * after[None, :]
 """.strip("\n").splitlines()
 
