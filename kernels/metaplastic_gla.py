@@ -1232,7 +1232,7 @@ def _kernel(function=None, **options):
 
 
 _TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
-_TAPE_MEMORY = 2**29  # bytes that a repeated call makes at most; with more, its kernels take longer than any host
+_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
 _recording = threading.local()  # .tape: that of the call which this thread records, if any
 
 
@@ -1251,8 +1251,9 @@ class _Choices(dict):
 class _Tape(TorchDispatchMode):
     """While entered, writes down new tensors, operations of PyTorch, and what ``_launch`` launches."""
 
-    def __init__(self, given):
+    def __init__(self, given, times):
         super().__init__()
+        self.times = times
         self.given, self.device, self.made, self.steps, self.valid = given, given[0].device, [], [], True
         self.owners, self.alive = {}, []  # whose memory a view is in; all tensors, so that no two get the same id
 
@@ -1295,7 +1296,7 @@ class _Tape(TorchDispatchMode):
         numbered = [*self.given, *shown, *later, *[t for step in operations for t in step[3]]]
         places.update({id(t): (i, 0) for i, t in enumerate(numbered)})
         bytes_made = sum([t.numel() * t.element_size() for t in self.made])
-        if not self.valid or bytes_made > _TAPE_MEMORY or len(operations) == len(self.steps):
+        if not self.valid or bytes_made > self.times * _TAPE_MEMORY or len(operations) == len(self.steps):
             return None
         try:
             steps = [(step[0], self._placed(step[1], places), *step[2:3]) for step in self.steps]
@@ -1345,12 +1346,15 @@ class _Place(tuple):
     """Which tensor of a call: see ``_Tape.written``."""
 
 
-def _repeated(function):
+def _repeated(function, times=1):
     """``function``, of which calls of the same kind, from the third on, are a list of steps.
 
     It takes tensors, None, and what decides with their shapes, dtypes and alignment all that it does on the host:
     values of tensors do not. What it does is make tensors, launch kernels by ``_launch``, call PyTorch; a call in
     which anything else was seen is not repeated.
+
+    ``times`` as much memory as others may make is allowed to a function that holds what it makes until it ends, as
+    a list of steps does.
     """
 
     @functools.wraps(function)
@@ -1373,7 +1377,7 @@ def _repeated(function):
                 _TAPES.clear()
             _TAPES[key] = 1
             return result
-        _recording.tape = tape = _Tape(given)
+        _recording.tape = tape = _Tape(given, times)
         try:
             with tape:
                 result = function(*arguments)

@@ -1377,7 +1377,7 @@ def _kernel(function=None, **options):
 
 
 _TAPES = {}  # what calls of a kind do, by function and kind: see _repeated
-_TAPE_MEMORY = 2**29  # bytes that a repeated call makes at most; with more, its kernels take longer than any host
+_TAPE_MEMORY = 2**28  # bytes that a repeated call makes at most; with more, its kernels take longer than the host
 _recording = threading.local()  # .tape: that of the call which this thread records, if any
 
 
@@ -1396,8 +1396,9 @@ class _Choices(dict):
 class _Tape(TorchDispatchMode):
     """While entered, writes down new tensors, operations of PyTorch, and what ``_launch`` launches."""
 
-    def __init__(self, given):
+    def __init__(self, given, times):
         super().__init__()
+        self.times = times
         self.given, self.device, self.made, self.steps, self.valid = given, given[0].device, [], [], True
         self.owners, self.alive = {}, []  # whose memory a view is in; all tensors, so that no two get the same id
 
@@ -1440,7 +1441,7 @@ class _Tape(TorchDispatchMode):
         numbered = [*self.given, *shown, *later, *[t for step in operations for t in step[3]]]
         places.update({id(t): (i, 0) for i, t in enumerate(numbered)})
         bytes_made = sum([t.numel() * t.element_size() for t in self.made])
-        if not self.valid or bytes_made > _TAPE_MEMORY or len(operations) == len(self.steps):
+        if not self.valid or bytes_made > self.times * _TAPE_MEMORY or len(operations) == len(self.steps):
             return None
         try:
             steps = [(step[0], self._placed(step[1], places), *step[2:3]) for step in self.steps]
@@ -1490,12 +1491,15 @@ class _Place(tuple):
     """Which tensor of a call: see ``_Tape.written``."""
 
 
-def _repeated(function):
+def _repeated(function, times=1):
     """``function``, of which calls of the same kind, from the third on, are a list of steps.
 
     It takes tensors, None, and what decides with their shapes, dtypes and alignment all that it does on the host:
     values of tensors do not. What it does is make tensors, launch kernels by ``_launch``, call PyTorch; a call in
     which anything else was seen is not repeated.
+
+    ``times`` as much memory as others may make is allowed to a function that holds what it makes until it ends, as
+    a list of steps does.
     """
 
     @functools.wraps(function)
@@ -1518,7 +1522,7 @@ def _repeated(function):
                 _TAPES.clear()
             _TAPES[key] = 1
             return result
-        _recording.tape = tape = _Tape(given)
+        _recording.tape = tape = _Tape(given, times)
         try:
             with tape:
                 result = function(*arguments)
@@ -2359,7 +2363,7 @@ def _fold_proposals(K, V, dtype):
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
 
 
-@_repeated
+@functools.partial(_repeated, times=2)
 def _fold_forward(*arguments):
     """The read of every token, final states (that of the matrix first) if wanted, then what a backward pass needs.
 
@@ -2408,7 +2412,7 @@ def _fold_forward(*arguments):
     return o, final, *ends, *values, query, *borders, sums, states
 
 
-@_repeated
+@functools.partial(_repeated, times=2)
 def _fold_backward(*arguments):
     """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns, and what else it kept."""
     *tensors, scale, offsets = arguments

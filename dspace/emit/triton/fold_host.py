@@ -43,7 +43,7 @@ def _fold_proposals(K, V, dtype):
     return [first, (_tile(K, 64), _tile(V, 128), 8, 2), (32, _tile(V, 128), 4, 2), (32, _tile(V, 128), 8, 2)]
 
 
-@_repeated
+@functools.partial(_repeated, times=2)
 def _fold_forward(*arguments):
     """The read of every token, final states (that of the matrix first) if wanted, then what a backward pass needs.
 
@@ -91,7 +91,7 @@ def _fold_forward(*arguments):
     return o, final, *ends, *values, query, *borders, {sums}states
 
 
-@_repeated
+@functools.partial(_repeated, times=2)
 def _fold_backward(*arguments):
     """Gradients of the tensors that ``_fold_forward`` takes, from those of what it returns, and what else it kept."""
     *tensors, scale, offsets = arguments
