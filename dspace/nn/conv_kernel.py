@@ -26,16 +26,17 @@ def _conv_backward_kernel(
 
     Programs behind those of the convolved channels put the gradient of the others beside.
     """
-    row = tl.program_id(0).to(tl.int64)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    tiles, tile = tl.cdiv(T, BT), tl.program_id(0).to(tl.int64)
+    row = tile // tiles
+    o_t = (tile % tiles).to(tl.int32) * BT + tl.arange(0, BT)
     m_t = (o_t < T)[:, None]
     dx += row * T * W
     blocks = tl.cdiv(C, BC)
-    if tl.program_id(2) < blocks:
-        o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    if tl.program_id(1) < blocks:
+        o_c = tl.program_id(1) * BC + tl.arange(0, BC)
         m_c = o_c < C
         taps += row // rows_of_trial * SIZE * C
-        dtaps += (row * tl.num_programs(1) + tl.program_id(1)) * SIZE * C
+        dtaps += tile * SIZE * C
         x, dy = x + row * row_stride, dy + row * T * C
         at, read = o_t[:, None] * C + o_c[None, :], o_t[:, None] * token_stride + o_c[None, :]
         mask = m_t & m_c[None, :]
@@ -49,7 +50,7 @@ def _conv_backward_kernel(
             tl.store(dtaps + (SIZE - 1 - j) * C + o_c, tl.sum(earlier * here, axis=0), mask=m_c)
         tl.store(dx + o_t[:, None] * W + o_c[None, :], total.to(dx.dtype.element_ty), mask=mask)
     else:
-        o_c = (tl.program_id(2) - blocks) * BC + tl.arange(0, BC)
+        o_c = (tl.program_id(1) - blocks) * BC + tl.arange(0, BC)
         mask = m_t & (o_c < W - C)[None, :]
         rest = tl.load(drest + row * T * (W - C) + o_t[:, None] * (W - C) + o_c[None, :], mask=mask)
         tl.store(dx + o_t[:, None] * W + C + o_c[None, :], rest, mask=mask)
@@ -67,7 +68,7 @@ def conv_backward(x: Tensor, taps: Tensor, dy: Tensor, drest: Tensor) -> tuple[T
     dx, dtaps = _results(x, taps)
     if dx.numel():
         C, W = taps.shape[2], x.shape[2]
-        grid = (len(x), dtaps.shape[1], triton.cdiv(C, _CHANNELS) + triton.cdiv(W - C, _CHANNELS))
+        grid = (len(x) * dtaps.shape[1], triton.cdiv(C, _CHANNELS) + triton.cdiv(W - C, _CHANNELS))
         sizes: tuple[Any, ...] = (x.shape[1], C, W, *x.stride()[:2], len(x) // len(taps))
         tile: dict[str, Any] = {"SIZE": taps.shape[1], "BT": _TOKENS, "BC": _CHANNELS}
         _conv_backward_kernel[grid](x, taps, dy, drest, dx, dtaps, *sizes, **tile, num_warps=1)
