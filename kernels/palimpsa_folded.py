@@ -2036,23 +2036,6 @@ def _chunk_gradients_scalar(
         tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
 
 
-@_kernel(do_not_specialize=["T", "NT", "H"])
-def _gradients_scalar_kernel(
-    q, k, v, d_o,
-    G, dg,
-    states, d_states, dq, dk, dv, spans, scale, T, NT, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):
-    """Gradients of the inputs, one chunk of a head a program."""
-    pid = tl.program_id(0)
-    _chunk_gradients_scalar(
-        q, k, v, d_o,
-        G, dg,
-        states, d_states, dq, dk, dv, spans, pid // H, pid % H, scale, T, NT, H, K, V, C, BK, BV, OT, PRECISION, PACKED,
-    )
-
-
 def _config_proposals_scalar(K, V, dtype):
     """Chunk and (k tile, v tile, warps, stages) of the states, outputs and gradients kernels; the first by default.
 

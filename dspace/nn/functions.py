@@ -212,26 +212,22 @@ def causal_conv(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[T
     ``cache`` ``[B, size - 1, C]`` holds the inputs before ``x`` (zeros when None). Returns the result and the
     cache for what follows. ``taps`` ``[S, size, C]`` are those of ``S`` stacked trials.
     """
-    past = taps.shape[-2] - 1
-    history = x.new_zeros(x.shape[0], past, x.shape[2]) if cache is None else cache.to(x.dtype)
-    if taps.ndim == 2 and not torch.compiler.is_compiling():
-        return _CausalConv.apply(x, history, taps.to(x.dtype)), _tail(x, history)
-    return _shifted_sum(x, history, taps), _tail(x, history)
-
-
-def _tail(x: Tensor, history: Tensor) -> Tensor:
-    """The last of ``history`` and ``x`` behind it, as many as ``history`` has."""
-    length, past = x.shape[1], history.shape[1]
-    return x[:, length - past :] if length >= past else torch.cat([history, x], 1)[:, length:]
+    return conv_of_some(x, taps, cache)[:2]
 
 
 def conv_of_some(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`causal_conv` of as many channels of ``x`` as ``taps`` have, its cache, and the other channels as they are."""
-    channels = taps.shape[-1]
-    if cache is None and x.is_cuda and _TRITON and (taps.ndim == 3 or torch.compiler.is_compiling()):
+    past, channels = taps.shape[-2] - 1, taps.shape[-1]
+    first, rest, length = x[..., :channels], x[..., channels:], x.shape[1]
+    history = x.new_zeros(len(x), past, channels) if cache is None else cache.to(x.dtype)
+    tail = first[:, length - past :] if length >= past else torch.cat([history, first], 1)[:, length:]
+    if taps.ndim == 2 and not torch.compiler.is_compiling():
+        y = _CausalConv.apply(first, history, taps.to(x.dtype))
+    elif cache is None and x.is_cuda and _TRITON:
         y, rest = _FusedConv.apply(x, taps)
-        return y, _tail(x[..., :channels], x.new_zeros(len(x), taps.shape[-2] - 1, channels)), rest
-    return *causal_conv(x[..., :channels], taps, cache), x[..., channels:]
+    else:
+        y = _shifted_sum(first, history, taps)
+    return y, tail, rest
 
 
 def _shifted_sum(x: Tensor, history: Tensor, taps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspace.errors import UserError
-from dspace.nn.functions import FUNCTIONS, HeadNorm, causal_conv, conv_of_some, packed_conv, per_row, spread
+from dspace.nn.functions import FUNCTIONS, HeadNorm, conv_of_some, packed_conv, per_row, spread
 from dspace.nn.operator import as_operator
 from dspace.nn.parameters import Constrained, Decay, never_negative, per_head_start
 from dspace.nn.recipe import Apply, Const, Convolve, PerHead, Plan, Ref, Slot, Take, Tree, make_plan
@@ -240,7 +240,7 @@ class _Run:
         self.head_shape = mixed.shape[:2]
         parts: list[Tensor] = []
         if mixer._convolved:
-            convolved, mixed = self.convolve_some(mixed)
+            convolved, mixed = self.convolve(mixed)
             active, bare = convolved.split([mixer._activated, mixer._convolved - mixer._activated], -1)
             parts += F.silu(active).split(mixer._widths["silu_conv"], -1) if mixer._activated else []
             parts += bare.split(mixer._widths["conv"], -1) if mixer._widths["conv"] else []
@@ -251,26 +251,17 @@ class _Run:
             p.name: (mixer.of_row(mixer.constants[p.name](), len(x)), p.axes) for p in mixer.operator.parameters
         }
 
-    def convolve_some(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`convolve` of the first channels, and the others."""
-        if self.offsets is not None:
-            first = x[..., : self.mixer._convolved]
-            return self.convolve(first), x[..., self.mixer._convolved :]
-        cache = next(self.caches) if self.caches is not None else None
-        y, tail, rest = conv_of_some(x, next(self.taps), cache)
-        self.tails.append(tail)
-        return y, rest
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Through the next short convolution, in the order in which the state lists their caches."""
+    def convolve(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the next short convolution, in the order in which the state lists their caches; and its other channels."""
         cache = next(self.caches) if self.caches is not None else None
         taps = next(self.taps)
         if self.offsets is None:
-            y, tail = causal_conv(x, taps, cache)
+            y, tail, rest = conv_of_some(x, taps, cache)
         else:
-            y, tail = packed_conv(x, taps, self.offsets, cache)
+            first, rest = x[..., : taps.shape[-1]], x[..., taps.shape[-1] :]
+            y, tail = packed_conv(first, taps, self.offsets, cache)
         self.tails.append(tail)
-        return y
+        return y, rest
 
     def inputs(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """The op's inputs in order, the values that a skip adds, and the output gate."""
@@ -328,7 +319,7 @@ class _Run:
                 group, own = self.mixer.plan.convolutions[index]
                 shape = self.mixer._shape(Slot("conv", group, own))
                 whole = spread(value, axes, own).expand(*self.head_shape, *shape)
-                return self.convolve(whole.flatten(2)).unflatten(-1, shape), own
+                return self.convolve(whole.flatten(2))[0].unflatten(-1, shape), own
             case Apply(func, args):
                 return self.apply(func, [self.evaluate(a) for a in args])
 

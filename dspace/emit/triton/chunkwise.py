@@ -88,7 +88,7 @@ def _outputs_kernel(
         tl.store(o + at[:, None] * V + o_v[None, :], out.to(o.dtype.element_ty), mask=live[:, None] & m_v[None, :])
 '''
 
-GRADIENTS = '''
+CHUNK_GRADIENTS = '''
 @_kernel
 def _chunk_gradients(
     q, k, v, d_o,
@@ -245,8 +245,9 @@ def _chunk_gradients(
         until_here = tl.cumsum(along_key, axis=0) - along_key
         tl.store(dg + at, from_here + until_here + carried * tl.exp(whole), mask=live)
 #endif
+'''
 
-
+GRADIENTS = '''
 @_kernel(do_not_specialize=["T", "NT", "H"])
 def _gradients_kernel(
     q, k, v, d_o,

@@ -59,13 +59,15 @@ def section(analysis: Analysis) -> Section | None:
 def core_source(decay: str, exclusive: bool, passes: bool = True) -> str:
     """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key".
 
-    Without ``passes``: the kernels of states and gradients only, between which the fold has its own.
+    Without ``passes``: the kernels of states and the gradients of a chunk only; the fold has the others itself.
     """
     flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
     texts = [boundary.DECAY_SUMS] if flags["decay"] else []
     texts += [boundary.STATES, boundary.COTANGENTS]
     texts += [channel.SCORES, chunkwise.OUTPUTS, channel.VALUES, channel.KEYS] if flags["key"] else []
-    texts += [*([chunkwise.OUTPUTS] if passes else []), chunkwise.GRADIENTS] if not flags["key"] else []
+    if not flags["key"]:
+        own = [chunkwise.OUTPUTS, chunkwise.CHUNK_GRADIENTS, chunkwise.GRADIENTS]
+        texts += own if passes else [chunkwise.CHUNK_GRADIENTS]
     texts += [host.CORE, *([host.PASSES, host.OPERATORS] if passes else [])]
     return host.renamed("\n".join(specialise(t, flags) for t in texts), decay).replace("_TAG", f"_{decay}")
 

@@ -240,30 +240,21 @@ class _Gradients(FoldKernels):
         return lines
 
     def from_query(self) -> tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]:
-        """Cotangent of each state from its own token, and gradient of each leaf from the query and the states."""
+        """Cotangent of each state from its own token, and gradient of each leaf from the query and the states (``d_STATE``)."""
         states = self.group.states
         tokens = {
             f"token_{s}": _QUERY * self.slope(self.group.symbols[a.name])
             for a, s in zip(states, self.states, strict=True)
         }
-        found = self.from_states(self.leaves)
-        for v in self.leaves:
-            name = f"grad_{self.names[v.name]}"
-            found[name] = found.get(name, sympy.S.Zero) + _QUERY * self.slope(v.symbol)
-        return tokens, found
-
-    def from_states(self, variables: Iterable[Variable]) -> dict[str, sympy.Expr]:
-        """What is not zero of the gradients from cotangents of states ``d_STATE``, through writes and decays."""
         found = {}
-        for v in variables:
-            terms = []
-            for state, s in zip(self.group.states, self.states, strict=True):
+        for v in self.leaves:
+            terms = [_QUERY * self.slope(v.symbol)]
+            for state, s in zip(states, self.states, strict=True):
                 incoming, kept = sympy.Symbol(f"d_{s}", real=True), sympy.Symbol(f"{s}_kept", real=True)
                 through = kept * sympy.diff(state.log_decay, v.symbol)
                 terms.append(incoming * (sympy.diff(self.group.write(state), v.symbol) + through))
-            if sympy.Add(*terms) != 0:
-                found[f"grad_{self.names[v.name]}"] = sympy.Add(*terms)
-        return found
+            found[f"grad_{self.names[v.name]}"] = sympy.Add(*terms)
+        return tokens, found
 
     def evaluated(
         self, variables: Iterable[Variable], found: Mapping[str, sympy.Expr], shown: Mapping[str, sympy.Expr]
