@@ -31,18 +31,27 @@ def compile_calls(
 ) -> int:
     """Compile for this machine's GPU what ``calls`` launch; returns the number of kernels.
 
-    This process calls ``meanwhile`` while others compile, if any do: it is work to do anyway.
+    What the first call launches is compiled while the others are recorded. This process calls ``meanwhile`` while others
+    compile: it is work to do anyway.
     What goes wrong here is a warning: the calls themselves will compile what is missing, and raise what is to be
     raised.
     """
     from dspace.runtime import offline
 
+    launches: dict[str, Launch] = {}
     try:
-        launches: dict[str, Launch] = {}
-        for call in calls:
-            for launch in offline.record(module, call):
-                launches.setdefault(launch.key, launch)
-        compile_launches(list(launches.values()), workers, meanwhile)
+        with _Workers(workers) as pool:
+            fresh: list[Launch] = []
+            for number, call in enumerate(calls):
+                fresh += [x for x in offline.record(module, call) if x.key not in launches]
+                launches |= {x.key: x for x in fresh}
+                if number == 0 or len(fresh) > 4 * pool.most:
+                    pool.share(fresh)
+                    fresh = []
+            pool.share(fresh)
+            meanwhile()
+            pool.wait()
+        _compile_here(list(launches.values()), pool.most)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         warnings.warn(f"kernels were not compiled ahead: {type(error).__name__}: {first[:200]}", stacklevel=2)
@@ -50,56 +59,77 @@ def compile_calls(
     return len(launches)
 
 
-def compile_launches(
-    launches: Sequence[Launch], workers: int | None = None, meanwhile: Callable[[], object] = lambda: None
-) -> None:
-    """Compile recorded launches into Triton's caches, by ``workers`` processes (as many as there are cores, at most 16).
+def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> None:
+    """Compile recorded launches into Triton's caches, by ``workers`` processes (as many as there are cores, at most 16)."""
+    with _Workers(workers) as pool:
+        pool.share(launches)
+        pool.wait()
+    _compile_here(launches, pool.most)
 
-    Processes write what they compiled to Triton's cache on disk, from which this one then loads it. What they did not
-    compile, for whatever reason, is compiled here in threads, and its errors are raised.
+
+def _compile_here(launches: Sequence[Launch], workers: int) -> None:
+    """Load what others wrote to Triton's cache on disk; what they did not, for whatever reason, is compiled in threads.
+
+    Errors of a kernel are raised here.
     """
     import triton
 
-    workers = min(workers or _cores(), 16)
-    if len(launches) > 2 and workers > 1 and hasattr(os, "fork"):
-        compile_in_processes(launches, min(workers, len(launches)), meanwhile=meanwhile)
     with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
         for launch in launches:
             launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
 
 
-def compile_in_processes(
-    launches: Sequence[Launch], workers: int, limit: float = 300.0, meanwhile: Callable[[], object] = lambda: None
-) -> None:
-    """Compile ``launches`` into Triton's cache on disk by forked processes, which are stopped after ``limit`` seconds."""
-    from triton.runtime import driver
+class _Workers:
+    """Forked processes that compile launches into Triton's cache on disk; they end with the block."""
 
-    from dspace.runtime.absent import AbsentGPU
+    def __init__(self, most: int | None = None) -> None:
+        self.most = min(most or _cores(), 16)
+        self.children: set[int] = set()
 
-    launcher, stand_in = driver.active.launcher_cls, AbsentGPU(driver.active.get_current_target())
-    longest_first = sorted(range(len(launches)), key=lambda i: -len(launches[i].kernel.src))
-    tickets, fill = os.pipe()  # a read of two bytes takes the next launch, whichever process makes it
-    os.write(fill, struct.pack(f"={len(launches)}H", *longest_first))
-    os.close(fill)
-    children: set[int] = set()
-    try:
-        for _ in range(workers):
-            with warnings.catch_warnings():  # forking beside threads: the children call neither them nor the GPU
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child = os.fork()
-            if child == 0:
-                _work(launches, tickets, stand_in, launcher)
-            children.add(child)
+    def share(self, launches: Sequence[Launch]) -> None:
+        """Have ``launches`` compiled by further processes: as many as there are cores left, and half of them at least."""
+        from triton.runtime import driver
+
+        from dspace.runtime import warm
+        from dspace.runtime.absent import AbsentGPU
+
+        warm.wait()
+        if not launches or self.most < 2 or not hasattr(os, "fork"):
+            return
+        launcher, stand_in = driver.active.launcher_cls, AbsentGPU(driver.active.get_current_target())
+        longest_first = sorted(range(len(launches)), key=lambda i: -len(launches[i].kernel.src))
+        tickets, fill = os.pipe()  # a read of two bytes takes the next launch, whichever process makes it
+        os.write(fill, struct.pack(f"={len(launches)}H", *longest_first))
+        os.close(fill)
+        self._reap()
+        try:
+            for _ in range(min(self.most - min(len(self.children), self.most // 2), len(launches))):
+                with warnings.catch_warnings():  # forking beside threads: the children call neither them nor the GPU
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    child = os.fork()
+                if child == 0:
+                    _work(launches, tickets, stand_in, launcher)
+                self.children.add(child)
+        finally:
+            os.close(tickets)
+
+    def wait(self, limit: float = 300.0) -> None:
+        """Until all of them have ended, ``limit`` seconds at most."""
         end = time.monotonic() + limit
-        meanwhile()
-        while children and time.monotonic() < end:
-            ended = {child for child in children if _ended(child)}
-            children -= ended
-            if not ended:
+        while self.children and time.monotonic() < end:
+            if not self._reap():
                 time.sleep(0.005)
-    finally:
-        os.close(tickets)
-        for child in children:
+
+    def _reap(self) -> bool:
+        ended = {child for child in self.children if _ended(child)}
+        self.children -= ended
+        return bool(ended)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self.children:
             with contextlib.suppress(OSError):
                 os.kill(child, 9)
                 os.waitpid(child, 0)

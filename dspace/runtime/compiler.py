@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from dspace.errors import CertificationError
-from dspace.runtime import first, sharing, sources, tuned
+from dspace.runtime import first, sharing, sources, tuned, warm
 from dspace.runtime.analysis import analysis_of, module_text
 from dspace.runtime.cache import Cache, Entry
 from dspace.runtime.certificate import Certificate, certificate_key, refusal
@@ -35,6 +35,8 @@ def compile(source: Any, *, certify: bool = True, cache_dir: str | Path | None =
         UserError: neither the cache folder nor a temporary one can be written.
     """
     cache = Cache(cache_dir)
+    if default_device() == "cuda":
+        warm.start()
     with _guard:
         entry, module = _module(source, cache)
         if certify:
