@@ -2,12 +2,14 @@
 
     python benchmarks/sanitize_gpu.py [--specs simple_gla,gla,...] [--jobs 16] [--json FILE]
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/sanitize_gpu.py --reduced --jobs 1
+    ... compute-sanitizer python benchmarks/sanitize_gpu.py --jobs 1 --share FOLDER    (as many of these as there are cores)
 
 T in {1, 63, 64, 65, 1000, 4096}, K and V in {16, 40, 48, 64, 96, 100, 128, 192, 256} (every size of each, in pairs),
 float32, bfloat16 and float16; grouped heads, initial and final states, variance, packed sequences, splits with carried
 states; outputs and every gradient against the float64 reference, which runs on the CPU. Prints the worst error of each
 kind beside its budget (DESIGN.md section 6), then what bad input does. Exits 1 if anything is over budget.
 
+Processes with the same ``--share`` folder share the work: what one has begun, no other does. Their journal is in it.
 PyTorch takes every tensor's memory from the driver under compute-sanitizer, so that what is beside a tensor is nobody's;
 then no CUDA graph is tried. Without a GPU it runs under TRITON_INTERPRET=1, to try the script itself.
 """
@@ -291,8 +293,21 @@ def contract(
 Result = tuple[tuple[str, int, int, str, bool], int, Found]
 
 
-def settled(orders: list[Any], jobs: int, journal: Path | None, seconds: float) -> tuple[list[Result], int]:
-    """Results of ``orders``, those of the journal and new ones, and how many orders the time did not suffice for."""
+def claimed(folder: Path | None, *what: object) -> bool:
+    """Whether this process is to do it: without a folder always, else the first one that asks."""
+    if folder is None:
+        return True
+    try:
+        os.close(os.open(folder / "-".join(map(str, what)), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def settled(
+    orders: list[Any], jobs: int, journal: Path | None, seconds: float, share: Path | None
+) -> tuple[list[Result], int]:
+    """Results of ``orders``, those of the journal and new ones, and how many others there are."""
     results: list[Result] = []
     if journal is not None and journal.exists():
         known = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -308,7 +323,7 @@ def settled(orders: list[Any], jobs: int, journal: Path | None, seconds: float) 
 
     if jobs == 1:
         for order in todo:
-            if time.perf_counter() < end:
+            if time.perf_counter() < end and claimed(share, *order):
                 keep(examine(order))
         return results, len(orders) - len(results)
     pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
@@ -335,9 +350,15 @@ def main() -> int:
     parser.add_argument("--no-matrix", action="store_true", help="bad input only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--journal", type=Path, help="keeps what was examined; what is in it is not examined again")
+    parser.add_argument("--share", type=Path, metavar="FOLDER", help="share the work with others that have it (--jobs 1)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing more is begun after these")
     asked = parser.parse_args()
     begin = time.perf_counter()
+    if asked.share is not None:
+        if asked.jobs != 1:
+            parser.error("--share wants --jobs 1: start as many processes as you like")
+        asked.share.mkdir(parents=True, exist_ok=True)
+        asked.journal = asked.journal or asked.share / "journal"
     specs = asked.specs.split(",")
     pairs = [(16, 16), (40, 100)] if asked.reduced else PAIRS
     # Triton's interpreter does not multiply matrices of bfloat16.
@@ -346,7 +367,7 @@ def main() -> int:
         (s, k, v, d, asked.reduced) for k, v in sorted(pairs, key=lambda p: -p[0] * p[1]) for s in specs for d in dtypes
     ]
     orders = [] if asked.no_matrix else orders
-    results, left = settled(orders, asked.jobs, asked.journal, asked.seconds)
+    results, left = settled(orders, asked.jobs, asked.journal, asked.seconds, asked.share)
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'interpreted'}, torch {torch.__version__}, classes with "
           f"matmul budgets: {', '.join(MATMUL_CLASSES)}; {sum(n for _, n, _ in results)} checks")  # fmt: skip
     rows, failed = [], 0
@@ -361,7 +382,7 @@ def main() -> int:
                 verdict = "ok" if share <= 1 else "OVER"
                 rows.append({"spec": spec, "dtype": dtype, "kind": kind, "error": off, "share": share, "where": where})
                 print(f"{spec:28} {dtype:9} {kind:14} {off:8.1e}  {share:6.0%} of budget  {verdict:5} {where}")
-    for spec in specs:
+    for spec in [s for s in specs if claimed(asked.share, s, "input")]:
         for what, verdict in bad_input(spec):
             failed += verdict != "ok"
             rows.append({"spec": spec, "input": what, "verdict": verdict})
@@ -371,10 +392,10 @@ def main() -> int:
             f"{spec:28} bad input and contract: {sum(r.get('spec') == spec and r.get('verdict') == 'ok' for r in rows)} ok"
         )
     verdict = f"FAILED: {failed}" if failed else "all within budget"
-    print(f"{verdict}, {left} of {len(orders)} not examined, {time.perf_counter() - begin:.0f} s")
+    print(f"{verdict}, {left} of {len(orders)} not examined{' here' * (asked.share is not None)}, {time.perf_counter() - begin:.0f} s")
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1))
-    return 1 if failed or left else 0
+    return 1 if failed or (left and asked.share is None) else 0
 
 
 if __name__ == "__main__":
