@@ -44,6 +44,14 @@ class FlatAdamW:
         """Indices of the parameters of each buffer."""
         self.buffers = [_Buffer([self.parameters[i] for i in group], trials, decays) for group in self.groups]
 
+    def narrow(self, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A copy of ``parameter`` in ``dtype`` that every step renews as it writes it; None for a small one."""
+        for buffer, group in zip(self.buffers, self.groups, strict=True):
+            if buffer.grads is None and self.parameters[group[0]] is parameter:
+                buffer.narrow = buffer.values.to(dtype)
+                return buffer.narrow.view(parameter.shape)
+        return None
+
     def controls(self, rates: Tensor) -> Tensor:
         """What :meth:`update` is told at each step, ``[steps, S + 2]``, from learning rates ``[steps, S]``."""
         steps = torch.arange(1, len(rates) + 1, dtype=torch.float64)
@@ -67,6 +75,8 @@ class FlatAdamW:
         root = buffer.second.sqrt() / control[self.trials + 1] + self.eps
         buffer.values.mul_(1 - rate * buffer.decay)
         buffer.values.sub_(rate / control[self.trials] * buffer.first / root)
+        if buffer.narrow is not None:
+            buffer.narrow.copy_(buffer.values)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of all that a step changes."""
@@ -76,6 +86,9 @@ class FlatAdamW:
         """Undo the steps since ``saved`` was taken."""
         for t, old in zip((t for b in self.buffers for t in (b.values, b.first, b.second)), saved, strict=True):
             t.copy_(old)
+        for buffer in self.buffers:
+            if buffer.narrow is not None:
+                buffer.narrow.copy_(buffer.values)
 
 
 class _Buffer:
@@ -94,6 +107,7 @@ class _Buffer:
         rates = [torch.tensor(decays) * free for free in plain]
         self.decay = torch.cat([r.repeat_interleave(n) for r, n in zip(rates, self.blocks, strict=True)]).to(device)
         self.decay = self.decay[:, None]
+        self.narrow: Tensor | None = None
         self.of_trial = self.owner == each.to(device)[:, None]
         self.grads = torch.zeros_like(self.values) if len(parameters) > 1 or self._padded(parameters[0].shape) else None
         for p, view in zip(parameters, self._views(self.values), strict=True):

@@ -44,16 +44,44 @@ class _Unit(torch.autograd.Function):
         return torch.addcmul(w, u, (u * w).sum(-1, keepdim=True), value=-1) * r, dweight, None
 
 
+class _FusedUnit(torch.autograd.Function):
+    """The same in formulas, of which the gradient's keep one number of each row: a compiler's own keep ``size``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        y, r = _unit_formulas(x, weight, eps)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        dy = grads[0].to(r.dtype)
+        u = x.to(r.dtype) * r
+        w = dy if weight is None else dy * weight
+        dx = (w - u * (u * w).sum(-1, keepdim=True)) * r
+        dweight = None if weight is None else (u * dy).sum_to_size(weight.shape).to(weight.dtype)
+        return dx.to(x.dtype), dweight, None
+
+
+def _unit_formulas(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``x * r * weight`` and ``r``, which is float32 at least."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    r = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)
+    y = wide * r
+    return (y if weight is None else y * weight).to(x.dtype), r
+
+
 def _unit(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x * r * weight`` with ``r = rsqrt(sum(x**2) + eps)`` over the last axis, in float32 within.
 
-    One function where PyTorch runs it as it stands; formulas where it is compiled (they fuse) or where each row of
-    the batch has a ``weight`` of its own, ``[rows, 1, 1, size]``.
+    ``weight`` may be one for each row of the batch, ``[rows, 1, 1, size]``. Where it is compiled, formulas fuse.
     """
-    if torch.compiler.is_compiling() or (weight is not None and weight.ndim > 1):
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        y = wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)
-        return (y if weight is None else y * weight).to(x.dtype)
+    if torch.compiler.is_compiling():
+        return _FusedUnit.apply(x, weight, eps)
+    if weight is not None and weight.ndim > 1:
+        return _unit_formulas(x, weight, eps)[0]
     return _Unit.apply(x, x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype), eps)
 
 
@@ -135,36 +163,6 @@ def by_own(x: Tensor, weight: Tensor) -> Tensor:
     return _ByOwn.apply(x, weight)
 
 
-class _Tied(torch.autograd.Function):
-    """Rows of an embedding and its copy in a narrower dtype, whose gradients meet in one tensor, not in three."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(rows)
-        return F.embedding(rows, weight.flatten(0, -2)), weight.to(dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        looked_up, copied = grads
-        (rows,) = ctx.saved_tensors
-        looked_up = looked_up.float().flatten(0, -2)
-        whole = copied.float().flatten(0, -2).index_put((rows.flatten(),), looked_up, accumulate=True)
-        return whole.view(copied.shape), None, None
-
-
-def tied(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``weight`` ``[..., entries, size]``, and ``weight`` in autocast's dtype to multiply with.
-
-    ``rows`` of several embeddings are counted through. One function where it is compiled for a narrower dtype.
-    """
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if torch.compiler.is_compiling() and dtype != weight.dtype == torch.float32:
-        return _Tied.apply(weight, rows, dtype)
-    return F.embedding(rows, weight.flatten(0, -2)), weight
-
-
 def spread(value: Tensor, axes: str, onto: str) -> Tensor:
     """Insert singleton dimensions so that ``value`` ``[..., *axes]`` broadcasts against ``[..., *onto]``."""
     for back, axis in enumerate(reversed(onto)):
@@ -230,10 +228,10 @@ def conv_of_some(x: Tensor, taps: Tensor, cache: Tensor | None = None) -> tuple[
     return y, tail, rest
 
 
-def _shifted_sum(x: Tensor, history: Tensor, taps: Tensor) -> Tensor:
-    """The convolution in formulas, which a compiler fuses with those around it."""
+def _shifted_sum(x: Tensor, history: Tensor | None, taps: Tensor) -> Tensor:
+    """The convolution in formulas, which a compiler fuses with those around it; without ``history`` behind zeros."""
     past, length = taps.shape[-2] - 1, x.shape[1]
-    whole = torch.cat([history, x], 1)
+    whole = F.pad(x, (0, 0, past, 0)) if history is None else torch.cat([history, x], 1)
     each = [per_row(taps[:, j], len(x)) if taps.ndim == 3 else taps[j] for j in range(past + 1)]
     y = x * each[past].to(x.dtype)
     for j in range(past):
@@ -248,7 +246,7 @@ class _FusedConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, taps)
         convolved, rest = x.split([taps.shape[-1], x.shape[-1] - taps.shape[-1]], -1)
-        return _shifted_sum(convolved, x.new_zeros(len(x), taps.shape[-2] - 1, taps.shape[-1]), taps), rest
+        return _shifted_sum(convolved, None, taps), rest
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -257,8 +255,8 @@ class _FusedConv(torch.autograd.Function):
 
         x, taps = ctx.saved_tensors
         stacked = taps if taps.ndim == 3 else taps[None]
-        dx, tiles = conv_backward(x, stacked, *grads)
-        dtaps = tiles.view(len(stacked), -1, *stacked.shape[1:]).sum(1)
+        dx, parts = conv_backward(x, stacked, *grads)
+        dtaps = parts.view(len(stacked), -1, *stacked.shape[1:]).sum(1)
         return dx, dtaps.view(taps.shape).to(taps.dtype)
 
 

@@ -242,7 +242,7 @@ class _Run:
         if mixer._convolved:
             convolved, mixed = self.convolve(mixed)
             active, bare = convolved.split([mixer._activated, mixer._convolved - mixer._activated], -1)
-            parts += F.silu(active).split(mixer._widths["silu_conv"], -1) if mixer._activated else []
+            parts += _silu_of_each(active, mixer._widths["silu_conv"]) if mixer._activated else []
             parts += bare.split(mixer._widths["conv"], -1) if mixer._widths["conv"] else []
         parts += mixed.split(mixer._widths["plain"], -1)
         self.gate = parts.pop() if mixer._gated else None
@@ -331,6 +331,17 @@ class _Run:
             like = next((v for v in operands if isinstance(v, Tensor)), torch.zeros(()))
             operands = [v if isinstance(v, Tensor) else torch.as_tensor(v).to(like) for v in operands]
         return FUNCTIONS[func](*operands), onto
+
+
+def _silu_of_each(x: Tensor, widths: list[int]) -> list[Tensor]:
+    """``silu`` of ``x``, split into channels of these ``widths``.
+
+    Compiled, each part by itself: its derivative then goes with what else its gradient takes. That of all of them at
+    once would evaluate for every channel what any of them takes.
+    """
+    if torch.compiler.is_compiling():
+        return [F.silu(part) for part in x.split(widths, -1)]
+    return list(F.silu(x).split(widths, -1))
 
 
 def _first_slot(tree: Tree) -> int | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dspace.errors import UserError
 from dspace.nn.attention import SoftmaxAttention
-from dspace.nn.functions import by_own, tied
+from dspace.nn.functions import by_own
 from dspace.nn.layer import Mixer, MixerState
+from dspace.nn.loss import cross_entropy, fused, logit_losses, tied_rows
 
 MixerFactory = Callable[[int], nn.Module]
 """Makes the mixer of layer ``i``; it takes ``[B, T, hidden]`` and the keyword arguments of :meth:`Mixer.forward`."""
@@ -47,13 +48,12 @@ class Block(nn.Module):
 class TiedEmbedding(nn.Embedding):
     """The weights of which make logits too."""
 
+    narrow: Tensor | None = None
+    """The weights in autocast's dtype, where an optimizer keeps them so."""
+
     def rows(self, tokens: Tensor) -> Tensor:
         """Where the entry of each token is in the weights."""
         return tokens
-
-    def and_weight(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``forward`` returns, and the weights as matmuls take them."""
-        return tied(self.weight, self.rows(tokens))
 
 
 class Model(nn.Module):
@@ -143,13 +143,25 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, vocab_size]``, or ``[B, D, vocab_size]`` at ``positions`` ``[B, D]`` only."""
-        x, weight = self.embedding.and_weight(tokens)
-        x, _ = self._mixed(x, tokens, None, cu_seqlens)
+        x, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
         if positions is not None:
-            x = x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
+            x = _at(x, positions)
         if self.trials > 1:  # each trial's rows by its own embedding
-            return by_own(x.reshape(self.trials, -1, x.shape[-1]), weight).view(*x.shape[:-1], self.vocab_size)
-        return F.linear(x, weight)
+            own = by_own(x.reshape(self.trials, -1, x.shape[-1]), self.embedding.weight)
+            return own.view(*x.shape[:-1], self.vocab_size)
+        return F.linear(x, self.embedding.weight)
+
+    def losses(self, tokens: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies, float32 ``[S, rows]``, of ``targets`` ``[B, D]`` (int64) at ``positions``, trial by trial."""
+        weight, targets = self.embedding.weight, targets.view(self.trials, -1)
+        if not fused(weight):
+            logits = self(tokens, positions)
+            # the shape in which they were multiplied, so that a compiler need not copy their gradient
+            return cross_entropy(logits.view(*targets.shape, logits.shape[-1]).float(), targets)
+        x, weight = tied_rows(weight, self.embedding.rows(tokens))
+        x = _at(self._mixed(x, tokens, None, None)[0], positions)
+        weight = weight.view(self.trials, -1, weight.shape[-1])
+        return logit_losses(x.reshape(self.trials, -1, x.shape[-1]), weight, targets, self.embedding.narrow)
 
     def step(self, tokens: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:
         """Decode ``tokens`` ``[B]`` or ``[B, T]`` after ``state``: logits of each, and the state for the next."""
@@ -165,6 +177,10 @@ class Model(nn.Module):
     def num_parameters(self) -> int:
         """Learned numbers."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def _at(x: Tensor, positions: Tensor) -> Tensor:
+    return x.gather(1, positions.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _factory(mixer: Any, hidden_size: int, num_heads: int, options: dict[str, Any]) -> MixerFactory:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dspace.nn.flat import FlatAdamW
+from dspace.nn.model import Model, TiedEmbedding
 
 Engine = Literal["auto", "graph", "compile", "eager"]
 """``compile``: formulas fused by torch.compile; ``graph``: no compiler, one CUDA graph; ``auto``: both on a GPU."""
@@ -29,7 +29,7 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         optimizer: FlatAdamW,
         like: tuple[Tensor, Tensor, Tensor],
         precision: torch.dtype | None,
@@ -45,15 +45,15 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._loss: Callable[..., Tensor] = self.loss
         self._update: Callable[[Tensor, tuple[Tensor | None, ...]], None] = optimizer.update
+        for module in model.modules():
+            if precision is not None and isinstance(module, TiedEmbedding):
+                module.narrow = optimizer.narrow(module.weight, precision)
         self.engine = self._prepare(engine)
 
     def loss(self, tokens: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy ``[S]`` at the questions of each trial."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=False):
-            logits = self.model(tokens, positions)
-        # the shape in which they were multiplied, so that a compiler need not copy their gradient
-        shape = (self.trials, -1) if self.trials > 1 else (-1,)
-        each = cross_entropy(logits.view(*shape, logits.shape[-1]).float(), targets.view(shape))
+            each = self.model.losses(tokens, positions, targets)
         return each.view(self.trials, -1).mean(1)
 
     def compute(self) -> None:
@@ -139,14 +139,6 @@ class Step:
         self.control.copy_(torch.cat([torch.zeros(self.trials), torch.ones(2)]))
         for _ in range(times):
             self.compute()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[...]`` from ``[..., classes]``. To a compiler it is written so that one pass over the logits each way does."""
-    if not torch.compiler.is_compiling():
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-    here = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
-    return torch.logsumexp(logits, -1) - torch.where(here, logits, 0.0).sum(-1)
 
 
 def precision_of(name: str) -> torch.dtype | None:

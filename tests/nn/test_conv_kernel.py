@@ -17,11 +17,15 @@ from dspace.nn import conv_kernel  # noqa: E402
 
 INTERPRETED = """
 import json, torch
+from dspace.nn import conv_kernel
 from dspace.nn.functions import _FusedConv, _shifted_sum
+
+conv_kernel._MANY = LIMIT
 
 def by_formulas(x, taps):
     channels = taps.shape[-1]
-    return _shifted_sum(x[..., :channels], x.new_zeros(len(x), taps.shape[-2] - 1, channels), taps), x[..., channels:]
+    zeros = x.new_zeros(len(x), taps.shape[-2] - 1, channels)
+    return _shifted_sum(x[..., :channels], zeros, taps), x[..., channels:]
 
 compiled = torch.compile(lambda x, taps: _FusedConv.apply(x, taps), fullgraph=True, backend="aot_eager")
 torch.manual_seed(SEED)
@@ -50,9 +54,14 @@ CASES = [
 ]
 
 
-def test_gradients_are_those_of_the_formulas() -> None:
+@pytest.mark.parametrize("many", [0, conv_kernel._MANY], ids=["four tiles a program", "one"])
+def test_gradients_are_those_of_the_formulas(many: int) -> None:
     """Of strided inputs, stacked and not, with other channels and without, fewer tokens than taps; sums are float32."""
-    code = INTERPRETED.replace("CASES", repr(CASES)).replace("SEED", str(int.from_bytes(os.urandom(3), "big")))
+    code = (
+        INTERPRETED.replace("CASES", repr(CASES))
+        .replace("LIMIT", str(many))
+        .replace("SEED", str(int.from_bytes(os.urandom(3), "big")))
+    )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,6 @@ import dspace
 from dspace.errors import UserError
 from dspace.nn import Model, TrainConfig, predict, stack, train, train_many, unstack
 from dspace.nn.flat import FlatAdamW
-from dspace.nn.functions import tied
 from dspace.nn.step import Step
 from dspace.tasks import rebinding_mqar
 
@@ -185,19 +184,3 @@ def test_the_loss_can_be_compiled(precision: torch.dtype | None) -> None:
         assert (g is None) == (h is None)
         if g is not None:
             assert apart(g, h) < 1e-3 * close**0.7, p.shape
-
-
-def test_the_two_gradients_of_an_embedding_meet_in_one() -> None:
-    """Of what was looked up, some of it often, in float32; of what was multiplied with, as narrow as that was."""
-    weight, rows = torch.randn(2, 11, 5, requires_grad=True), torch.tensor([[3, 3, 0, 3], [11, 21, 11, 4]])
-    looked_up, multiplied = torch.randn(2, 4, 5), torch.randn(2, 11, 5)
-
-    def loss(weight: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            x, narrow = tied(weight, rows)
-        assert narrow.dtype == torch.bfloat16 and x.dtype == torch.float32
-        return (x * looked_up).sum() + (narrow.float() * multiplied).sum()
-
-    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(weight), weight)
-    expected = torch.zeros(22, 5).index_add_(0, rows.flatten(), looked_up.flatten(0, 1)).view(2, 11, 5)
-    torch.testing.assert_close(found, expected + multiplied.bfloat16().float())
