@@ -350,7 +350,9 @@ def main() -> int:
     parser.add_argument("--no-matrix", action="store_true", help="bad input only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--journal", type=Path, help="keeps what was examined; what is in it is not examined again")
-    parser.add_argument("--share", type=Path, metavar="FOLDER", help="share the work with others that have it (--jobs 1)")
+    parser.add_argument(
+        "--share", type=Path, metavar="FOLDER", help="share the work with others that have it (--jobs 1)"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing more is begun after these")
     asked = parser.parse_args()
     begin = time.perf_counter()
@@ -392,7 +394,9 @@ def main() -> int:
             f"{spec:28} bad input and contract: {sum(r.get('spec') == spec and r.get('verdict') == 'ok' for r in rows)} ok"
         )
     verdict = f"FAILED: {failed}" if failed else "all within budget"
-    print(f"{verdict}, {left} of {len(orders)} not examined{' here' * (asked.share is not None)}, {time.perf_counter() - begin:.0f} s")
+    print(
+        f"{verdict}, {left} of {len(orders)} not examined{' here' * (asked.share is not None)}, {time.perf_counter() - begin:.0f} s"
+    )
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1))
     return 1 if failed or (left and asked.share is None) else 0
