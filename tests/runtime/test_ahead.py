@@ -46,6 +46,21 @@ with offline.elsewhere(module):
 json.dump({"count": count, "compiled": compiled, "broken": broken, "warning": str(caught[0].message)}, sys.stdout)
 """
 
+WARM = """
+import json, os, sys
+from pathlib import Path
+from dspace.runtime import warm
+from dspace.runtime.absent import AbsentGPU
+
+warm.wait()  # nothing was begun
+AbsentGPU.install()
+warm.start()
+first = warm._thread
+warm.start()
+warm.wait()
+kernels = [path.stem for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")]
+json.dump({"kernels": kernels, "once": warm._thread is first, "alive": first.is_alive()}, sys.stdout)
+"""
 
 pytest.importorskip("triton")
 
@@ -76,3 +91,7 @@ def test_a_first_call_compiles_its_backward_pass_too_in_other_processes(tmp_path
     once, twice = found["counts"]
     assert [2 * x for x in once] == twice, "the recording launched kernels, or its saved tensors were seen"
     assert found["noted"] == 1 and found["disarmed"]
+
+
+def test_what_triton_does_once_is_done_in_a_thread(tmp_path: Path) -> None:
+    assert report(tmp_path, "-c", WARM) == {"kernels": ["nothing"], "once": True, "alive": False}
