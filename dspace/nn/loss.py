@@ -90,8 +90,8 @@ class _LogitLosses(torch.autograd.Function):
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in float32 at least; on a GPU as the matmul accumulates it."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    """``a b`` in float32 at least; on an NVIDIA GPU as the matmul accumulates it."""
+    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     product = torch.bmm(a, b)
     return product.to(torch.promote_types(product.dtype, torch.float32))
