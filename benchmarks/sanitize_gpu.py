@@ -9,8 +9,8 @@ float32, bfloat16 and float16; grouped heads, initial and final states, variance
 states; outputs and every gradient against the float64 reference, which runs on the CPU. Prints the worst error of each
 kind beside its budget (DESIGN.md section 6), then what bad input does. Exits 1 if anything is over budget.
 
-Processes with the same ``--share`` folder share the work: what one has begun, no other does. Their journal is in it.
-PyTorch takes every tensor's memory from the driver under compute-sanitizer, so that what is beside a tensor is nobody's;
+Processes with the same ``--share`` folder share the work: what one has begun, no other does. Their journal is in it;
+after a stop go on with a copy of that in a new folder. PyTorch takes every tensor's memory from the driver under compute-sanitizer, so that what is beside a tensor is nobody's;
 then no CUDA graph is tried. Without a GPU it runs under TRITON_INTERPRET=1, to try the script itself.
 """
 

@@ -16,21 +16,23 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 
 class _Unit(torch.autograd.Function):
-    """``x * r * weight``, ``r = rsqrt(sum(x**2) + eps)`` over the last axis.
+    """``x * r * weight``, ``r = rsqrt(sum(x**2) + eps)`` over the last axis, in float32 at least within.
 
     Backward, with ``u = x * r`` and ``w = weight * dy``: ``dx = r * (w - u * sum(u * w))``, ``dweight = sum(u * dy)``.
+    That keeps one number of each row, where the gradient that a compiler makes by itself keeps ``size``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.native = native.usable(x) and weight.dtype == x.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        ctx.native = native.usable(x) and (weight is None or weight.ndim == 1)
         if ctx.native:
-            y, r = native.unit_forward(x, weight, eps)
+            y, r = native.unit_forward(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps)
         else:
-            r = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
-            y = x * r * weight
+            wide = x.to(_wide(x))
+            r = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)
+            y = wide * r if weight is None else wide * r * weight
         ctx.save_for_backward(x, weight, r)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -38,51 +40,22 @@ class _Unit(torch.autograd.Function):
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
         if ctx.native:
-            return *native.unit_backward(x, weight, r, dy), None
-        u, w = x * r, dy * weight
-        dweight = (u * dy).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return torch.addcmul(w, u, (u * w).sum(-1, keepdim=True), value=-1) * r, dweight, None
-
-
-class _FusedUnit(torch.autograd.Function):
-    """The same in formulas, of which the gradient's keep one number of each row: a compiler's own keep ``size``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, r = _unit_formulas(x, weight, eps)
-        ctx.save_for_backward(x, weight, r)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, r = ctx.saved_tensors
-        dy = grads[0].to(r.dtype)
-        u = x.to(r.dtype) * r
+            dx, summed = native.unit_backward(x, x.new_ones(x.shape[-1]) if weight is None else weight, r, dy)
+            return dx, None if weight is None else summed, None
+        dy, u = dy.to(r.dtype), x.to(r.dtype) * r
         w = dy if weight is None else dy * weight
-        dx = (w - u * (u * w).sum(-1, keepdim=True)) * r
-        dweight = None if weight is None else (u * dy).sum_to_size(weight.shape).to(weight.dtype)
+        dx = torch.addcmul(w, u, (u * w).sum(-1, keepdim=True), value=-1) * r
+        dweight = (u * dy).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
         return dx.to(x.dtype), dweight, None
 
 
-def _unit_formulas(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """``x * r * weight`` and ``r``, which is float32 at least."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    r = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)
-    y = wide * r
-    return (y if weight is None else y * weight).to(x.dtype), r
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _unit(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """``x * r * weight`` with ``r = rsqrt(sum(x**2) + eps)`` over the last axis, in float32 within.
-
-    ``weight`` may be one for each row of the batch, ``[rows, 1, 1, size]``. Where it is compiled, formulas fuse.
-    """
-    if torch.compiler.is_compiling():
-        return _FusedUnit.apply(x, weight, eps)
-    if weight is not None and weight.ndim > 1:
-        return _unit_formulas(x, weight, eps)[0]
-    return _Unit.apply(x, x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype), eps)
+    """``x / sqrt(sum(x**2) + eps) * weight``; ``weight`` ``[size]``, or one for each row of the batch, ``[rows, 1, 1, size]``."""
+    return _Unit.apply(x, None if weight is None else weight.to(_wide(x)), eps)
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -16,14 +16,6 @@ from torch import Tensor
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``[...]`` from ``[..., classes]``. To a compiler it is written so that one pass over the logits each way does."""
-    if not torch.compiler.is_compiling():
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-    here = torch.arange(logits.shape[-1], device=logits.device) == targets[..., None]
-    return torch.logsumexp(logits, -1) - torch.where(here, logits, 0.0).sum(-1)
-
-
 def fused(weight: Tensor) -> bool:
     """Whether :func:`tied_rows` and :func:`logit_losses` are the way to go for this embedding, here and now."""
     return torch.compiler.is_compiling() and weight.is_cuda and weight.dtype == torch.float32 and _TRITON

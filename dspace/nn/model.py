@@ -14,7 +14,7 @@ from dspace.errors import UserError
 from dspace.nn.attention import SoftmaxAttention
 from dspace.nn.functions import by_own
 from dspace.nn.layer import Mixer, MixerState
-from dspace.nn.loss import cross_entropy, fused, logit_losses, tied_rows
+from dspace.nn.loss import fused, logit_losses, tied_rows
 
 MixerFactory = Callable[[int], nn.Module]
 """Makes the mixer of layer ``i``; it takes ``[B, T, hidden]`` and the keyword arguments of :meth:`Mixer.forward`."""
@@ -155,9 +155,8 @@ class Model(nn.Module):
         """Cross-entropies, float32 ``[S, rows]``, of ``targets`` ``[B, D]`` (int64) at ``positions``, trial by trial."""
         weight, targets = self.embedding.weight, targets.view(self.trials, -1)
         if not fused(weight):
-            logits = self(tokens, positions)
-            # the shape in which they were multiplied, so that a compiler need not copy their gradient
-            return cross_entropy(logits.view(*targets.shape, logits.shape[-1]).float(), targets)
+            logits = self(tokens, positions).float().flatten(0, -2)
+            return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
         x, weight = tied_rows(weight, self.embedding.rows(tokens))
         x = _at(self._mixed(x, tokens, None, None)[0], positions)
         weight = weight.view(self.trials, -1, weight.shape[-1])

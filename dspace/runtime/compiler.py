@@ -35,9 +35,9 @@ def compile(source: Any, *, certify: bool = True, cache_dir: str | Path | None =
         UserError: neither the cache folder nor a temporary one can be written.
     """
     cache = Cache(cache_dir)
-    if default_device() == "cuda":
-        warm.start()
     with _guard:
+        if default_device() == "cuda":
+            warm.start()
         entry, module = _module(source, cache)
         if certify:
             _certify(source, entry, module, cache)
