@@ -59,9 +59,9 @@ def compile_calls(
     return len(launches)
 
 
-def compile_launches(launches: Sequence[Launch], workers: int | None = None) -> None:
-    """Compile recorded launches into Triton's caches, by ``workers`` processes (as many as there are cores, at most 16)."""
-    with _Workers(workers) as pool:
+def compile_launches(launches: Sequence[Launch]) -> None:
+    """Compile recorded launches into Triton's caches, by as many processes as there are cores, at most 16."""
+    with _Workers() as pool:
         pool.share(launches)
         pool.wait()
     _compile_here(launches, pool.most)
