@@ -384,7 +384,9 @@ def main() -> int:
                 verdict = "ok" if share <= 1 else "OVER"
                 rows.append({"spec": spec, "dtype": dtype, "kind": kind, "error": off, "share": share, "where": where})
                 print(f"{spec:28} {dtype:9} {kind:14} {off:8.1e}  {share:6.0%} of budget  {verdict:5} {where}")
-    for spec in [s for s in specs if claimed(asked.share, s, "input")]:
+    for spec in specs:
+        if not claimed(asked.share, spec, "input"):
+            continue
         for what, verdict in bad_input(spec):
             failed += verdict != "ok"
             rows.append({"spec": spec, "input": what, "verdict": verdict})
