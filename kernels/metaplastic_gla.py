@@ -62,7 +62,7 @@ SPEC = {'name': 'metaplastic_gla',
  'read': 'after',
  'forms': {'cpu/chunk': '_native_core',
            'cpu/recurrent': '_native_core',
-           'cuda/chunk': '_recurrent_triton_core',
+           'cuda/chunk': '_chunk_triton_core',
            'cuda/recurrent': '_recurrent_triton_core'},
  'double_backward': ['reference'],
  'layer': {'q': 'l2norm(silu(conv(linear)))',
@@ -1623,7 +1623,7 @@ def _sequential_backward_kernel(
     d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
     d_Ibar_initial,
     offsets, scale, T, EVERY, TOTAL, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1654,15 +1654,24 @@ def _sequential_backward_kernel(
     shared = i_v * NH + i_nh  # row of what value blocks share
     I_p = tl.load(I_p_in_ + i_h * K + r_k, mask=r_k < K, other=0.0)
     I_p = I_p.to(tl.float32)[:, None]
-    d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_M_final is None:
+        d_M = zero_kv
+    else:
+        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_Ibar_final is None:
+        d_Ibar = zero_kv
+    else:
+        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p = zero_k
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        slot = (begin // EVERY + i_n + segment) * H + i_h
+        if CHUNKS:  # one segment
+            slot = i_nh
+        else:
+            slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         Ibar = tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
@@ -1739,12 +1748,13 @@ def _sequential_backward_kernel(
             sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
             x3 = row0__ * x2
             x6 = row0__ * x5
-            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
-            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
-            tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
-            tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
-            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
-            sum_I_p += -1.0 * sum7
+            if INPUTS:
+                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
+                tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
+                tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
+                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
+                sum_I_p += -1.0 * sum7
             d_M_after = x3
             d_Ibar_after = x6
             d_M = d_M_after
@@ -1752,9 +1762,12 @@ def _sequential_backward_kernel(
             M = M_old
             Ibar = Ibar_old
         tl.debug_barrier()
-    tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
-    tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
-    tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+    if INPUTS:
+        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+    if d_M_initial is not None:
+        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    if d_Ibar_initial is not None:
+        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
 
 
 @_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
@@ -1763,7 +1776,7 @@ def _sequential_backward_variance_kernel(
     d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
     d_I_p_out_, d_M_initial_, d_Ibar_initial_,
     offsets, scale, T, EVERY, TOTAL, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1794,15 +1807,24 @@ def _sequential_backward_variance_kernel(
     shared = i_v * NH + i_nh  # row of what value blocks share
     I_p = tl.load(I_p_in__ + i_h * K + r_k, mask=r_k < K, other=0.0)
     I_p = I_p.to(tl.float32)[:, None]
-    d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_M_final_ is None:
+        d_M_ = zero_kv
+    else:
+        d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_Ibar_final_ is None:
+        d_Ibar_ = zero_kv
+    else:
+        d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p_ = zero_k
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        slot = (begin // EVERY + i_n + segment) * H + i_h
+        if CHUNKS:  # one segment
+            slot = i_nh
+        else:
+            slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         Ibar = tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
@@ -1886,12 +1908,13 @@ def _sequential_backward_variance_kernel(
             sum8 = tl.sum(_live(x4_, m_v, EXACT_V), axis=1)[:, None]
             x3_ = row0____ * x2_
             x6_ = row0____ * x5_
-            tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
-            tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
-            tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
-            tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
-            tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=m_k)
-            sum_I_p_ += sum8
+            if INPUTS:
+                tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
+                tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
+                tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
+                tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
+                tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=m_k)
+                sum_I_p_ += sum8
             d_M__after = x3_
             d_Ibar__after = x6_
             d_M_ = d_M__after
@@ -1899,9 +1922,113 @@ def _sequential_backward_variance_kernel(
             M = M_old_
             Ibar = Ibar_old_
         tl.debug_barrier()
-    tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_).to(d_I_p_out_.dtype.element_ty), mask=m_k)
-    tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
-    tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
+    if INPUTS:
+        tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_).to(d_I_p_out_.dtype.element_ty), mask=m_k)
+    if d_M_initial_ is not None:
+        tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    if d_Ibar_initial_ is not None:
+        tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "EVERY"])
+def _ends_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_end, Ibar_end, product_0_end,
+    offsets, scale, T, EVERY, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):
+    """States at the end of every sequence that starts from zeros, and the products of its decays."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    at = tl.minimum(begin, rows - 1) * H + i_h
+    k_next = tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0)
+    v_next = tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0)
+    b_next = tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0)
+    g_next = tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0)
+    M = zero_kv
+    Ibar = zero_kv
+    product_0 = zero_k + 1.0
+    for t in range(0, steps):
+        at = (begin + t) * H + i_h
+        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
+        k = k_next.to(tl.float32)[:, None]
+        v = v_next.to(tl.float32)[None, :]
+        b = b_next.to(tl.float32)[None, :]
+        g = g_next.to(tl.float32)[:, None]
+        k_next = tl.load(k_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        v_next = tl.load(v_in + ahead * V + r_v, mask=r_v < V, other=0.0)
+        b_next = tl.load(b_in + ahead * V + r_v, mask=r_v < V, other=0.0)
+        g_next = tl.load(g_in + ahead * K + r_k, mask=r_k < K, other=0.0)
+        row0 = tl.exp(g)
+        row1 = k * k
+        Ibar_new = Ibar * row0 + b * row1
+        M_new = M * row0 + k * v
+        product_0_new = product_0 * row0
+        M_after = M_new
+        Ibar_after = Ibar_new
+        product_0_after = product_0_new
+        M = M_after
+        Ibar = Ibar_after
+        product_0 = product_0_after
+    tl.store(M_end + i_nh * K * V + t_kv, (M).to(M_end.dtype.element_ty), mask=m_kv)
+    tl.store(Ibar_end + i_nh * K * V + t_kv, (Ibar).to(Ibar_end.dtype.element_ty), mask=m_kv)
+    if i_v == 0:
+        tl.store(product_0_end + i_nh * K + o_k, (product_0).to(product_0_end.dtype.element_ty), mask=m_k)
+
+
+@_kernel(do_not_specialize=["H"])
+def _links_kernel(
+    ends, products, initial, final, firsts, H,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, DECAYS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """In place of what each chunk makes of zeros, what it starts from: S' = product S + end.
+
+    A state has SIZE numbers a head, its decay DECAYS, of which number i takes the one of i / STRIDE. REVERSE: from the last
+    chunk, cotangents at its end in place of those that its own tokens leave at its start.
+    """
+    i_nh = tl.program_id(0).to(tl.int64)
+    first = tl.load(firsts + i_nh // H)
+    count = (tl.load(firsts + i_nh // H + 1) - first).to(tl.int32)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = o < SIZE
+    o_d = o // STRIDE % DECAYS
+    if initial is None:
+        S = tl.zeros([BLOCK], tl.float32)
+    else:
+        S = tl.load(initial + i_nh * SIZE + o, mask=live, other=0.0).to(tl.float32)
+    for i in range(0, count):
+        if REVERSE:
+            chunk = first + count - 1 - i
+        else:
+            chunk = first + i
+        row = chunk * H + i_nh % H
+        end = tl.load(ends + row * SIZE + o, mask=live, other=0.0)
+        tl.store(ends + row * SIZE + o, S, mask=live)
+        if products is not None:
+            S = S * tl.load(products + row * DECAYS + o_d, mask=live, other=0.0)
+        S += end
+    if final is not None:
+        tl.store(final + i_nh * SIZE + o, S, mask=live)
 
 
 _SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
@@ -2007,7 +2134,7 @@ def _sequential_backward(*arguments):
     )
     _launch(
         (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
-        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, CHUNKS=False, INPUTS=True, num_warps=warps,
     )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
@@ -2089,10 +2216,246 @@ def _recurrent_triton_core(*arguments):
     return (o, variance if want_variance else None, *final)
 
 
+_SEGMENT = 32  # tokens of a chunk
+_SEGMENT_MEMORY = 2**29  # bytes: states of single tokens that the backward pass keeps at a time
+_SEGMENT_PRODUCTS = ('k',)  # axes of the products of decays
+_SEGMENT_FORGETS = ((0, 1), (0, 1))  # which of them each state has, and how many of its numbers in turn have the same; or None
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _segmented(inputs, parameters, states, offsets):
+    """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle."""
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    blocks = -(-V // _sequential_config(K, V, steps, True)[1])
+    return T > _SEGMENT and blocks * N * H < 2 * _multiprocessors(inputs[0].device)
+
+
+def _segments(inputs, offsets):
+    """Inputs as one sequence, bounds of chunks, first chunk of each sequence: made on the device, not waiting for it."""
+    B, T = inputs[0].shape[:2]
+    if offsets is None:
+        N, chunks = B, B * -(-T // _SEGMENT)
+        offsets = torch.arange(B + 1, device=inputs[0].device) * T
+    else:
+        N = offsets.shape[0] - 1
+        chunks = T // _SEGMENT + N  # at most; the spare ones are empty
+    counts = (offsets[1:] - offsets[:-1] + _SEGMENT - 1) // _SEGMENT
+    firsts = torch.cat((offsets[:1] * 0, counts.cumsum(0)))
+    index = torch.arange(chunks + 1, device=offsets.device)
+    sequence = torch.searchsorted(firsts[1:], index, right=True).clamp(max=N - 1)
+    bounds = torch.minimum(offsets[sequence] + (index - firsts[sequence]) * _SEGMENT, offsets[sequence + 1])
+    return [x.flatten(0, 1)[None] for x in inputs], bounds, firsts
+
+
+def _segment_links(ends, products, initial, final, firsts, reverse):
+    """The scan over chunks, of every state; ``ends`` become what chunks start from (or end at, reverse)."""
+    N, H = firsts.shape[0] - 1, ends[0].shape[1]
+    for i, (end, forgets) in enumerate(zip(ends, _SEGMENT_FORGETS)):
+        size = math.prod(end.shape[2:])
+        product, stride = None, 1
+        if forgets is not None:
+            product, stride = products[forgets[0]], math.prod(end.shape[end.dim() - forgets[1] :])
+        BLOCK = max(64, min(256, 1 << (size - 1).bit_length()))  # a thread has numbers of its own: it writes what it read
+        _launch(
+            _links_kernel, (N * H, -(-size // BLOCK), 1), (end, product, initial[i], final[i], firsts), (H,), (),
+            SIZE=size, STRIDE=stride, DECAYS=1 if product is None else math.prod(product.shape[2:]), BLOCK=BLOCK,
+            REVERSE=reverse, num_warps=2,
+        )
+
+
+def _segment_starts(inputs, parameters, states, bounds, firsts, final):
+    """States at the start of every chunk, and the products of its decays; ``final`` gets those behind the last chunk."""
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, states, bounds)
+    BK, BV, warps = _sequential_config(K, V, _SEGMENT, False)
+    sizes = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
+    starts = [s.new_empty(chunks, *s.shape[1:]) for s in states]
+    products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
+    _launch(
+        _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
+        (1.0, T, 1), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+    )
+    _segment_links(starts, products, states, final, firsts, False)
+    return starts, products
+
+
+def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, d_starts):
+    """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
+
+    ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
+    ``d_inputs`` those of inputs: one of the two is None.
+    """
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
+    BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
+    blocks = -(-V // BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    of_chunk = 4 * _SEGMENT * blocks * H * sum([math.prod(padded[axes]) for _, axes in _STATES])
+    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
+    past = [s.new_empty(blocks * window * H, _SEGMENT, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
+    none = [None] * len(starts)
+    sums = []
+    for first in range(0, chunks, window):
+        part = slice(first, min(first + window, chunks))
+        count = part.stop - first
+        d_parameters, d_states, shared = [None] * len(parameters), none, none
+        if d_inputs is None:
+            # What has no v axis gets a row from each block of v.
+            shared = [None if "v" in axes else s.new_empty(blocks, count, *s.shape[1:]) for s, (_, axes) in zip(starts, _STATES)]
+            d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
+        else:
+            d_parameters = [
+                p.new_empty(*(() if "v" in axes else (blocks,)), count, *p.shape, dtype=torch.float32)
+                for p, (_, axes) in zip(parameters, _PARAMETERS)
+            ]
+        _launch(
+            (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * count * H, 1, 1),
+            (
+                *inputs, *parameters, *[s[part] for s in starts], *past, *given,
+                *(none if d_ends is None else [d[part] for d in d_ends]),
+                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states,
+                bounds[first : part.stop + 1],
+            ),
+            (scale, T, _SEGMENT, T * H), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
+            INPUTS=d_inputs is not None, num_warps=warps,
+        )
+        for d, rows in zip(d_starts or [], shared):
+            if rows is not None:
+                d[part] = rows.sum(0)
+        sums.append([d.flatten(0, d.dim() - p.dim() - 1).sum(0) for d, p in zip(d_parameters, parameters) if d is not None])
+    return [torch.stack(parts).sum(0) for parts in zip(*sums)]
+
+
+@_repeated
+def _chunks_forward(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    inputs, bounds, firsts = _segments(inputs, offsets)
+    starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
+    ends = [torch.empty_like(s) for s in starts]  # known already
+    config = _sequential_config(K, V, _SEGMENT, False)
+    _sequential_launch(
+        inputs, parameters, starts, bounds, scale, config, o, variance, ends, [None] * len(states), 1
+    )
+    return (o, variance if want_variance else o.new_empty(0), *final)
+
+
+@_repeated
+def _chunks_backward(*arguments):
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    K, V = _sizes(*inputs, *parameters, *states)
+    blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    flat, bounds, firsts = _segments(inputs, offsets)
+    starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
+    d_ends = [torch.empty_like(s) for s in starts]
+    _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, None, None, d_ends)
+    d_states = [torch.empty_like(s) for s in states]
+    _segment_links(d_ends, products, d_final, d_states, firsts, True)
+    d_parameters = _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, None)
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *d_states,
+    )
+
+
+def _segment_forward(*arguments):
+    inputs, parameters, states, (offsets, *_) = _sequential_split(arguments)
+    return (_chunks_forward if _segmented(inputs, parameters, states, offsets) else _sequential_forward)(*arguments)
+
+
+def _segment_backward(*arguments):
+    inputs, parameters, states, (*_, offsets, _, _) = _sequential_split(arguments)
+    return (_chunks_backward if _segmented(inputs, parameters, states, offsets) else _sequential_backward)(*arguments)
+
+
+_segment_op = torch.library.custom_op(
+    f"{_OPS}::segment",
+    lambda *arguments: _segment_forward(*arguments),
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor? offsets, float scale, bool want_variance) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_segment_backward_op = torch.library.custom_op(
+    f"{_OPS}::segment_backward",
+    lambda *arguments: _segment_backward(*arguments),
+    mutates_args=(),
+    schema="(Tensor x0, Tensor x1, Tensor x2, Tensor x3, Tensor x4, Tensor x5, Tensor x6, Tensor x7, Tensor d0, Tensor d1, Tensor d2, Tensor d3, Tensor? offsets, float scale, bool want_variance)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_segment_op.register_fake
+def _segment_fake(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
+    return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
+
+
+@_segment_backward_op.register_fake
+def _segment_backward_fake(*arguments):
+    return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
+
+
+def _segment_save(ctx, inputs, output):
+    *tensors, offsets, ctx.scale, ctx.want_variance = inputs
+    ctx.save_for_backward(*tensors, offsets)
+
+
+def _segment_gradient(ctx, *cotangents):
+    *tensors, offsets = ctx.saved_tensors
+    cotangents = [t.contiguous() for t in cotangents]
+    return (*_segment_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+_segment_op.register_autograd(_segment_gradient, setup_context=_segment_save)
+
+
+class _segment_eager(torch.autograd.Function):
+    """The same without the operator's dispatch, which costs more time on the host than a token takes."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _segment_save(ctx, arguments, None)
+        return _segment_forward(*arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        *tensors, offsets = ctx.saved_tensors
+        cotangents = [t.contiguous() for t in cotangents]
+        return (*_segment_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+
+
+def _chunk_triton_core(*arguments):
+    """All chunks at once, token by token; where that gives the GPU no more to do, sequence by sequence."""
+    *tensors, scale, offsets, want_variance = arguments
+    if triton is None or tensors[0].dtype == torch.float64:
+        return _reference_core(*arguments)
+    tensors = [t.contiguous() for t in tensors]
+    if torch.compiler.is_compiling():
+        run = _segment_op
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        run = _segment_eager.apply
+    else:
+        run = _segment_forward
+    o, variance, *final = run(*tensors, offsets, scale, want_variance)
+    return (o, variance if want_variance else None, *final)
+
+
 _CORES = {
     ('cpu', 'chunk'): _native_core,
     ('cpu', 'recurrent'): _native_core,
-    ('cuda', 'chunk'): _recurrent_triton_core,
+    ('cuda', 'chunk'): _chunk_triton_core,
     ('cuda', 'recurrent'): _recurrent_triton_core,
 }
 

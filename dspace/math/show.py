@@ -16,11 +16,15 @@ PLANS = {
     "a": "chunkwise: matmuls within and between chunks",
     "b": "chunkwise: matmuls within and between chunks, decay relative to the chunk",
     "fold": "chunkwise: small states first, then as the class that remains",
-    "c": "chunk boundaries by matmul, then every chunk in parallel, token by token in registers",
+    "c": "every chunk in parallel, token by token in registers; chunk boundaries by matmul where tokens decay as a whole",
     "d": "sequential, token by token (the chunkwise plan, by triangular inverse, comes later)",
 }
-"""How each class runs; every other class runs on the sequential plan."""
+"""How each class runs."""
+COMPOSED = (
+    "every chunk in parallel, token by token in registers; chunk boundaries by composing what chunks do to states"
+)
 SEQUENTIAL = "sequential, token by token"
+"""How the others run: with affine states, and without."""
 
 
 def text(analysis: Analysis, *, passes: bool = False) -> str:
@@ -30,7 +34,7 @@ def text(analysis: Analysis, *, passes: bool = False) -> str:
     if r.references:
         out.append("  " + ", ".join(r.references))
     out += ["", f"class {c.letter}: {c.name}", *_wrap("why: " + c.reason)]
-    out += _wrap("runs: " + PLANS.get(c.letter, SEQUENTIAL))
+    out += _wrap("runs: " + PLANS.get(c.letter, COMPOSED if c.affine else SEQUENTIAL))
     out += _section("inputs, one value per token and head", [_declared(v) for v in r.inputs])
     if r.parameters:
         out += _section("parameters, one value per head", [_declared(v) for v in r.parameters])

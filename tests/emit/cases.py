@@ -128,8 +128,9 @@ RECURRENCES = {
 
 def analysis_of(recurrence: Recurrence) -> Analysis:
     from dspace.math import adjoint
+    from dspace.math.classes import affine_states
 
-    letter = Classification("g", "other", "a recurrence of the tests")
+    letter = Classification("g", "other", "a recurrence of the tests", affine_states(recurrence))
     return Analysis(recurrence, recurrence, letter, adjoint(recurrence), (), {}, ())
 
 

@@ -1,4 +1,6 @@
-"""Run as a program under TRITON_INTERPRET=1: the sequential kernels against plain float64 evaluation, errors as JSON.
+"""Run as a program under TRITON_INTERPRET=1: kernels that go token by token against plain float64 evaluation, errors as JSON.
+
+Sequence by sequence, or all chunks at once.
 
 Triton decides when it is imported whether it interprets, hence a process of its own.
 """
@@ -15,12 +17,12 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
-from cases import RECURRENCES, Identity, analysis_of, build, inputs, load  # noqa: E402
+from cases import RECURRENCES, Identity, analysis_of, build, inputs, load, parameter  # noqa: E402
 from draw import arguments, error, gradients  # noqa: E402
 from oracle import evaluate  # noqa: E402
 
 from dspace.emit import emit  # noqa: E402
-from dspace.emit.triton import sequential  # noqa: E402
+from dspace.emit.triton import segments, sequential  # noqa: E402
 
 MORE = {
     r.name: r
@@ -46,16 +48,45 @@ MORE = {
             {"A": ("kv", "0", "R + v*k"), "R": ("kv", "0", "A"), "c": ("k", "0", "2")},
             "sum_k(A*q*c)",
         ),
+        build(  # a ratio that forgets each key channel at its own rate
+            "ratio_channels",
+            inputs(q="k", k="k", v="v", b="v", w="k"),
+            (parameter("I_p", "k"),),
+            {"M": ("kv", "0", "exp(w)*M + v*k"), "Ibar": ("kv", "0", "exp(w)*Ibar + b*k**2")},
+            "scale*sum_k(q*M/(Ibar + I_p))",
+            variance="scale**2*sum_k(q**2/(Ibar + I_p))",
+            domains={"Ibar": "nonnegative"},
+        ),
+        build(  # decays on every axis, of any sign, and none; writes that are no products; states on every axis
+            "composed",
+            inputs(q="k", k="k", v="v", w="v", r="kv", g=""),
+            (parameter("A", "kv"), parameter("c", "")),
+            {
+                "S": ("kv", "0", "sigmoid(r)*S + tanh(v*k)*A"),
+                "R": ("kv", "A", "exp(w)*R + v*k"),
+                "n": ("kv", "0", "n + v*k*r"),
+                "z": ("k", "1", "tanh(g)*z + k**2"),
+                "m": ("v", "0", "exp(w)*m + v"),
+                "e": ("", "c", "exp(g)*e + sum_k(k**2)"),
+            },
+            "scale*sum_k((S + R + 0.1*n)*q*tanh(z)) + m*tanh(e)",
+        ),
     )
 }
 PACKED = [0, 1, 1, 6]
 
 
-def module(name: str, folder: Path, blocks: int) -> ModuleType:
-    """The generated module with this section alone; ``blocks`` is the width of a block of v where v may be split."""
+def module(name: str, folder: Path, blocks: int, form: str) -> ModuleType:
+    """The generated module with this section alone; ``blocks`` is the width of a block of v where v may be split.
+
+    In the form "chunk" all chunks run at once, whatever the number of programs: two tokens each, four chunks a window.
+    """
     r = (RECURRENCES | MORE)[name]
-    source = emit(Identity(name), analysis_of(r), targets=[sequential.section])
-    made = load(source, folder / f"sequential_{name}_{blocks}.py")
+    section = segments.section if form == "chunk" else sequential.section
+    source = emit(Identity(name), analysis_of(r), targets=[section])
+    made = load(source, folder / f"{form}_{name}_{blocks}.py")
+    if form == "chunk":
+        made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 2, 1, lambda *_: True
     usual = made._sequential_config
 
     def config(K: int, V: int, steps: int, backward: bool) -> tuple[int, int, int]:
@@ -66,7 +97,9 @@ def module(name: str, folder: Path, blocks: int) -> ModuleType:
     return made
 
 
-def errors(made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf16: bool) -> dict[str, float]:
+def errors(
+    made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf16: bool, form: str
+) -> dict[str, float]:
     """Relative error of each result and each gradient."""
     r = (RECURRENCES | MORE)[name]
     steps = PACKED[-1] if packed else steps
@@ -89,7 +122,7 @@ def errors(made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf
         expected = evaluate(r, *args, scale=0.6, variance=variance)
     flat = [x for group in args for x in group]
     offsets = torch.tensor(PACKED) if packed else None
-    result = [x for x in made._CORES["cuda", "recurrent"](*flat, 0.6, offsets, variance) if x is not None]
+    result = [x for x in made._CORES["cuda", form](*flat, 0.6, offsets, variance) if x is not None]
     wanted, found = gradients(expected, flat), gradients(result, flat)
     assert result[0].dtype == dtype and all(g.dtype == x.dtype for g, x in zip(found, flat, strict=True))
     names = ["output", *(["variance"] if variance else []), *(s.name for s in r.states)]
@@ -98,13 +131,14 @@ def errors(made: ModuleType, name: str, steps: int, batch: int, packed: bool, bf
     return {n: error(a, b) for n, a, b in pairs}
 
 
-def operators(made: ModuleType) -> dict[str, float]:
+def operators(made: ModuleType, form: str) -> dict[str, float]:
     """Schema, fake implementation and autograd registration of the operator; the front door; compilation."""
     args = arguments(RECURRENCES["ratio"], batch=1, steps=2, heads=1, dtype=torch.float32)
     flat = [x for group in args for x in group]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(made._sequential_op, (*flat, None, 0.5, True), test_utils=checks)
-    made._CORES["cpu", "recurrent"] = made._recurrent_triton_core
+    operator = made._segment_op if form == "chunk" else made._sequential_op
+    torch.library.opcheck(operator, (*flat, None, 0.5, True), test_utils=checks)
+    made._CORES["cpu", "recurrent"] = made._CORES["cuda", form]
     args = arguments(RECURRENCES["ratio"], steps=3, dtype=torch.float32)
     shared = [x[:, :, :1] for x in args[0][:2]]  # one key head for two value heads
     given = (*shared, *args[0][2:], *args[1])
@@ -118,18 +152,19 @@ def operators(made: ModuleType) -> dict[str, float]:
 
 def main() -> None:
     found: dict[str, dict[str, float]] = {}
-    modules: dict[tuple[str, int], ModuleType] = {}
+    modules: dict[tuple[str, int, str], ModuleType] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in json.load(sys.stdin):
-            name, blocks = case["name"], case["blocks"]
+            name, blocks, form = key = case["name"], case["blocks"], case["form"]
             try:
-                if (name, blocks) not in modules:
-                    modules[name, blocks] = module(name, Path(folder), blocks)
-                made = modules[name, blocks]
+                if key not in modules:
+                    modules[key] = module(name, Path(folder), blocks, form)
+                made = modules[key]
                 if case["steps"] == 0:
-                    found[case["id"]] = operators(made)
+                    found[case["id"]] = operators(made, form)
                 else:
-                    found[case["id"]] = errors(made, name, case["steps"], case["batch"], case["packed"], case["bf16"])
+                    how = case["packed"], case["bf16"], form
+                    found[case["id"]] = errors(made, name, case["steps"], case["batch"], *how)
             except Exception as problem:  # reported by the test that asked
                 traceback.print_exc(limit=-3)
                 found[case["id"]] = {f"{type(problem).__name__}: {problem}"[:300]: float("inf")}

@@ -1,4 +1,4 @@
-"""The sequential Triton kernels: interpreted against float64, and compiled for GPUs that are not here."""
+"""Triton kernels that go token by token: interpreted against float64, and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Case:
-    """``blocks`` is the width of a block of value channels; ``steps`` 0 asks for the operators instead."""
+    """``blocks`` is the width of a block of value channels; ``steps`` 0 asks for the operators instead.
+
+    The form is "recurrent", sequence by sequence, or "chunk", all chunks at once.
+    """
 
     name: str
     steps: int
@@ -30,10 +33,15 @@ class Case:
     batch: int = 1
     packed: bool = False
     bf16: bool = False
+    form: str = "recurrent"
 
     @property
     def id(self) -> str:
-        extra = ("-packed" if self.packed else "") + ("-bf16" if self.bf16 else "")
+        extra = (
+            ("-chunks" if self.form == "chunk" else "")
+            + ("-packed" if self.packed else "")
+            + ("-bf16" if self.bf16 else "")
+        )
         return f"{self.name}-T{self.steps}-BV{self.blocks}{extra}"
 
 
@@ -47,6 +55,14 @@ CASES = [
     Case("bonus_before", 6, packed=True),
     Case("erase", 3, bf16=True),
     Case("ratio", 0, blocks=8),
+    *(Case(n, 5, form="chunk") for n in ("scalar_decay", "bonus_before", "normalised", "ratio_channels", "composed")),
+    Case("ratio_channels", 11, form="chunk"),
+    Case("ratio_channels", 4, batch=2, blocks=8, form="chunk"),
+    Case("composed", 9, batch=2, form="chunk"),
+    Case("ratio_channels", 6, packed=True, form="chunk"),
+    Case("composed", 6, packed=True, form="chunk"),
+    Case("ratio_channels", 3, bf16=True, form="chunk"),
+    Case("ratio", 0, blocks=8, form="chunk"),
 ]
 
 

@@ -11,7 +11,7 @@ from dspace.emit.triton import features, sequential
 from dspace.math.ir import Analysis
 from dspace.math.ranges import grows
 
-_OTHERS = ("dspace.emit.triton.ratio",)
+_OTHERS = ("dspace.emit.triton.ratio", "dspace.emit.triton.segments")
 """Modules with a ``section`` of their own, asked in this order after the chunkwise one."""
 
 

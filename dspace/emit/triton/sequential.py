@@ -22,68 +22,17 @@ from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.triton import launching
 from dspace.emit.triton.printer import TritonPrinter
 from dspace.emit.triton.sequential_host import host_source
+from dspace.emit.triton.tiles import HEAD, TILES, indented, load, place_of, raw, shaped, stored
 from dspace.math.gradients import new_symbol
 from dspace.math.ir import Adjoint, Analysis, Axes, Recurrence, State, SumV, Variable, axes_of
 from dspace.plan.sequential import SIZES, Assign, Scheduler, Store, Sum, Token, flatten
 
 _LOCAL = frozenset(
-    """T H K V BK BV NV NH EVERY TOTAL OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
+    """T H K V BK BV NV NH EVERY TOTAL CHUNKS INPUTS OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
     m_v m_kv r_k r_v t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
     count_v range o variance back_t first""".split()
 )
-_PART: dict[Axes, str] = {"": "", "k": " + o_k", "v": " + o_v", "kv": " + t_kv"}
-_WIDTH: dict[Axes, str] = {"": "", "k": " * K", "v": " * V", "kv": " * K * V"}
-_VECTOR: dict[Axes, tuple[str, str, str]] = {"k": ("r_k", "K", "[:, None]"), "v": ("r_v", "V", "[None, :]")}
-_MASK: dict[Axes, str] = {"": "", "k": "m_k", "v": "m_v", "kv": "m_kv"}
-_TILE: dict[Axes, str] = {"": "()", "k": "[BK, 1]", "v": "[1, BV]", "kv": "[BK, BV]"}
-
-TILES = '''
-@_kernel
-def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
-    """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
-    if PACKED:
-        begin = tl.minimum(tl.maximum(tl.load(offsets + i_n).to(tl.int64), 0), T)
-        end = tl.minimum(tl.maximum(tl.load(offsets + i_n + 1).to(tl.int64), begin), T)
-        rows = T
-    else:
-        begin = i_n * T
-        end = begin + T
-        rows = end
-    return begin, (end - begin).to(tl.int32), rows
-
-
-@_kernel
-def _live(x, mask, EXACT: tl.constexpr):
-    """``x`` with 0 in the lanes beyond the last channel."""
-    if EXACT:
-        return x
-    else:
-        return tl.where(mask, x, 0.0)
-'''
-
-HEAD = """    NV: tl.constexpr = (V + BV - 1) // BV
-    EXACT_K: tl.constexpr = K == BK
-    EXACT_V: tl.constexpr = V % BV == 0
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_n = (pid // NV // H).to(tl.int64)
-    i_h = pid // NV % H
-    i_nh = i_n * H + i_h
-    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    r_k = tl.arange(0, BK)
-    r_v = i_v * BV + tl.arange(0, BV)
-    o_k = r_k[:, None]
-    o_v = r_v[None, :]
-    m_k = o_k < K
-    m_v = o_v < V
-    m_kv = m_k & m_v
-    t_kv = o_k * V + o_v
-    count_k = tl.full((), K, tl.float32)
-    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
-    zero_ = tl.full((), 0.0, tl.float32)
-    zero_k = tl.zeros([BK, 1], tl.float32)
-    zero_v = tl.zeros([1, BV], tl.float32)
-    zero_kv = tl.zeros([BK, BV], tl.float32)"""
+_FLAGS = " CHUNKS: tl.constexpr, INPUTS: tl.constexpr,"
 
 
 def splits(r: Recurrence) -> bool:
@@ -95,12 +44,8 @@ def splits(r: Recurrence) -> bool:
 def section(analysis: Analysis, common: bool = True) -> Section:
     """The sequential section of any recurrence; ``common`` brings what all Triton sections share."""
     r = analysis.recurrence
-    writer = _Kernels(r)
-    kernels = [writer.forward(), writer.backward(analysis.adjoint, False)]
-    if r.variance is not None:
-        kernels.append(writer.backward(analysis.adjoint, True))
     parts = [launching.COMMON] if common else []
-    parts += [TILES, *kernels, host_source(r, splits(r))]
+    parts += [TILES, *Kernels(r).all(analysis.adjoint), host_source(r, splits(r))]
     return Section(
         device="cuda",
         imports=launching.IMPORTS,
@@ -110,43 +55,7 @@ def section(analysis: Analysis, common: bool = True) -> Section:
     )
 
 
-def _load(array: str, axes: Axes, place: str) -> str:
-    """A tile of ``array`` at row ``place``, float32.
-
-    For a vector see :func:`_raw`.
-    """
-    return _raw(array, axes, place) + _shaped(axes)
-
-
-def _shaped(axes: Axes) -> str:
-    """What turns a raw load into a float32 tile."""
-    return ".to(tl.float32)" + (_VECTOR[axes][2] if axes in _VECTOR else "")
-
-
-def _raw(array: str, axes: Axes, place: str) -> str:
-    """What :func:`_load` loads, before it is given its type and shape.
-
-    A vector is loaded as one, without the other axis: Triton would take the layout of a ``[BK, 1]`` load for the
-    states too, with k across all threads, where every sum over k is a shuffle for each column. Giving it its shape
-    goes through shared memory, behind a barrier, which no later load overtakes: so load everything first.
-    """
-    if axes in _VECTOR:
-        channel, size, _ = _VECTOR[axes]
-        return f"tl.load({array} + {place}{_WIDTH[axes]} + {channel}, mask={channel} < {size}, other=0.0)"
-    mask = f", mask={_MASK[axes]}, other=0.0" if axes else ""
-    return f"tl.load({array} + {place}{_WIDTH[axes]}{_PART[axes]}{mask})"
-
-
-def _store(array: str, axes: Axes, place: str, value: str) -> str:
-    mask = f", mask={_MASK[axes]}" if axes else ""
-    return f"tl.store({array} + {place}{_WIDTH[axes]}{_PART[axes]}, ({value}).to({array}.dtype.element_ty){mask})"
-
-
-def _indent(lines: Iterable[str], depth: int) -> list[str]:
-    return [4 * depth * " " + line for line in lines]
-
-
-class _Body:
+class Body:
     """The flat statements of one token, printed."""
 
     def __init__(self, token: Token, names: Mapping[str, str], namer: Namer) -> None:
@@ -185,11 +94,16 @@ class _Body:
         return text if whole else f"{text} + zero_{store.axes}"
 
 
-class _Kernels:
-    """Writes the kernels of one recurrence."""
+class Kernels:
+    """Writes the kernels of one recurrence.
 
-    def __init__(self, recurrence: Recurrence) -> None:
+    With ``chunks`` the backward kernel also takes sequences that are chunks of others (CHUNKS), from states at their
+    starts; then cotangents of inputs and parameters are left out without INPUTS, and those of states where None is given.
+    """
+
+    def __init__(self, recurrence: Recurrence, chunks: bool = False) -> None:
         self.r = recurrence
+        self.chunks = chunks
         self.namer = Namer(INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"})
         self.names = internal_names(recurrence, self.namer)
 
@@ -225,27 +139,32 @@ class _Kernels:
             if v.symbol not in used:
                 continue
             if v.axes == "kv":
-                inside.append(f"{name} = {_load(array, v.axes, 'at')}")
+                inside.append(f"{name} = {load(array, v.axes, 'at')}")
                 continue
             following = self.namer(f"{name}_next")
-            before.append(f"{following} = {_raw(array, v.axes, 'at')}")
-            inside.append(f"{name} = {following}{_shaped(v.axes)}")
-            early.append(f"{following} = {_raw(array, v.axes, 'ahead')}")
+            before.append(f"{following} = {raw(array, v.axes, 'at')}")
+            inside.append(f"{name} = {following}{shaped(v.axes)}")
+            early.append(f"{following} = {raw(array, v.axes, 'ahead')}")
         return before, [*inside, *early]
 
     def parameters(self, used: set[sympy.Symbol], arrays: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Lines that load the parameters, and lines that give them their shapes."""
         read = [p for p in self.r.parameters if p.symbol in used]
         names = [self.names[p.name] for p in read]
-        loads = [f"{n} = {_raw(arrays[p.name], p.axes, 'i_h')}" for n, p in zip(names, read, strict=True)]
-        return loads, [f"{n} = {n}{_shaped(p.axes)}" for n, p in zip(names, read, strict=True)]
+        loads = [f"{n} = {raw(arrays[p.name], p.axes, 'i_h')}" for n, p in zip(names, read, strict=True)]
+        return loads, [f"{n} = {n}{shaped(p.axes)}" for n, p in zip(names, read, strict=True)]
 
-    def advance(self, body: _Body) -> list[str]:
+    def advance(self, body: Body) -> list[str]:
         """Lines that give every carried value its next one, all at once."""
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         after = [self.namer(f"{self.carried[s.name]}_after") for s in carried]
         lines = [f"{name} = {body.full(s)}" for name, s in zip(after, carried, strict=True)]
         return lines + [f"{self.carried[s.name]} = {name}" for name, s in zip(after, carried, strict=True)]
+
+    def all(self, adjoint: Adjoint) -> list[str]:
+        """Forward and backward, the latter once more for cotangents of the variance."""
+        both = [False] if self.r.variance is None else [False, True]
+        return [self.forward(), *(self.backward(adjoint, variance) for variance in both)]
 
     def forward(self) -> str:
         r, names = self.r, self.names
@@ -261,45 +180,45 @@ class _Kernels:
         )  # fmt: skip
         lines += ["    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead", "        steps = 1"]
         self.carried = {s.name: names[s.name] for s in r.states}
-        body = _Body(forward_token(r, r.variance is not None), self.local(), self.namer)
+        body = Body(forward_token(r, r.variance is not None), self.local(), self.namer)
         used = body.uses()
         loads, shapes = self.parameters(used, arrays)
         before, inside = self.tokens(used, arrays)
-        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *_indent([*loads, *before], 1)]
-        lines += [f"    {names[s.name]} = {_raw(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
-        lines += [f"    {names[s.name]} = {names[s.name]}{_shaped(s.axes)}" for s in r.states]
-        lines += _indent(shapes, 1)
+        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *indented([*loads, *before], 1)]
+        lines += [f"    {names[s.name]} = {raw(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
+        lines += [f"    {names[s.name]} = {names[s.name]}{shaped(s.axes)}" for s in r.states]
+        lines += indented(shapes, 1)
         lines += ["    for t in range(0, steps):"]
         lines += [
             "        at = (begin + t) * H + i_h",
             "        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h",
         ]
-        lines += _indent(inside, 2)
+        lines += indented(inside, 2)
         lines += ["        if SAVE:", "            if t % EVERY == 0:"]
         lines += ["                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h"]
-        lines += _indent(self.once({s: _store(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
+        lines += indented(self.once({s: stored(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
-        lines += _indent(body.until(carried), 2)
+        lines += indented(body.until(carried), 2)
         for flag, key, name in (("OUTPUT", "output", "o"), ("VARIANCE", "variance", "variance")):
             stores = [s for s in body.stores if s.name == key]
-            lines += _indent([f"if {flag}:"], 2) if stores else []
+            lines += indented([f"if {flag}:"], 2) if stores else []
             for s in stores:
-                lines += _indent(body.until([s]), 3)
-                lines += _indent([_store(name, "v", "at", body.full(s))], 3)
+                lines += indented(body.until([s]), 3)
+                lines += indented([stored(name, "v", "at", body.full(s))], 3)
                 # What one branch computed is not known after it.
                 body.done = {x for x in body.done if x in self.symbols_of(body, carried)}
-        lines += _indent(self.advance(body), 2)
+        lines += indented(self.advance(body), 2)
         lines += ["    if OUTPUT:"]
-        lines += _indent(self.once({s: _store(final[s.name], s.axes, "i_nh", names[s.name]) for s in r.states}), 2)
+        lines += indented(self.once({s: stored(final[s.name], s.axes, "i_nh", names[s.name]) for s in r.states}), 2)
         return "\n".join(lines) + "\n"
 
     def once(self, stores: Mapping[State, str]) -> list[str]:
         """Stores of states: those without a v axis are the same in every block of v, and one block writes them."""
         own = [line for s, line in stores.items() if "v" in s.axes]
         same = [line for s, line in stores.items() if "v" not in s.axes]
-        return own + (["if i_v == 0:", *_indent(same, 1)] if same else [])
+        return own + (["if i_v == 0:", *indented(same, 1)] if same else [])
 
-    def symbols_of(self, body: _Body, stores: Sequence[Store]) -> set[sympy.Symbol]:
+    def symbols_of(self, body: Body, stores: Sequence[Store]) -> set[sympy.Symbol]:
         needed = body.scheduler.in_order({x for s in stores for x in s.expr.free_symbols})
         return {s.symbol for s in needed}
 
@@ -325,76 +244,87 @@ class _Kernels:
         arguments += [*d_out.values(), *d_initial.values()]
         doc = "Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."
         name = "_sequential_backward_variance_kernel" if variance else "_sequential_backward_kernel"
-        lines = self.signature(name, doc, arguments, "TOTAL, H", "PACKED: tl.constexpr,")
+        lines = self.signature(name, doc, arguments, "TOTAL, H", "PACKED: tl.constexpr," + self.chunks * _FLAGS)
 
         self.carried = {s.name: names[s.name] for s in r.states}
-        again = _Body(forward_token(r, variance, readout=False), self.local(), self.namer)
+        again = Body(forward_token(r, variance, readout=False), self.local(), self.namer)
         again.stores = [s for s in again.stores if s.name in again.scheduler.previous]
         reverse_names = {**names, **d_given, **{f"d_{s.name}": d_local[s.name] for s in r.states}}
         reverse_names |= {s.name: old[s.name] for s in r.states} | {new_symbol(s).name: names[s.name] for s in r.states}
-        reverse = _Body(backward_token(r, adjoint, variance), reverse_names, self.namer)
+        reverse = Body(backward_token(r, adjoint, variance), reverse_names, self.namer)
         used, read = again.uses(), reverse.uses()
 
         lines += ["    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]"]
         lines += ["    NH = tl.num_programs(0) // NV", "    shared = i_v * NH + i_nh  # row of what value blocks share"]
         loads, shapes = self.parameters(used | read, arrays)
-        lines += _indent([*loads, *shapes], 1)
+        lines += indented([*loads, *shapes], 1)
         for s in r.states:
-            given_text = _load(d_final[s.name], s.axes, "i_nh")
+            given_text = load(d_final[s.name], s.axes, "i_nh")
             if "v" not in s.axes:  # one block alone takes it
                 given_text = f"tl.where(i_v == 0, {given_text}, 0.0)"
-            lines.append(f"    {d_local[s.name]} = {given_text}")
+            value = [f"{d_local[s.name]} = {given_text}"]
+            if self.chunks:
+                none = [f"if {d_final[s.name]} is None:", f"    {d_local[s.name]} = zero_{s.axes}", "else:"]
+                value = [*none, *indented(value, 1)]
+            lines += indented(value, 1)
         lines += [f"    {sums[p.name]} = zero_{p.axes}" for p in r.parameters]
         lines += ["    segments = tl.cdiv(steps, EVERY)", "    for back in range(0, segments):"]
         lines += ["        segment = segments - 1 - back", "        first = begin + segment * EVERY"]
         lines += ["        count = tl.minimum(EVERY, steps - segment * EVERY)"]
-        lines += ["        slot = (begin // EVERY + i_n + segment) * H + i_h"]
-        lines += [f"        {names[s.name]} = {_load(saved[s.name], s.axes, 'slot')}" for s in r.states]
+        slot = ["slot = (begin // EVERY + i_n + segment) * H + i_h"]
+        if self.chunks:
+            slot = ["if CHUNKS:  # one segment", "    slot = i_nh", "else:", *indented(slot, 1)]
+        lines += indented(slot, 2)
+        lines += [f"        {names[s.name]} = {load(saved[s.name], s.axes, 'slot')}" for s in r.states]
         before, inside = self.tokens(used, arrays)
         lines += ["        # The states of this segment once more.", "        at = first * H + i_h"]
-        lines += [*_indent(before, 2), "        for t in range(0, count):"]
+        lines += [*indented(before, 2), "        for t in range(0, count):"]
         lines += [
             "            at = (first + t) * H + i_h",
             "            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h",
         ]
         lines += ["            place = pid.to(tl.int64) * EVERY + t"]
-        lines += _indent((f"tl.store({self.past(past[s.name], s.axes)}, {names[s.name]})" for s in r.states), 3)
-        lines += _indent([*inside, *again.until(again.stores), *self.advance(again)], 3)
+        lines += indented((f"tl.store({self.past(past[s.name], s.axes)}, {names[s.name]})" for s in r.states), 3)
+        lines += indented([*inside, *again.until(again.stores), *self.advance(again)], 3)
         lines += ["        tl.debug_barrier()  # other threads of this program read what these wrote"]
         before, inside = self.tokens(read, arrays)
         for c in given:
             if c.symbol in read:
                 following = self.namer(f"{d_given[c.name]}_next")
-                before.append(f"{following} = {_raw(d_arrays[c.name], 'v', 'at')}")
-                inside.append(f"{d_given[c.name]} = {following}{_shaped('v')}")
-                inside.append(f"{following} = {_raw(d_arrays[c.name], 'v', 'ahead')}")
+                before.append(f"{following} = {raw(d_arrays[c.name], 'v', 'at')}")
+                inside.append(f"{d_given[c.name]} = {following}{shaped('v')}")
+                inside.append(f"{following} = {raw(d_arrays[c.name], 'v', 'ahead')}")
         lines += ["        # Cotangents, last token first.", "        at = (first + count - 1) * H + i_h"]
-        lines += [*_indent(before, 2), "        for back_t in range(0, count):"]
+        lines += [*indented(before, 2), "        for back_t in range(0, count):"]
         lines += ["            t = count - 1 - back_t", "            at = (first + t) * H + i_h"]
         lines += ["            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h"]
         lines += ["            place = pid.to(tl.int64) * EVERY + t"]
-        lines += _indent((f"{old[s.name]} = tl.load({self.past(past[s.name], s.axes)})" for s in r.states), 3)
+        lines += indented((f"{old[s.name]} = tl.load({self.past(past[s.name], s.axes)})" for s in r.states), 3)
         self.carried = {f"d_{s.name}": d_local[s.name] for s in r.states}
         axes = {v.name: v.axes for v in variables}
-        body = [*inside, *reverse.until(reverse.stores)]
+        body, results = [*inside, *reverse.until(reverse.stores)], []
         for store in reverse.stores:
             variable = store.name.removeprefix("d_")
             if store.add:
-                body.append(f"{sums[variable]} += {reverse.full(store)}")
+                results.append(f"{sums[variable]} += {reverse.full(store)}")
             elif store.name not in self.carried:
                 row = "at" if "v" in axes[variable] else "(i_v.to(tl.int64) * TOTAL + at)"
-                body.append(_store(d_out[variable], store.axes, row, reverse.full(store)))
+                results.append(stored(d_out[variable], store.axes, row, reverse.full(store)))
+        body += self.asked("INPUTS", results)
         body += self.advance(reverse)
         body += [f"{names[s.name]} = {old[s.name]}" for s in r.states if new_symbol(s) in read]
-        lines += _indent(body, 3)
+        lines += indented(body, 3)
         lines += ["        tl.debug_barrier()"]
-        for p in r.parameters:
-            row = "i_nh" if "v" in p.axes else "shared"
-            lines.append(f"    {_store(d_out[p.name], p.axes, row, sums[p.name])}")
+        stores = [stored(d_out[p.name], p.axes, place_of(p.axes), sums[p.name]) for p in r.parameters]
+        lines += indented(self.asked("INPUTS", stores), 1)
         for s in r.states:
-            row = "i_nh" if "v" in s.axes else "shared"
-            lines.append(f"    {_store(d_initial[s.name], s.axes, row, d_local[s.name])}")
+            result = stored(d_initial[s.name], s.axes, place_of(s.axes), d_local[s.name])
+            lines += indented(self.asked(f"{d_initial[s.name]} is not None", [result]), 1)
         return "\n".join(lines) + "\n"
+
+    def asked(self, condition: str, lines: list[str]) -> list[str]:
+        """``lines``, under ``condition`` where that may be false."""
+        return [f"if {condition}:", *indented(lines, 1)] if self.chunks and lines else lines
 
     def past(self, array: str, axes: Axes) -> str:
         """Pointers to the scratch tile of a state at ``place``: whole tiles, lanes beyond the channels included."""

@@ -108,84 +108,85 @@ def _sequential_backward(*arguments):
     )
     _launch(
         @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
-        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, @FLAGS@num_warps=warps,
     )
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
         *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
     )
+'''
 
-
-_sequential_op = torch.library.custom_op(
-    f"{_OPS}::sequential",
-    lambda *arguments: _sequential_forward(*arguments),
+_OPERATORS = '''
+_@NAME@_op = torch.library.custom_op(
+    f"{_OPS}::@NAME@",
+    lambda *arguments: _@NAME@_forward(*arguments),
     mutates_args=(),
     schema="(@TENSORS@, Tensor? offsets, float scale, bool want_variance) -> (@RESULTS@)",
 )
-_sequential_backward_op = torch.library.custom_op(
-    f"{_OPS}::sequential_backward",
-    lambda *arguments: _sequential_backward(*arguments),
+_@NAME@_backward_op = torch.library.custom_op(
+    f"{_OPS}::@NAME@_backward",
+    lambda *arguments: _@NAME@_backward(*arguments),
     mutates_args=(),
     schema="(@TENSORS@, @GIVEN@, Tensor? offsets, float scale, bool want_variance)"
     " -> (@GRADIENTS@)",
 )
 
 
-@_sequential_op.register_fake
-def _sequential_fake(*arguments):
+@_@NAME@_op.register_fake
+def _@NAME@_fake(*arguments):
     inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
     o = inputs[0].new_empty(*inputs[0].shape[:3], _sizes(*inputs, *parameters, *states)[1])
     return (o, torch.empty_like(o) if want_variance else o.new_empty(0), *(s.new_empty(s.shape) for s in states))
 
 
-@_sequential_backward_op.register_fake
-def _sequential_backward_fake(*arguments):
+@_@NAME@_backward_op.register_fake
+def _@NAME@_backward_fake(*arguments):
     return tuple(t.new_empty(t.shape) for t in arguments[: sum(_SEQUENTIAL_COUNTS)])
 
 
-def _sequential_save(ctx, inputs, output):
+def _@NAME@_save(ctx, inputs, output):
     *tensors, offsets, ctx.scale, ctx.want_variance = inputs
     ctx.save_for_backward(*tensors, offsets)
 
 
-def _sequential_gradient(ctx, *cotangents):
+def _@NAME@_gradient(ctx, *cotangents):
     *tensors, offsets = ctx.saved_tensors
     cotangents = [t.contiguous() for t in cotangents]
-    return (*_sequential_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+    return (*_@NAME@_backward_op(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
-_sequential_op.register_autograd(_sequential_gradient, setup_context=_sequential_save)
+_@NAME@_op.register_autograd(_@NAME@_gradient, setup_context=_@NAME@_save)
 
 
-class _sequential_eager(torch.autograd.Function):
+class _@NAME@_eager(torch.autograd.Function):
     """The same without the operator's dispatch, which costs more time on the host than a token takes."""
 
     @staticmethod
     def forward(ctx, *arguments):
-        _sequential_save(ctx, arguments, None)
-        return _sequential_forward(*arguments)
+        _@NAME@_save(ctx, arguments, None)
+        return _@NAME@_forward(*arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
         *tensors, offsets = ctx.saved_tensors
         cotangents = [t.contiguous() for t in cotangents]
-        return (*_sequential_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
+        return (*_@NAME@_backward(*tensors, *cotangents, offsets, ctx.scale, ctx.want_variance), None, None, None)
 
 
-def _recurrent_triton_core(*arguments):
-    """Token by token, states in registers; the same kernel decodes."""
+def @CORE@(*arguments):
+    """@DOC@"""
     *tensors, scale, offsets, want_variance = arguments
     if triton is None or tensors[0].dtype == torch.float64:
         return _reference_core(*arguments)
     tensors = [t.contiguous() for t in tensors]
     if torch.compiler.is_compiling():
-        run = _sequential_op
+        run = _@NAME@_op
     elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        run = _sequential_eager.apply
+        run = _@NAME@_eager.apply
     else:
-        run = _sequential_forward
+        run = _@NAME@_forward
     o, variance, *final = run(*tensors, offsets, scale, want_variance)
     return (o, variance if want_variance else None, *final)
 '''
@@ -196,23 +197,42 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def host_source(r: Recurrence, splits: bool) -> str:
-    """Launches, operators and ``_recurrent_triton_core`` of the recurrence ``r``."""
-    counts = (len(r.inputs), len(r.parameters), len(r.states))
-    kernel = "_sequential_backward_kernel"
-    if r.variance is not None:
-        kernel = f"(_sequential_backward_variance_kernel if want_variance else {kernel})"
+def host_source(r: Recurrence, splits: bool, flags: str = "") -> str:
+    """Launches and operators of the recurrence ``r``, and ``_recurrent_triton_core``; ``flags`` of its backward kernel."""
     replacements = {
         "SPLITS": str(splits),
-        "COUNTS": str(counts),
+        "COUNTS": str((len(r.inputs), len(r.parameters), len(r.states))),
         "TILES": str(_power_of_two(sum(s.axes == "kv" for s in r.states))),
-        "KERNEL": kernel,
-        "TENSORS": ", ".join(f"Tensor x{i}" for i in range(sum(counts))),
-        "RESULTS": ", ".join(["Tensor"] * (2 + counts[2])),
-        "GIVEN": ", ".join(f"Tensor d{i}" for i in range(2 + counts[2])),
-        "GRADIENTS": ", ".join(["Tensor"] * sum(counts)),
+        "KERNEL": backward_kernel(r),
+        "FLAGS": flags,
     }
-    text = _HOST
+    doc = "Token by token, states in registers; the same kernel decodes."
+    return replaced(_HOST, replacements) + "\n" + operators(r, "sequential", "_recurrent_triton_core", doc)
+
+
+def backward_kernel(r: Recurrence) -> str:
+    """Source of the backward kernel, or of the choice between two of them."""
+    one = "_sequential_backward_kernel"
+    return one if r.variance is None else f"(_sequential_backward_variance_kernel if want_variance else {one})"
+
+
+def operators(r: Recurrence, name: str, core: str, doc: str) -> str:
+    """The operator of ``_NAME_forward`` and ``_NAME_backward``, and the core that calls it."""
+    count, states = len(r.inputs) + len(r.parameters) + len(r.states), len(r.states)
+    replacements = {
+        "NAME": name,
+        "CORE": core,
+        "DOC": doc,
+        "TENSORS": ", ".join(f"Tensor x{i}" for i in range(count)),
+        "RESULTS": ", ".join(["Tensor"] * (2 + states)),
+        "GIVEN": ", ".join(f"Tensor d{i}" for i in range(2 + states)),
+        "GRADIENTS": ", ".join(["Tensor"] * count),
+    }
+    return replaced(_OPERATORS, replacements)
+
+
+def replaced(text: str, replacements: dict[str, str]) -> str:
+    """``text`` with each ``@KEY@`` replaced."""
     for key, value in replacements.items():
         text = text.replace(f"@{key}@", value)
     return text

@@ -1,0 +1,192 @@
+"""Source of the host side of the form with all chunks at once: chunk table, passes, and which form a call takes."""
+
+from __future__ import annotations
+
+from dspace.emit.triton.sequential_host import backward_kernel, operators, replaced
+from dspace.math.ir import Axes, Recurrence
+from dspace.plan.segments import CHUNK, SegmentPlan
+
+_HOST = '''
+_SEGMENT = @CHUNK@  # tokens of a chunk
+_SEGMENT_MEMORY = 2**29  # bytes: states of single tokens that the backward pass keeps at a time
+_SEGMENT_PRODUCTS = @PRODUCTS@  # axes of the products of decays
+_SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of its numbers in turn have the same; or None
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _segmented(inputs, parameters, states, offsets):
+    """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle."""
+    B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
+    blocks = -(-V // _sequential_config(K, V, steps, True)[1])
+    return T > _SEGMENT and blocks * N * H < 2 * _multiprocessors(inputs[0].device)
+
+
+def _segments(inputs, offsets):
+    """Inputs as one sequence, bounds of chunks, first chunk of each sequence: made on the device, not waiting for it."""
+    B, T = inputs[0].shape[:2]
+    if offsets is None:
+        N, chunks = B, B * -(-T // _SEGMENT)
+        offsets = torch.arange(B + 1, device=inputs[0].device) * T
+    else:
+        N = offsets.shape[0] - 1
+        chunks = T // _SEGMENT + N  # at most; the spare ones are empty
+    counts = (offsets[1:] - offsets[:-1] + _SEGMENT - 1) // _SEGMENT
+    firsts = torch.cat((offsets[:1] * 0, counts.cumsum(0)))
+    index = torch.arange(chunks + 1, device=offsets.device)
+    sequence = torch.searchsorted(firsts[1:], index, right=True).clamp(max=N - 1)
+    bounds = torch.minimum(offsets[sequence] + (index - firsts[sequence]) * _SEGMENT, offsets[sequence + 1])
+    return [x.flatten(0, 1)[None] for x in inputs], bounds, firsts
+
+
+def _segment_links(ends, products, initial, final, firsts, reverse):
+    """The scan over chunks, of every state; ``ends`` become what chunks start from (or end at, reverse)."""
+    N, H = firsts.shape[0] - 1, ends[0].shape[1]
+    for i, (end, forgets) in enumerate(zip(ends, _SEGMENT_FORGETS)):
+        size = math.prod(end.shape[2:])
+        product, stride = None, 1
+        if forgets is not None:
+            product, stride = products[forgets[0]], math.prod(end.shape[end.dim() - forgets[1] :])
+        BLOCK = max(64, min(256, 1 << (size - 1).bit_length()))  # a thread has numbers of its own: it writes what it read
+        _launch(
+            _links_kernel, (N * H, -(-size // BLOCK), 1), (end, product, initial[i], final[i], firsts), (H,), (),
+            SIZE=size, STRIDE=stride, DECAYS=1 if product is None else math.prod(product.shape[2:]), BLOCK=BLOCK,
+            REVERSE=reverse, num_warps=2,
+        )
+
+
+def _segment_starts(inputs, parameters, states, bounds, firsts, final):
+    """States at the start of every chunk, and the products of its decays; ``final`` gets those behind the last chunk."""
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, states, bounds)
+    BK, BV, warps = _sequential_config(K, V, _SEGMENT, False)
+    sizes = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
+    starts = [s.new_empty(chunks, *s.shape[1:]) for s in states]
+    products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
+    _launch(
+        _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
+        (1.0, T, 1), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+    )
+    _segment_links(starts, products, states, final, firsts, False)
+    return starts, products
+
+
+def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, d_starts):
+    """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
+
+    ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
+    ``d_inputs`` those of inputs: one of the two is None.
+    """
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
+    BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
+    blocks = -(-V // BV)
+    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
+    of_chunk = 4 * _SEGMENT * blocks * H * sum([math.prod(padded[axes]) for _, axes in _STATES])
+    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
+    past = [s.new_empty(blocks * window * H, _SEGMENT, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
+    none = [None] * len(starts)
+    sums = []
+    for first in range(0, chunks, window):
+        part = slice(first, min(first + window, chunks))
+        count = part.stop - first
+        d_parameters, d_states, shared = [None] * len(parameters), none, none
+        if d_inputs is None:
+            # What has no v axis gets a row from each block of v.
+            shared = [None if "v" in axes else s.new_empty(blocks, count, *s.shape[1:]) for s, (_, axes) in zip(starts, _STATES)]
+            d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
+        else:
+            d_parameters = [
+                p.new_empty(*(() if "v" in axes else (blocks,)), count, *p.shape, dtype=torch.float32)
+                for p, (_, axes) in zip(parameters, _PARAMETERS)
+            ]
+        _launch(
+            @KERNEL@, (blocks * count * H, 1, 1),
+            (
+                *inputs, *parameters, *[s[part] for s in starts], *past, *given,
+                *(none if d_ends is None else [d[part] for d in d_ends]),
+                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states,
+                bounds[first : part.stop + 1],
+            ),
+            (scale, T, _SEGMENT, T * H), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
+            INPUTS=d_inputs is not None, num_warps=warps,
+        )
+        for d, rows in zip(d_starts or [], shared):
+            if rows is not None:
+                d[part] = rows.sum(0)
+        sums.append([d.flatten(0, d.dim() - p.dim() - 1).sum(0) for d, p in zip(d_parameters, parameters) if d is not None])
+    return [torch.stack(parts).sum(0) for parts in zip(*sums)]
+
+
+@_repeated
+def _chunks_forward(*arguments):
+    inputs, parameters, states, (offsets, scale, want_variance) = _sequential_split(arguments)
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
+    o = inputs[0].new_empty(B, T, H, V)
+    variance = torch.empty_like(o) if want_variance else None
+    final = [torch.empty_like(s) for s in states]
+    inputs, bounds, firsts = _segments(inputs, offsets)
+    starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
+    ends = [torch.empty_like(s) for s in starts]  # known already
+    config = _sequential_config(K, V, _SEGMENT, False)
+    _sequential_launch(
+        inputs, parameters, starts, bounds, scale, config, o, variance, ends, [None] * len(states), 1
+    )
+    return (o, variance if want_variance else o.new_empty(0), *final)
+
+
+@_repeated
+def _chunks_backward(*arguments):
+    inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
+    K, V = _sizes(*inputs, *parameters, *states)
+    blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+    d_inputs = [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+    given = [d_o, d_variance] if want_variance else [d_o]
+    flat, bounds, firsts = _segments(inputs, offsets)
+    starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
+    d_ends = [torch.empty_like(s) for s in starts]
+    _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, None, None, d_ends)
+    d_states = [torch.empty_like(s) for s in states]
+    _segment_links(d_ends, products, d_final, d_states, firsts, True)
+    d_parameters = _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, None)
+    return (
+        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
+        *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),
+        *d_states,
+    )
+
+
+def _segment_forward(*arguments):
+    inputs, parameters, states, (offsets, *_) = _sequential_split(arguments)
+    return (_chunks_forward if _segmented(inputs, parameters, states, offsets) else _sequential_forward)(*arguments)
+
+
+def _segment_backward(*arguments):
+    inputs, parameters, states, (*_, offsets, _, _) = _sequential_split(arguments)
+    return (_chunks_backward if _segmented(inputs, parameters, states, offsets) else _sequential_backward)(*arguments)
+'''
+
+
+def host_source(r: Recurrence, plan: SegmentPlan) -> str:
+    """Launches and operators of all chunks at once, and ``_chunk_triton_core``."""
+    forgets = [
+        None if which is None else (which, _behind(s.axes, plan.products[which]))
+        for s, which in zip(r.states, plan.forgets, strict=True)
+    ]
+    replacements = {
+        "CHUNK": str(CHUNK),
+        "PRODUCTS": repr(plan.products),
+        "FORGETS": repr(tuple(forgets)),
+        "KERNEL": backward_kernel(r),
+    }
+    doc = "All chunks at once, token by token; where that gives the GPU no more to do, sequence by sequence."
+    return replaced(_HOST, replacements) + "\n" + operators(r, "segment", "_chunk_triton_core", doc)
+
+
+def _behind(axes: Axes, decay: Axes) -> int:
+    """How many of a state's axes come behind those of its decay: numbers along them decay alike."""
+    return len(axes) - axes.index(decay[-1]) - 1 if decay else len(axes)
