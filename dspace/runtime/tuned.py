@@ -29,9 +29,11 @@ def apply(module: ModuleType, cache: Cache, device: str = "cuda") -> None:
 
 @functools.cache
 def shipped(device: str) -> dict[str, Any]:
-    """Choices that come with dspace for the GPU behind ``device``."""
+    """Choices that come with dspace for the GPU behind ``device``; those of its architecture where it was not measured."""
     tables = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    return tables.get(versions.device_name(device), {})
+    name = versions.device_name(device)
+    kin = [tables[other] for other in sorted(tables) if other.rpartition("(")[2] == name.rpartition("(")[2]]
+    return tables.get(name) or {key: config for table in kin for key, config in table.items()}
 
 
 def record_of(device: str) -> str:

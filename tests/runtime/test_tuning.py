@@ -86,6 +86,22 @@ def test_the_shipped_table_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     tuned.shipped.cache_clear()
 
 
+def test_a_gpu_that_was_not_measured_takes_the_choices_of_its_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = tmp_path / "tuned.json"
+    table.write_text(
+        '{"one (sm_90)": {"family 64": 1}, "two (sm_80)": {"family 64": 2}, "three (sm_80)": {"family 16": 3}}'
+    )
+    monkeypatch.setattr(tuned, "SHIPPED", table)
+    expected = {"two (sm_80)": {"family 64": 2}, "four (sm_80)": {"family 64": 2, "family 16": 3}, "five (sm_100)": {}}
+    for name, choices in expected.items():
+        monkeypatch.setattr(versions, "device_name", lambda device, name=name: name)
+        tuned.shipped.cache_clear()
+        assert tuned.shipped("cuda") == choices
+    tuned.shipped.cache_clear()
+
+
 def test_what_is_shipped_is_among_what_kernels_propose():
     """Else it would be dead weight: a choice that is no proposal any more is ignored."""
     proposals = {}
