@@ -1530,13 +1530,13 @@ def _live(x, mask, EXACT: tl.constexpr):
         return tl.where(mask, x, 0.0)
 
 
-@_kernel(do_not_specialize=["T", "EVERY"])
+@_kernel(do_not_specialize=["T", "EVERY", "SUB"])
 def _sequential_kernel(
     q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_final, Ibar_final, M_saved,
     Ibar_saved,
-    offsets, scale, T, EVERY, H,
+    offsets, scale, T, EVERY, SUB, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
-    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr,
 ):
     """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1591,7 +1591,10 @@ def _sequential_kernel(
         g_next = tl.load(g_in + ahead * K + r_k, mask=r_k < K, other=0.0)
         if SAVE:
             if t % EVERY == 0:
-                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                if CHUNKS:
+                    slot = (i_n * SUB + t // EVERY) * H + i_h
+                else:
+                    slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
                 tl.store(M_saved + slot * K * V + t_kv, (M).to(M_saved.dtype.element_ty), mask=m_kv)
                 tl.store(Ibar_saved + slot * K * V + t_kv, (Ibar).to(Ibar_saved.dtype.element_ty), mask=m_kv)
         row0 = tl.exp(g)
@@ -1617,12 +1620,12 @@ def _sequential_kernel(
         tl.store(Ibar_final + i_nh * K * V + t_kv, (Ibar).to(Ibar_final.dtype.element_ty), mask=m_kv)
 
 
-@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL", "SUB"])
 def _sequential_backward_kernel(
     q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, M_past, Ibar_past, d_output_in,
     d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
     d_Ibar_initial,
-    offsets, scale, T, EVERY, TOTAL, H,
+    offsets, scale, T, EVERY, TOTAL, SUB, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
@@ -1668,8 +1671,8 @@ def _sequential_backward_kernel(
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        if CHUNKS:  # one segment
-            slot = i_nh
+        if CHUNKS:
+            slot = (i_n * SUB + segment) * H + i_h
         else:
             slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
@@ -1770,12 +1773,12 @@ def _sequential_backward_kernel(
         tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
 
 
-@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL", "SUB"])
 def _sequential_backward_variance_kernel(
     q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, M_past_, Ibar_past_,
     d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
     d_I_p_out_, d_M_initial_, d_Ibar_initial_,
-    offsets, scale, T, EVERY, TOTAL, H,
+    offsets, scale, T, EVERY, TOTAL, SUB, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
@@ -1821,8 +1824,8 @@ def _sequential_backward_variance_kernel(
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        if CHUNKS:  # one segment
-            slot = i_nh
+        if CHUNKS:
+            slot = (i_n * SUB + segment) * H + i_h
         else:
             slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
@@ -2076,14 +2079,14 @@ def _sequential_split(arguments):
     return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
 
 
-def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every, sub=0):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, CHUNKS=sub > 0, num_warps=warps,
     )
 
 
@@ -2133,7 +2136,7 @@ def _sequential_backward(*arguments):
         *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
     )
     _launch(
-        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,),
         K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, CHUNKS=False, INPUTS=True, num_warps=warps,
     )
     return (
@@ -2216,8 +2219,8 @@ def _recurrent_triton_core(*arguments):
     return (o, variance if want_variance else None, *final)
 
 
-_SEGMENT = 32  # tokens of a chunk
-_SEGMENT_MEMORY = 2**29  # bytes: states of single tokens that the backward pass keeps at a time
+_SEGMENT = 32  # least tokens of a chunk, which has a multiple of them
+_SEGMENT_MEMORY = 2**29  # bytes: states within chunks that the backward pass keeps at a time
 _SEGMENT_PRODUCTS = ('k',)  # axes of the products of decays
 _SEGMENT_FORGETS = ((0, 1), (0, 1))  # which of them each state has, and how many of its numbers in turn have the same; or None
 
@@ -2234,21 +2237,26 @@ def _segmented(inputs, parameters, states, offsets):
     return T > _SEGMENT and blocks * N * H < 2 * _multiprocessors(inputs[0].device)
 
 
-def _segments(inputs, offsets):
+def _segment_tokens(tokens, H, K, V, device):
+    """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
+    programs = -(-V // _sequential_config(K, V, _SEGMENT, True)[1]) * H
+    return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
+
+
+def _segments(inputs, offsets, C):
     """Inputs as one sequence, bounds of chunks, first chunk of each sequence: made on the device, not waiting for it."""
     B, T = inputs[0].shape[:2]
+    flat, device = [x.flatten(0, 1)[None] for x in inputs], inputs[0].device
     if offsets is None:
-        N, chunks = B, B * -(-T // _SEGMENT)
-        offsets = torch.arange(B + 1, device=inputs[0].device) * T
-    else:
-        N = offsets.shape[0] - 1
-        chunks = T // _SEGMENT + N  # at most; the spare ones are empty
-    counts = (offsets[1:] - offsets[:-1] + _SEGMENT - 1) // _SEGMENT
-    firsts = torch.cat((offsets[:1] * 0, counts.cumsum(0)))
-    index = torch.arange(chunks + 1, device=offsets.device)
+        NT = -(-T // C)
+        index = torch.arange(B * NT + 1, device=device)
+        return flat, index // NT * T + index % NT * C, torch.arange(0, B * NT + 1, NT, device=device)
+    N = offsets.shape[0] - 1
+    firsts = torch.cat((offsets[:1] * 0, ((offsets[1:] - offsets[:-1] + C - 1) // C).cumsum(0)))
+    index = torch.arange(T // C + N + 1, device=device)  # so many chunks at most; the spare ones are empty
     sequence = torch.searchsorted(firsts[1:], index, right=True).clamp(max=N - 1)
-    bounds = torch.minimum(offsets[sequence] + (index - firsts[sequence]) * _SEGMENT, offsets[sequence + 1])
-    return [x.flatten(0, 1)[None] for x in inputs], bounds, firsts
+    begin = offsets.take(sequence) + (index - firsts.take(sequence)) * C
+    return flat, torch.minimum(begin, offsets.take(sequence + 1)), firsts
 
 
 def _segment_links(ends, products, initial, final, firsts, reverse):
@@ -2282,7 +2290,7 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, d_starts):
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance, given, d_ends, d_inputs, d_starts):
     """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
 
     ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
@@ -2292,14 +2300,20 @@ def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, g
     BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
     blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
-    of_chunk = 4 * _SEGMENT * blocks * H * sum([math.prod(padded[axes]) for _, axes in _STATES])
+    # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
+    every = 1 << ((C - 1).bit_length() + 1 >> 1)
+    sub = -(-C // every)
+    of_chunk = 4 * H * (blocks * every + sub) * sum([math.prod(padded[axes]) for _, axes in _STATES])
     window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
-    past = [s.new_empty(blocks * window * H, _SEGMENT, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
-    none = [None] * len(starts)
+    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in starts]
+    past = [s.new_empty(blocks * window * H, every, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
+    none, config = [None] * len(starts), _sequential_config(K, V, _SEGMENT, False)
     sums = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
-        count = part.stop - first
+        count, inside = part.stop - first, bounds[first : part.stop + 1]
+        own = [s[part] for s in starts]
+        _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
         d_parameters, d_states, shared = [None] * len(parameters), none, none
         if d_inputs is None:
             # What has no v axis gets a row from each block of v.
@@ -2313,12 +2327,11 @@ def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, g
         _launch(
             (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * count * H, 1, 1),
             (
-                *inputs, *parameters, *[s[part] for s in starts], *past, *given,
+                *inputs, *parameters, *saved, *past, *given,
                 *(none if d_ends is None else [d[part] for d in d_ends]),
-                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states,
-                bounds[first : part.stop + 1],
+                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states, inside,
             ),
-            (scale, T, _SEGMENT, T * H), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
+            (scale, T, every, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
             INPUTS=d_inputs is not None, num_warps=warps,
         )
         for d, rows in zip(d_starts or [], shared):
@@ -2335,7 +2348,7 @@ def _chunks_forward(*arguments):
     o = inputs[0].new_empty(B, T, H, V)
     variance = torch.empty_like(o) if want_variance else None
     final = [torch.empty_like(s) for s in states]
-    inputs, bounds, firsts = _segments(inputs, offsets)
+    inputs, bounds, firsts = _segments(inputs, offsets, _segment_tokens(B * T, H, K, V, o.device))
     starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
     ends = [torch.empty_like(s) for s in starts]  # known already
     config = _sequential_config(K, V, _SEGMENT, False)
@@ -2348,20 +2361,22 @@ def _chunks_forward(*arguments):
 @_repeated
 def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
-    K, V = _sizes(*inputs, *parameters, *states)
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+    C = _segment_tokens(B * T, H, K, V, d_o.device)
     d_inputs = [
         torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
         for x, (_, axes) in zip(inputs, _INPUTS)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    flat, bounds, firsts = _segments(inputs, offsets)
+    flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
     d_ends = [torch.empty_like(s) for s in starts]
-    _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, None, None, d_ends)
+    common = flat, parameters, starts, bounds, C, scale, want_variance, given
+    _segment_reverse(*common, None, None, d_ends)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
-    d_parameters = _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, None)
+    d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),

@@ -15,7 +15,7 @@ import sympy
 from dspace.math.ir import Analysis, Axes, Recurrence, State
 
 CHUNK = 32
-"""Tokens a chunk: with fewer, states at chunk borders take more memory than what a chunk's tokens are worth."""
+"""Least tokens a chunk: with fewer, states at chunk borders take more memory than what a chunk's tokens are worth."""
 
 
 @dataclass(frozen=True)

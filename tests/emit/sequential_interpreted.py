@@ -79,14 +79,14 @@ PACKED = [0, 1, 1, 6]
 def module(name: str, folder: Path, blocks: int, form: str) -> ModuleType:
     """The generated module with this section alone; ``blocks`` is the width of a block of v where v may be split.
 
-    In the form "chunk" all chunks run at once, whatever the number of programs: two tokens each, four chunks a window.
+    In the form "chunk" all chunks run at once, whatever the number of programs: four tokens each, in segments of two; four chunks a window.
     """
     r = (RECURRENCES | MORE)[name]
     section = segments.section if form == "chunk" else sequential.section
     source = emit(Identity(name), analysis_of(r), targets=[section])
     made = load(source, folder / f"{form}_{name}_{blocks}.py")
     if form == "chunk":
-        made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 2, 1, lambda *_: True
+        made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 4, 1, lambda *_: True
     usual = made._sequential_config
 
     def config(K: int, V: int, steps: int, backward: bool) -> tuple[int, int, int]:

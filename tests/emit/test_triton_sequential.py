@@ -56,7 +56,7 @@ CASES = [
     Case("erase", 3, bf16=True),
     Case("ratio", 0, blocks=8),
     *(Case(n, 5, form="chunk") for n in ("scalar_decay", "bonus_before", "normalised", "ratio_channels", "composed")),
-    Case("ratio_channels", 11, form="chunk"),
+    Case("ratio_channels", 19, form="chunk"),
     Case("ratio_channels", 4, batch=2, blocks=8, form="chunk"),
     Case("composed", 9, batch=2, form="chunk"),
     Case("ratio_channels", 6, packed=True, form="chunk"),

@@ -68,7 +68,7 @@ def section(analysis: Analysis) -> Section | None:
         _Within(plan.within).ends(r),
         LINKS,
     ]
-    parts += [sequential_source(r, splits(r), "CHUNKS=False, INPUTS=True, "), host_source(r, plan)]
+    parts += [sequential_source(r, splits(r), chunks=True), host_source(r, plan)]
     return Section(
         device="cuda",
         imports=(*launching.IMPORTS, "import math"),

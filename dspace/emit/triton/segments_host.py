@@ -7,8 +7,8 @@ from dspace.math.ir import Axes, Recurrence
 from dspace.plan.segments import CHUNK, SegmentPlan
 
 _HOST = '''
-_SEGMENT = @CHUNK@  # tokens of a chunk
-_SEGMENT_MEMORY = 2**29  # bytes: states of single tokens that the backward pass keeps at a time
+_SEGMENT = @CHUNK@  # least tokens of a chunk, which has a multiple of them
+_SEGMENT_MEMORY = 2**29  # bytes: states within chunks that the backward pass keeps at a time
 _SEGMENT_PRODUCTS = @PRODUCTS@  # axes of the products of decays
 _SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of its numbers in turn have the same; or None
 
@@ -25,21 +25,26 @@ def _segmented(inputs, parameters, states, offsets):
     return T > _SEGMENT and blocks * N * H < 2 * _multiprocessors(inputs[0].device)
 
 
-def _segments(inputs, offsets):
+def _segment_tokens(tokens, H, K, V, device):
+    """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
+    programs = -(-V // _sequential_config(K, V, _SEGMENT, True)[1]) * H
+    return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
+
+
+def _segments(inputs, offsets, C):
     """Inputs as one sequence, bounds of chunks, first chunk of each sequence: made on the device, not waiting for it."""
     B, T = inputs[0].shape[:2]
+    flat, device = [x.flatten(0, 1)[None] for x in inputs], inputs[0].device
     if offsets is None:
-        N, chunks = B, B * -(-T // _SEGMENT)
-        offsets = torch.arange(B + 1, device=inputs[0].device) * T
-    else:
-        N = offsets.shape[0] - 1
-        chunks = T // _SEGMENT + N  # at most; the spare ones are empty
-    counts = (offsets[1:] - offsets[:-1] + _SEGMENT - 1) // _SEGMENT
-    firsts = torch.cat((offsets[:1] * 0, counts.cumsum(0)))
-    index = torch.arange(chunks + 1, device=offsets.device)
+        NT = -(-T // C)
+        index = torch.arange(B * NT + 1, device=device)
+        return flat, index // NT * T + index % NT * C, torch.arange(0, B * NT + 1, NT, device=device)
+    N = offsets.shape[0] - 1
+    firsts = torch.cat((offsets[:1] * 0, ((offsets[1:] - offsets[:-1] + C - 1) // C).cumsum(0)))
+    index = torch.arange(T // C + N + 1, device=device)  # so many chunks at most; the spare ones are empty
     sequence = torch.searchsorted(firsts[1:], index, right=True).clamp(max=N - 1)
-    bounds = torch.minimum(offsets[sequence] + (index - firsts[sequence]) * _SEGMENT, offsets[sequence + 1])
-    return [x.flatten(0, 1)[None] for x in inputs], bounds, firsts
+    begin = offsets.take(sequence) + (index - firsts.take(sequence)) * C
+    return flat, torch.minimum(begin, offsets.take(sequence + 1)), firsts
 
 
 def _segment_links(ends, products, initial, final, firsts, reverse):
@@ -73,7 +78,7 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, d_starts):
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance, given, d_ends, d_inputs, d_starts):
     """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
 
     ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
@@ -83,14 +88,20 @@ def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, g
     BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
     blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
-    of_chunk = 4 * _SEGMENT * blocks * H * sum([math.prod(padded[axes]) for _, axes in _STATES])
+    # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
+    every = 1 << ((C - 1).bit_length() + 1 >> 1)
+    sub = -(-C // every)
+    of_chunk = 4 * H * (blocks * every + sub) * sum([math.prod(padded[axes]) for _, axes in _STATES])
     window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
-    past = [s.new_empty(blocks * window * H, _SEGMENT, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
-    none = [None] * len(starts)
+    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in starts]
+    past = [s.new_empty(blocks * window * H, every, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
+    none, config = [None] * len(starts), _sequential_config(K, V, _SEGMENT, False)
     sums = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
-        count = part.stop - first
+        count, inside = part.stop - first, bounds[first : part.stop + 1]
+        own = [s[part] for s in starts]
+        _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
         d_parameters, d_states, shared = [None] * len(parameters), none, none
         if d_inputs is None:
             # What has no v axis gets a row from each block of v.
@@ -104,12 +115,11 @@ def _segment_reverse(inputs, parameters, starts, bounds, scale, want_variance, g
         _launch(
             @KERNEL@, (blocks * count * H, 1, 1),
             (
-                *inputs, *parameters, *[s[part] for s in starts], *past, *given,
+                *inputs, *parameters, *saved, *past, *given,
                 *(none if d_ends is None else [d[part] for d in d_ends]),
-                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states,
-                bounds[first : part.stop + 1],
+                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states, inside,
             ),
-            (scale, T, _SEGMENT, T * H), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
+            (scale, T, every, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
             INPUTS=d_inputs is not None, num_warps=warps,
         )
         for d, rows in zip(d_starts or [], shared):
@@ -126,7 +136,7 @@ def _chunks_forward(*arguments):
     o = inputs[0].new_empty(B, T, H, V)
     variance = torch.empty_like(o) if want_variance else None
     final = [torch.empty_like(s) for s in states]
-    inputs, bounds, firsts = _segments(inputs, offsets)
+    inputs, bounds, firsts = _segments(inputs, offsets, _segment_tokens(B * T, H, K, V, o.device))
     starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
     ends = [torch.empty_like(s) for s in starts]  # known already
     config = _sequential_config(K, V, _SEGMENT, False)
@@ -139,20 +149,22 @@ def _chunks_forward(*arguments):
 @_repeated
 def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
-    K, V = _sizes(*inputs, *parameters, *states)
+    B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+    C = _segment_tokens(B * T, H, K, V, d_o.device)
     d_inputs = [
         torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
         for x, (_, axes) in zip(inputs, _INPUTS)
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    flat, bounds, firsts = _segments(inputs, offsets)
+    flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
     d_ends = [torch.empty_like(s) for s in starts]
-    _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, None, None, d_ends)
+    common = flat, parameters, starts, bounds, C, scale, want_variance, given
+    _segment_reverse(*common, None, None, d_ends)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
-    d_parameters = _segment_reverse(flat, parameters, starts, bounds, scale, want_variance, given, d_ends, d_inputs, None)
+    d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
     return (
         *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
         *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),

@@ -28,11 +28,10 @@ from dspace.math.ir import Adjoint, Analysis, Axes, Recurrence, State, SumV, Var
 from dspace.plan.sequential import SIZES, Assign, Scheduler, Store, Sum, Token, flatten
 
 _LOCAL = frozenset(
-    """T H K V BK BV NV NH EVERY TOTAL CHUNKS INPUTS OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
+    """T H K V BK BV NV NH EVERY TOTAL SUB CHUNKS INPUTS OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
     m_v m_kv r_k r_v t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
     count_v range o variance back_t first""".split()
 )
-_FLAGS = " CHUNKS: tl.constexpr, INPUTS: tl.constexpr,"
 
 
 def splits(r: Recurrence) -> bool:
@@ -97,8 +96,8 @@ class Body:
 class Kernels:
     """Writes the kernels of one recurrence.
 
-    With ``chunks`` the backward kernel also takes sequences that are chunks of others (CHUNKS), from states at their
-    starts; then cotangents of inputs and parameters are left out without INPUTS, and those of states where None is given.
+    With ``chunks`` they also take sequences that are chunks of others (CHUNKS), with saved states of SUB segments for
+    each; then cotangents of inputs and parameters are left out without INPUTS, those of states where None is given.
     """
 
     def __init__(self, recurrence: Recurrence, chunks: bool = False) -> None:
@@ -111,12 +110,8 @@ class Kernels:
         return {v.name: self.namer(f"{self.names[v.name]}_{suffix}") for v in variables}
 
     def signature(self, name: str, doc: str, arguments: list[str], numbers: str, flags: str) -> list[str]:
-        lines = [
-            '@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])'
-            if "TOTAL" in numbers
-            else '@_kernel(do_not_specialize=["T", "EVERY"])'
-        ]
-        lines.append(f"def {name}(")
+        free = ", ".join(f'"{n}"' for n in ("T", "EVERY", "TOTAL", "SUB") if n in ("T", "EVERY") or n in numbers)
+        lines = [f"@_kernel(do_not_specialize=[{free}])", f"def {name}("]
         row = "   "
         for a in arguments:
             if len(row) + len(a) > 110:
@@ -175,8 +170,9 @@ class Kernels:
         arguments = [*arrays.values(), *initial.values(), "o", "variance", *final.values(), *saved.values()]
         doc = "Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."
         lines = self.signature(
-            "_sequential_kernel", doc, arguments, "H",
-            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,",
+            "_sequential_kernel", doc, arguments, "SUB, H" if self.chunks else "H",
+            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,"
+            + self.chunks * " CHUNKS: tl.constexpr,",
         )  # fmt: skip
         lines += ["    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead", "        steps = 1"]
         self.carried = {s.name: names[s.name] for s in r.states}
@@ -195,7 +191,7 @@ class Kernels:
         ]
         lines += indented(inside, 2)
         lines += ["        if SAVE:", "            if t % EVERY == 0:"]
-        lines += ["                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h"]
+        lines += indented(self.slot("t // EVERY"), 4)
         lines += indented(self.once({s: stored(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         lines += indented(body.until(carried), 2)
@@ -244,7 +240,8 @@ class Kernels:
         arguments += [*d_out.values(), *d_initial.values()]
         doc = "Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."
         name = "_sequential_backward_variance_kernel" if variance else "_sequential_backward_kernel"
-        lines = self.signature(name, doc, arguments, "TOTAL, H", "PACKED: tl.constexpr," + self.chunks * _FLAGS)
+        flags = "PACKED: tl.constexpr," + self.chunks * " CHUNKS: tl.constexpr, INPUTS: tl.constexpr,"
+        lines = self.signature(name, doc, arguments, "TOTAL, SUB, H" if self.chunks else "TOTAL, H", flags)
 
         self.carried = {s.name: names[s.name] for s in r.states}
         again = Body(forward_token(r, variance, readout=False), self.local(), self.namer)
@@ -271,10 +268,7 @@ class Kernels:
         lines += ["    segments = tl.cdiv(steps, EVERY)", "    for back in range(0, segments):"]
         lines += ["        segment = segments - 1 - back", "        first = begin + segment * EVERY"]
         lines += ["        count = tl.minimum(EVERY, steps - segment * EVERY)"]
-        slot = ["slot = (begin // EVERY + i_n + segment) * H + i_h"]
-        if self.chunks:
-            slot = ["if CHUNKS:  # one segment", "    slot = i_nh", "else:", *indented(slot, 1)]
-        lines += indented(slot, 2)
+        lines += indented(self.slot("segment"), 2)
         lines += [f"        {names[s.name]} = {load(saved[s.name], s.axes, 'slot')}" for s in r.states]
         before, inside = self.tokens(used, arrays)
         lines += ["        # The states of this segment once more.", "        at = first * H + i_h"]
@@ -321,6 +315,13 @@ class Kernels:
             result = stored(d_initial[s.name], s.axes, place_of(s.axes), d_local[s.name])
             lines += indented(self.asked(f"{d_initial[s.name]} is not None", [result]), 1)
         return "\n".join(lines) + "\n"
+
+    def slot(self, segment: str) -> list[str]:
+        """Lines that find the row of a segment's saved states."""
+        usual = f"slot = (begin // EVERY + i_n + {segment}) * H + i_h"
+        if not self.chunks:
+            return [usual]
+        return ["if CHUNKS:", f"    slot = (i_n * SUB + {segment}) * H + i_h", "else:", f"    {usual}"]
 
     def asked(self, condition: str, lines: list[str]) -> list[str]:
         """``lines``, under ``condition`` where that may be false."""

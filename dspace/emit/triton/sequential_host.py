@@ -50,14 +50,14 @@ def _sequential_split(arguments):
     return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
 
 
-def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every@SUB@):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every@GIVES@), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, @CHUNKS@num_warps=warps,
     )
 
 
@@ -107,7 +107,7 @@ def _sequential_backward(*arguments):
         *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
     )
     _launch(
-        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H@NONE@), (H,),
         K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, @FLAGS@num_warps=warps,
     )
     return (
@@ -197,14 +197,18 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def host_source(r: Recurrence, splits: bool, flags: str = "") -> str:
-    """Launches and operators of the recurrence ``r``, and ``_recurrent_triton_core``; ``flags`` of its backward kernel."""
+def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
+    """Launches and operators of the recurrence ``r``, and ``_recurrent_triton_core``; ``chunks`` as its kernels have it."""
     replacements = {
         "SPLITS": str(splits),
         "COUNTS": str((len(r.inputs), len(r.parameters), len(r.states))),
         "TILES": str(_power_of_two(sum(s.axes == "kv" for s in r.states))),
         "KERNEL": backward_kernel(r),
-        "FLAGS": flags,
+        "SUB": chunks * ", sub=0",
+        "GIVES": chunks * ", sub",
+        "NONE": chunks * ", 0",
+        "CHUNKS": chunks * "CHUNKS=sub > 0, ",
+        "FLAGS": chunks * "CHUNKS=False, INPUTS=True, ",
     }
     doc = "Token by token, states in registers; the same kernel decodes."
     return replaced(_HOST, replacements) + "\n" + operators(r, "sequential", "_recurrent_triton_core", doc)
