@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from dspace.math.ir import Analysis, Recurrence
+from dspace.math.ir import Analysis, Classification, Recurrence
 from dspace.math.printing import axes_text, latex_name, latex_of, text_of
 
 WIDTH = 110
@@ -34,7 +34,7 @@ def text(analysis: Analysis, *, passes: bool = False) -> str:
     if r.references:
         out.append("  " + ", ".join(r.references))
     out += ["", f"class {c.letter}: {c.name}", *_wrap("why: " + c.reason)]
-    out += _wrap("runs: " + PLANS.get(c.letter, COMPOSED if c.affine else SEQUENTIAL))
+    out += _wrap("runs: " + _runs(c))
     out += _section("inputs, one value per token and head", [_declared(v) for v in r.inputs])
     if r.parameters:
         out += _section("parameters, one value per head", [_declared(v) for v in r.parameters])
@@ -58,6 +58,13 @@ def text(analysis: Analysis, *, passes: bool = False) -> str:
     if passes:
         out += _section("passes", [_pass(p) for p in analysis.passes])
     return "\n".join(out) + "\n"
+
+
+def _runs(c: Classification) -> str:
+    """The plan of a class; matmuls know no decay along v, and none that has no logarithm."""
+    if c.affine and (c.letter not in PLANS or any("v" in a.decay_axes or a.log_decay is None for a in c.affine)):
+        return COMPOSED
+    return PLANS.get(c.letter, SEQUENTIAL)
 
 
 def latex(analysis: Analysis) -> str:

@@ -44,6 +44,14 @@ def test_delta_rules_say_that_they_run_sequentially():
     assert "sequential" in show.text(analyse(ALL["delta"]))
 
 
+@pytest.mark.parametrize(
+    ("axes", "words"), [("", "chunkwise"), ("k", "chunkwise"), ("v", "composing"), ("kv", "composing")]
+)
+def test_decays_that_no_matmul_knows_are_said_to_be_composed(axes: str, words: str) -> None:
+    spec = load("simple_gla").to_toml().partition("[layer]")[0].replace('g = { axes = ""', f'g = {{ axes = "{axes}"')
+    assert words in show.text(analyse(loads(spec)))
+
+
 def test_state_bytes():
     assert analyse(ALL["metaplastic"]).cost["state_bytes"] == 8 * K * V
     assert analyse(ALL["folded"]).cost["state_bytes"] == 4 * K * V + 4 * K
