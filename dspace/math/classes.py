@@ -38,7 +38,7 @@ NAMES = {
     "d": "affine, rank-one transition",
     "e": "Moebius (Riccati), elementwise",
     "f": "full precision",
-    "g": "general, sequential",
+    "g": "general",
 }
 """What each class letter stands for."""
 
