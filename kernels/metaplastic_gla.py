@@ -2231,10 +2231,14 @@ def _multiprocessors(device):
 
 
 def _segmented(inputs, parameters, states, offsets):
-    """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle."""
+    """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle.
+
+    They run up to two and a half times the instructions. With fewer warps than two a multiprocessor, a sequence a program
+    waits for its latencies longer than those take.
+    """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
-    blocks = -(-V // _sequential_config(K, V, steps, True)[1])
-    return T > _SEGMENT and blocks * N * H < 2 * _multiprocessors(inputs[0].device)
+    _, BV, warps = _sequential_config(K, V, steps, True)
+    return T > _SEGMENT and -(-V // BV) * N * H * warps < 2 * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
