@@ -10,8 +10,9 @@ states; outputs and every gradient against the float64 reference, which runs on 
 kind beside its budget (DESIGN.md section 6), then what bad input does. Exits 1 if anything is over budget.
 
 Processes with the same ``--share`` folder share the work: what one has begun, no other does. Their journal is in it;
-after a stop go on with a copy of that in a new folder. PyTorch takes every tensor's memory from the driver under compute-sanitizer, so that what is beside a tensor is nobody's;
-then no CUDA graph is tried. Without a GPU it runs under TRITON_INTERPRET=1, to try the script itself.
+after a stop go on with a copy of that in a new folder. PyTorch takes every tensor's memory from the driver under
+compute-sanitizer, so that what is beside a tensor is nobody's; then no CUDA graph is tried. Without a GPU it runs under
+TRITON_INTERPRET=1, to try the script itself.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from dspace.runtime.budgets import FEW, MATMUL_CLASSES, MOST, ROUNDING, SAMPLES,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = "simple_gla,gla,normalized_linear_attention,palimpsa_folded,palimpsa"
 SIZES = (16, 40, 48, 64, 96, 100, 128, 192, 256)
-PAIRS = list(dict.fromkeys([(k, k) for k in SIZES] + [(k, SIZES[(3 * i + 4) % 9]) for i, k in enumerate(SIZES)]))
+PAIRS = list(
+    dict.fromkeys([(k, k) for k in SIZES] + [(k, SIZES[(3 * i + 4) % len(SIZES)]) for i, k in enumerate(SIZES)])
+)
 LONG = {(16, 16), (48, 48), (64, 64), (128, 128)}
 """Head sizes at which 4096 tokens are tried: the reference takes its time."""
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1507,6 +1507,11 @@ def _chosen(propose, *key):
     return config
 
 
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
 @_kernel
 def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
     """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
@@ -2079,14 +2084,32 @@ def _sequential_split(arguments):
     return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
 
 
+def _of_blocks(like, axes, blocks, *lead):
+    """Room for the cotangent of ``like``, float32: what has no v axis gets a row from each block of v."""
+    return like.new_empty(*(() if "v" in axes else (blocks,)), *lead, *like.shape, dtype=torch.float32)
+
+
+def _of_inputs(inputs, blocks):
+    """Room for the cotangents of inputs; those that one row suffices for have their types."""
+    return [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else _of_blocks(x, axes, blocks)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+
+
+def _summed(rows, like):
+    """The cotangent of ``like`` from its rows of blocks and sequences, or the one row that it has."""
+    return rows if rows.shape == like.shape else rows.flatten(0, rows.dim() - like.dim() - 1).sum(0).to(like.dtype)
+
+
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every, sub=0):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,),
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,), CHUNKS=sub > 0,
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, CHUNKS=sub > 0, num_warps=warps,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
 
 
@@ -2119,31 +2142,18 @@ def _sequential_backward(*arguments):
     blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
-    # What has no v axis gets a row from each block of v, summed below.
-    d_inputs = [
-        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
-        for x, (_, axes) in zip(inputs, _INPUTS)
-    ]
-    d_parameters = [
-        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
-        for p, (_, axes) in zip(parameters, _PARAMETERS)
-    ]
-    d_states = [
-        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    d_leaves = [
+        *_of_inputs(inputs, blocks),
+        *[_of_blocks(p, axes, blocks, N) for p, (_, axes) in zip(parameters, _PARAMETERS)],
+        *[_of_blocks(s, axes, blocks) for s, (_, axes) in zip(states, _STATES)],
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    pointers = (
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
-    )
+    pointers = (*inputs, *parameters, *saved, *past, *given, *d_final, *d_leaves, offsets)
     _launch(
-        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,),
-        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, CHUNKS=False, INPUTS=True, num_warps=warps,
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,), CHUNKS=False, INPUTS=True,
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
-    return (
-        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
-        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
-        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
-    )
+    return tuple([_summed(d, x) for d, x in zip(d_leaves, (*inputs, *parameters, *states))])
 
 
 _sequential_op = torch.library.custom_op(
@@ -2225,9 +2235,9 @@ _SEGMENT_PRODUCTS = ('k',)  # axes of the products of decays
 _SEGMENT_FORGETS = ((0, 1), (0, 1))  # which of them each state has, and how many of its numbers in turn have the same; or None
 
 
-@functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+def _segment_blocks(K, V):
+    """Blocks of v in the backward pass."""
+    return -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
 
 
 def _segmented(inputs, parameters, states, offsets):
@@ -2237,13 +2247,13 @@ def _segmented(inputs, parameters, states, offsets):
     waits for its latencies longer than those take.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
-    _, BV, warps = _sequential_config(K, V, steps, True)
-    return T > _SEGMENT and -(-V // BV) * N * H * warps < 2 * _multiprocessors(inputs[0].device)
+    warps = _segment_blocks(K, V) * _sequential_config(K, V, steps, True)[2]
+    return T > _SEGMENT and N * H * warps < 2 * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
     """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
-    programs = -(-V // _sequential_config(K, V, _SEGMENT, True)[1]) * H
+    programs = _segment_blocks(K, V) * H
     return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
 
 
@@ -2294,7 +2304,7 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance, given, d_ends, d_inputs, d_starts):
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, d_ends, d_inputs, d_starts):
     """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
 
     ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
@@ -2302,7 +2312,7 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
     BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
-    blocks = -(-V // BV)
+    blocks, want_variance = _segment_blocks(K, V), len(given) == 2
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
     every = 1 << ((C - 1).bit_length() + 1 >> 1)
@@ -2320,14 +2330,10 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
         _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
         d_parameters, d_states, shared = [None] * len(parameters), none, none
         if d_inputs is None:
-            # What has no v axis gets a row from each block of v.
-            shared = [None if "v" in axes else s.new_empty(blocks, count, *s.shape[1:]) for s, (_, axes) in zip(starts, _STATES)]
+            shared = [None if "v" in axes else _of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
             d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
         else:
-            d_parameters = [
-                p.new_empty(*(() if "v" in axes else (blocks,)), count, *p.shape, dtype=torch.float32)
-                for p, (_, axes) in zip(parameters, _PARAMETERS)
-            ]
+            d_parameters = [_of_blocks(p, axes, blocks, count) for p, (_, axes) in zip(parameters, _PARAMETERS)]
         _launch(
             (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * count * H, 1, 1),
             (
@@ -2341,7 +2347,7 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
         for d, rows in zip(d_starts or [], shared):
             if rows is not None:
                 d[part] = rows.sum(0)
-        sums.append([d.flatten(0, d.dim() - p.dim() - 1).sum(0) for d, p in zip(d_parameters, parameters) if d is not None])
+        sums.append([_summed(d, p) for d, p in zip(d_parameters, parameters) if d is not None])
     return [torch.stack(parts).sum(0) for parts in zip(*sums)]
 
 
@@ -2366,26 +2372,18 @@ def _chunks_forward(*arguments):
 def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
-    blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
     C = _segment_tokens(B * T, H, K, V, d_o.device)
-    d_inputs = [
-        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
-        for x, (_, axes) in zip(inputs, _INPUTS)
-    ]
+    d_inputs = _of_inputs(inputs, _segment_blocks(K, V))
     given = [d_o, d_variance] if want_variance else [d_o]
     flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
     d_ends = [torch.empty_like(s) for s in starts]
-    common = flat, parameters, starts, bounds, C, scale, want_variance, given
+    common = flat, parameters, starts, bounds, C, scale, given
     _segment_reverse(*common, None, None, d_ends)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
     d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
-    return (
-        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
-        *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),
-        *d_states,
-    )
+    return (*[_summed(d, x) for d, x in zip(d_inputs, inputs)], *d_parameters, *d_states)
 
 
 def _segment_forward(*arguments):

@@ -2688,6 +2688,24 @@ def _sequential_split(arguments):
     return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
 
 
+def _of_blocks(like, axes, blocks, *lead):
+    """Room for the cotangent of ``like``, float32: what has no v axis gets a row from each block of v."""
+    return like.new_empty(*(() if "v" in axes else (blocks,)), *lead, *like.shape, dtype=torch.float32)
+
+
+def _of_inputs(inputs, blocks):
+    """Room for the cotangents of inputs; those that one row suffices for have their types."""
+    return [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else _of_blocks(x, axes, blocks)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+
+
+def _summed(rows, like):
+    """The cotangent of ``like`` from its rows of blocks and sequences, or the one row that it has."""
+    return rows if rows.shape == like.shape else rows.flatten(0, rows.dim() - like.dim() - 1).sum(0).to(like.dtype)
+
+
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
@@ -2728,31 +2746,18 @@ def _sequential_backward(*arguments):
     blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
-    # What has no v axis gets a row from each block of v, summed below.
-    d_inputs = [
-        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
-        for x, (_, axes) in zip(inputs, _INPUTS)
-    ]
-    d_parameters = [
-        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
-        for p, (_, axes) in zip(parameters, _PARAMETERS)
-    ]
-    d_states = [
-        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    d_leaves = [
+        *_of_inputs(inputs, blocks),
+        *[_of_blocks(p, axes, blocks, N) for p, (_, axes) in zip(parameters, _PARAMETERS)],
+        *[_of_blocks(s, axes, blocks) for s, (_, axes) in zip(states, _STATES)],
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    pointers = (
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
-    )
+    pointers = (*inputs, *parameters, *saved, *past, *given, *d_final, *d_leaves, offsets)
     _launch(
         _sequential_backward_kernel, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
         K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
-    return (
-        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
-        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
-        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
-    )
+    return tuple([_summed(d, x) for d, x in zip(d_leaves, (*inputs, *parameters, *states))])
 
 
 _sequential_op = torch.library.custom_op(

@@ -149,6 +149,13 @@ def _tile(size, most):
     return max(16, min(1 << (size - 1).bit_length(), most))
 '''
 
+MULTIPROCESSORS = """
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+"""
+"""What decides by how many programs a GPU holds."""
+
 FAST = '''
 def _fast(tensor):
     """Whether kernels on this device may use instructions of NVIDIA GPUs."""

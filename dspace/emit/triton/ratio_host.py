@@ -7,6 +7,7 @@ exist for all tokens at once.
 
 from __future__ import annotations
 
+from dspace.emit.triton.launching import MULTIPROCESSORS
 from dspace.emit.triton.ratio_backward import k_gradient, kept_sums
 from dspace.emit.triton.ratio_text import Words
 from dspace.plan.ratio import RatioPlan
@@ -59,9 +60,7 @@ def _settle_tiles(K, V):
     return BK, BV, 1 if BK * BV <= 512 else 4
 
 
-@functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+{MULTIPROCESSORS.strip()}
 
 
 def _windows(T, bytes_a_token, share, warps_a_chunk, device):

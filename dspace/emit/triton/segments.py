@@ -61,14 +61,8 @@ def section(analysis: Analysis) -> Section | None:
     if plan is None:
         return None
     r = analysis.recurrence
-    parts = [
-        launching.COMMON,
-        TILES,
-        *Kernels(r, chunks=True).all(analysis.adjoint),
-        _Within(plan.within).ends(r),
-        LINKS,
-    ]
-    parts += [sequential_source(r, splits(r), chunks=True), host_source(r, plan)]
+    parts = [launching.COMMON, launching.MULTIPROCESSORS, TILES, *Kernels(r, chunks=True).all(analysis.adjoint)]
+    parts += [_Within(plan.within).ends(r), LINKS, sequential_source(r, splits(r), chunks=True), host_source(r, plan)]
     return Section(
         device="cuda",
         imports=(*launching.IMPORTS, "import math"),
@@ -93,11 +87,9 @@ class _Within(Kernels):
         used = body.uses()
         loads, shapes = self.parameters(used, arrays)
         before, inside = self.tokens(used, arrays)
-        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *indented([*loads, *shapes, *before], 1)]
         own = {s.name for s in r.states}
-        lines += [f"    {names[s.name]} = zero_{s.axes}{'' if s.name in own else ' + 1.0'}" for s in self.r.states]
-        lines += ["    for t in range(0, steps):", "        at = (begin + t) * H + i_h"]
-        lines += ["        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h"]
-        lines += indented([*inside, *body.until(body.stores), *self.advance(body)], 2)
+        starts = [f"{names[s.name]} = zero_{s.axes}{'' if s.name in own else ' + 1.0'}" for s in self.r.states]
+        lines += self.walk([*loads, *before, *starts, *shapes], inside)
+        lines += indented([*body.until(body.stores), *self.advance(body)], 2)
         results = {s: stored(ends[s.name], s.axes, "i_nh", names[s.name]) for s in self.r.states}
         return "\n".join([*lines, *indented(self.once(results), 1)]) + "\n"

@@ -13,9 +13,9 @@ _SEGMENT_PRODUCTS = @PRODUCTS@  # axes of the products of decays
 _SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of its numbers in turn have the same; or None
 
 
-@functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+def _segment_blocks(K, V):
+    """Blocks of v in the backward pass."""
+    return -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
 
 
 def _segmented(inputs, parameters, states, offsets):
@@ -25,13 +25,13 @@ def _segmented(inputs, parameters, states, offsets):
     waits for its latencies longer than those take.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
-    _, BV, warps = _sequential_config(K, V, steps, True)
-    return T > _SEGMENT and -(-V // BV) * N * H * warps < 2 * _multiprocessors(inputs[0].device)
+    warps = _segment_blocks(K, V) * _sequential_config(K, V, steps, True)[2]
+    return T > _SEGMENT and N * H * warps < 2 * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
     """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
-    programs = -(-V // _sequential_config(K, V, _SEGMENT, True)[1]) * H
+    programs = _segment_blocks(K, V) * H
     return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
 
 
@@ -82,7 +82,7 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance, given, d_ends, d_inputs, d_starts):
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, d_ends, d_inputs, d_starts):
     """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
 
     ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
@@ -90,7 +90,7 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
     BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
-    blocks = -(-V // BV)
+    blocks, want_variance = _segment_blocks(K, V), len(given) == 2
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
     every = 1 << ((C - 1).bit_length() + 1 >> 1)
@@ -108,14 +108,10 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
         _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
         d_parameters, d_states, shared = [None] * len(parameters), none, none
         if d_inputs is None:
-            # What has no v axis gets a row from each block of v.
-            shared = [None if "v" in axes else s.new_empty(blocks, count, *s.shape[1:]) for s, (_, axes) in zip(starts, _STATES)]
+            shared = [None if "v" in axes else _of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
             d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
         else:
-            d_parameters = [
-                p.new_empty(*(() if "v" in axes else (blocks,)), count, *p.shape, dtype=torch.float32)
-                for p, (_, axes) in zip(parameters, _PARAMETERS)
-            ]
+            d_parameters = [_of_blocks(p, axes, blocks, count) for p, (_, axes) in zip(parameters, _PARAMETERS)]
         _launch(
             @KERNEL@, (blocks * count * H, 1, 1),
             (
@@ -129,7 +125,7 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, want_variance
         for d, rows in zip(d_starts or [], shared):
             if rows is not None:
                 d[part] = rows.sum(0)
-        sums.append([d.flatten(0, d.dim() - p.dim() - 1).sum(0) for d, p in zip(d_parameters, parameters) if d is not None])
+        sums.append([_summed(d, p) for d, p in zip(d_parameters, parameters) if d is not None])
     return [torch.stack(parts).sum(0) for parts in zip(*sums)]
 
 
@@ -154,26 +150,18 @@ def _chunks_forward(*arguments):
 def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
-    blocks = -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
     C = _segment_tokens(B * T, H, K, V, d_o.device)
-    d_inputs = [
-        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
-        for x, (_, axes) in zip(inputs, _INPUTS)
-    ]
+    d_inputs = _of_inputs(inputs, _segment_blocks(K, V))
     given = [d_o, d_variance] if want_variance else [d_o]
     flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
     d_ends = [torch.empty_like(s) for s in starts]
-    common = flat, parameters, starts, bounds, C, scale, want_variance, given
+    common = flat, parameters, starts, bounds, C, scale, given
     _segment_reverse(*common, None, None, d_ends)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
     d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
-    return (
-        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
-        *(d.to(p.dtype) for d, p in zip(d_parameters, parameters)),
-        *d_states,
-    )
+    return (*[_summed(d, x) for d, x in zip(d_inputs, inputs)], *d_parameters, *d_states)
 
 
 def _segment_forward(*arguments):

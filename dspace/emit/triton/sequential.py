@@ -180,16 +180,9 @@ class Kernels:
         used = body.uses()
         loads, shapes = self.parameters(used, arrays)
         before, inside = self.tokens(used, arrays)
-        lines += ["    at = tl.minimum(begin, rows - 1) * H + i_h", *indented([*loads, *before], 1)]
-        lines += [f"    {names[s.name]} = {raw(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
-        lines += [f"    {names[s.name]} = {names[s.name]}{shaped(s.axes)}" for s in r.states]
-        lines += indented(shapes, 1)
-        lines += ["    for t in range(0, steps):"]
-        lines += [
-            "        at = (begin + t) * H + i_h",
-            "        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h",
-        ]
-        lines += indented(inside, 2)
+        starts = [f"{names[s.name]} = {raw(initial[s.name], s.axes, 'i_nh')}" for s in r.states]
+        starts += [f"{names[s.name]} = {names[s.name]}{shaped(s.axes)}" for s in r.states]
+        lines += self.walk([*loads, *before, *starts, *shapes], inside)
         lines += ["        if SAVE:", "            if t % EVERY == 0:"]
         lines += indented(self.slot("t // EVERY"), 4)
         lines += indented(self.once({s: stored(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
@@ -207,6 +200,19 @@ class Kernels:
         lines += ["    if OUTPUT:"]
         lines += indented(self.once({s: stored(final[s.name], s.axes, "i_nh", names[s.name]) for s in r.states}), 2)
         return "\n".join(lines) + "\n"
+
+    def walk(self, before: list[str], inside: list[str]) -> list[str]:
+        """Lines ``before`` a loop over the tokens of a sequence, and its beginning."""
+        lines = [
+            "    at = tl.minimum(begin, rows - 1) * H + i_h",
+            *indented(before, 1),
+            "    for t in range(0, steps):",
+        ]
+        lines += [
+            "        at = (begin + t) * H + i_h",
+            "        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h",
+        ]
+        return [*lines, *indented(inside, 2)]
 
     def once(self, stores: Mapping[State, str]) -> list[str]:
         """Stores of states: those without a v axis are the same in every block of v, and one block writes them."""

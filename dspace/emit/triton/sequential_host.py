@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspace.emit.triton.printer import specialise
 from dspace.math.ir import Recurrence
 
 _HOST = '''
@@ -50,14 +51,40 @@ def _sequential_split(arguments):
     return arguments[:a], arguments[a : a + b], arguments[a + b : a + b + c], arguments[a + b + c :]
 
 
-def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every@SUB@):
+def _of_blocks(like, axes, blocks, *lead):
+    """Room for the cotangent of ``like``, float32: what has no v axis gets a row from each block of v."""
+    return like.new_empty(*(() if "v" in axes else (blocks,)), *lead, *like.shape, dtype=torch.float32)
+
+
+def _of_inputs(inputs, blocks):
+    """Room for the cotangents of inputs; those that one row suffices for have their types."""
+    return [
+        torch.empty_like(x) if "v" in axes or blocks == 1 else _of_blocks(x, axes, blocks)
+        for x, (_, axes) in zip(inputs, _INPUTS)
+    ]
+
+
+def _summed(rows, like):
+    """The cotangent of ``like`` from its rows of blocks and sequences, or the one row that it has."""
+    return rows if rows.shape == like.shape else rows.flatten(0, rows.dim() - like.dim() - 1).sum(0).to(like.dtype)
+
+
+#if chunks
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every, sub=0):
+#else
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
+#endif
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every@GIVES@), (H,),
+#if chunks
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,), CHUNKS=sub > 0,
+#else
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
+#endif
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
-        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, @CHUNKS@num_warps=warps,
+        PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
 
 
@@ -90,31 +117,22 @@ def _sequential_backward(*arguments):
     blocks = -(-V // BV)
     padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
     past = [s.new_empty(blocks * N * H, every, *padded[axes]) for s, (_, axes) in zip(states, _STATES)]
-    # What has no v axis gets a row from each block of v, summed below.
-    d_inputs = [
-        torch.empty_like(x) if "v" in axes or blocks == 1 else x.new_empty(blocks, *x.shape, dtype=torch.float32)
-        for x, (_, axes) in zip(inputs, _INPUTS)
-    ]
-    d_parameters = [
-        p.new_empty(*(() if "v" in axes else (blocks,)), N, *p.shape, dtype=torch.float32)
-        for p, (_, axes) in zip(parameters, _PARAMETERS)
-    ]
-    d_states = [
-        s.new_empty(*(() if "v" in axes else (blocks,)), *s.shape) for s, (_, axes) in zip(states, _STATES)
+    d_leaves = [
+        *_of_inputs(inputs, blocks),
+        *[_of_blocks(p, axes, blocks, N) for p, (_, axes) in zip(parameters, _PARAMETERS)],
+        *[_of_blocks(s, axes, blocks) for s, (_, axes) in zip(states, _STATES)],
     ]
     given = [d_o, d_variance] if want_variance else [d_o]
-    pointers = (
-        *inputs, *parameters, *saved, *past, *given, *d_final, *d_inputs, *d_parameters, *d_states, offsets,
-    )
+    pointers = (*inputs, *parameters, *saved, *past, *given, *d_final, *d_leaves, offsets)
     _launch(
-        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H@NONE@), (H,),
-        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, @FLAGS@num_warps=warps,
+#if chunks
+        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,), CHUNKS=False, INPUTS=True,
+#else
+        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
+#endif
+        K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
-    return (
-        *(d if d.shape == x.shape else d.sum(0).to(x.dtype) for d, x in zip(d_inputs, inputs)),
-        *(d.flatten(0, d.dim() - p.dim() - 1).sum(0).to(p.dtype) for d, p in zip(d_parameters, parameters)),
-        *(d if d.shape == s.shape else d.sum(0) for d, s in zip(d_states, states)),
-    )
+    return tuple([_summed(d, x) for d, x in zip(d_leaves, (*inputs, *parameters, *states))])
 '''
 
 _OPERATORS = '''
@@ -204,14 +222,13 @@ def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
         "COUNTS": str((len(r.inputs), len(r.parameters), len(r.states))),
         "TILES": str(_power_of_two(sum(s.axes == "kv" for s in r.states))),
         "KERNEL": backward_kernel(r),
-        "SUB": chunks * ", sub=0",
-        "GIVES": chunks * ", sub",
-        "NONE": chunks * ", 0",
-        "CHUNKS": chunks * "CHUNKS=sub > 0, ",
-        "FLAGS": chunks * "CHUNKS=False, INPUTS=True, ",
     }
     doc = "Token by token, states in registers; the same kernel decodes."
-    return replaced(_HOST, replacements) + "\n" + operators(r, "sequential", "_recurrent_triton_core", doc)
+    return (
+        replaced(specialise(_HOST, {"chunks": chunks}), replacements)
+        + "\n"
+        + operators(r, "sequential", "_recurrent_triton_core", doc)
+    )
 
 
 def backward_kernel(r: Recurrence) -> str:
