@@ -1625,13 +1625,13 @@ def _sequential_kernel(
         tl.store(Ibar_final + i_nh * K * V + t_kv, (Ibar).to(Ibar_final.dtype.element_ty), mask=m_kv)
 
 
-@_kernel(do_not_specialize=["T", "EVERY", "TOTAL", "SUB"])
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
 def _sequential_backward_kernel(
     q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, M_past, Ibar_past, d_output_in,
     d_M_final, d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial,
     d_Ibar_initial,
-    offsets, scale, T, EVERY, TOTAL, SUB, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1662,24 +1662,15 @@ def _sequential_backward_kernel(
     shared = i_v * NH + i_nh  # row of what value blocks share
     I_p = tl.load(I_p_in_ + i_h * K + r_k, mask=r_k < K, other=0.0)
     I_p = I_p.to(tl.float32)[:, None]
-    if d_M_final is None:
-        d_M = zero_kv
-    else:
-        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    if d_Ibar_final is None:
-        d_Ibar = zero_kv
-    else:
-        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p = zero_k
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        if CHUNKS:
-            slot = (i_n * SUB + segment) * H + i_h
-        else:
-            slot = (begin // EVERY + i_n + segment) * H + i_h
+        slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         Ibar = tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
@@ -1756,13 +1747,12 @@ def _sequential_backward_kernel(
             sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
             x3 = row0__ * x2
             x6 = row0__ * x5
-            if INPUTS:
-                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
-                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
-                tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
-                tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
-                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
-                sum_I_p += -1.0 * sum7
+            tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=m_k)
+            sum_I_p += -1.0 * sum7
             d_M_after = x3
             d_Ibar_after = x6
             d_M = d_M_after
@@ -1770,21 +1760,18 @@ def _sequential_backward_kernel(
             M = M_old
             Ibar = Ibar_old
         tl.debug_barrier()
-    if INPUTS:
-        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
-    if d_M_initial is not None:
-        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
-    if d_Ibar_initial is not None:
-        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+    tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+    tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
 
 
-@_kernel(do_not_specialize=["T", "EVERY", "TOTAL", "SUB"])
+@_kernel(do_not_specialize=["T", "EVERY", "TOTAL"])
 def _sequential_backward_variance_kernel(
     q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, M_past_, Ibar_past_,
     d_output_in_, d_variance_in, d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_,
     d_I_p_out_, d_M_initial_, d_Ibar_initial_,
-    offsets, scale, T, EVERY, TOTAL, SUB, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CHUNKS: tl.constexpr, INPUTS: tl.constexpr,
+    offsets, scale, T, EVERY, TOTAL, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1815,24 +1802,15 @@ def _sequential_backward_variance_kernel(
     shared = i_v * NH + i_nh  # row of what value blocks share
     I_p = tl.load(I_p_in__ + i_h * K + r_k, mask=r_k < K, other=0.0)
     I_p = I_p.to(tl.float32)[:, None]
-    if d_M_final_ is None:
-        d_M_ = zero_kv
-    else:
-        d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    if d_Ibar_final_ is None:
-        d_Ibar_ = zero_kv
-    else:
-        d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_M_ = tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    d_Ibar_ = tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
     sum_I_p_ = zero_k
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
-        if CHUNKS:
-            slot = (i_n * SUB + segment) * H + i_h
-        else:
-            slot = (begin // EVERY + i_n + segment) * H + i_h
+        slot = (begin // EVERY + i_n + segment) * H + i_h
         M = tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         Ibar = tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
         # The states of this segment once more.
@@ -1916,13 +1894,12 @@ def _sequential_backward_variance_kernel(
             sum8 = tl.sum(_live(x4_, m_v, EXACT_V), axis=1)[:, None]
             x3_ = row0____ * x2_
             x6_ = row0____ * x5_
-            if INPUTS:
-                tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
-                tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
-                tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
-                tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
-                tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=m_k)
-                sum_I_p_ += sum8
+            tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=m_k)
+            tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=m_v)
+            tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=m_k)
+            sum_I_p_ += sum8
             d_M__after = x3_
             d_Ibar__after = x6_
             d_M_ = d_M__after
@@ -1930,18 +1907,15 @@ def _sequential_backward_variance_kernel(
             M = M_old_
             Ibar = Ibar_old_
         tl.debug_barrier()
-    if INPUTS:
-        tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_).to(d_I_p_out_.dtype.element_ty), mask=m_k)
-    if d_M_initial_ is not None:
-        tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
-    if d_Ibar_initial_ is not None:
-        tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
+    tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_).to(d_I_p_out_.dtype.element_ty), mask=m_k)
+    tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M_).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
 
 
-@_kernel(do_not_specialize=["T", "EVERY"])
+@_kernel(do_not_specialize=["T"])
 def _ends_kernel(
     q_in, k_in, v_in, b_in, g_in, I_p_in, M_end, Ibar_end, product_0_end,
-    offsets, scale, T, EVERY, H,
+    offsets, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
 ):
     """States at the end of every sequence that starts from zeros, and the products of its decays."""
@@ -2037,6 +2011,283 @@ def _links_kernel(
         S += end
     if final is not None:
         tl.store(final + i_nh * SIZE + o, S, mask=live)
+
+
+@_kernel(do_not_specialize=["T", "TOTAL", "SUB"])
+def _segment_backward_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_saved, Ibar_saved, d_output_in, d_M_final, d_Ibar_final, d_q_out,
+    d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial, d_Ibar_initial,
+    offsets, scale, T, TOTAL, SUB, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EVERY: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Cotangents of a chunk's inputs with INPUTS, of parameters then, and of its start where that is not None."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in + i_h * K + r_k, mask=r_k < K, other=0.0)
+    I_p = I_p.to(tl.float32)[:, None]
+    if d_M_final is None:
+        d_M = zero_kv
+    else:
+        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_Ibar_final is None:
+        d_Ibar = zero_kv
+    else:
+        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p = zero_k
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (i_n * SUB + segment) * H + i_h
+        M = tl.load(M_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        q_rows = ()
+        k_rows = ()
+        v_rows = ()
+        b_rows = ()
+        g_rows = ()
+        d_output_rows = ()
+        M_past = ()
+        Ibar_past = ()
+        for i_t in tl.static_range(EVERY):  # everything is loaded before it is used
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            q_rows = q_rows + (tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            k_rows = k_rows + (tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            v_rows = v_rows + (tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            b_rows = b_rows + (tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            g_rows = g_rows + (tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            d_output_rows = d_output_rows + (tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0),)
+        for i_t in tl.static_range(EVERY):
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            M_past = M_past + (M,)
+            Ibar_past = Ibar_past + (Ibar,)
+            k = k_rows[i_t].to(tl.float32)[:, None]
+            v = v_rows[i_t].to(tl.float32)[None, :]
+            b = b_rows[i_t].to(tl.float32)[None, :]
+            g = g_rows[i_t].to(tl.float32)[:, None]
+            row0 = tl.exp(g)
+            row1 = k * k
+            Ibar_new = Ibar * row0 + b * row1
+            M_new = M * row0 + k * v
+            M_after = M_new
+            Ibar_after = Ibar_new
+            M = M_after
+            Ibar = Ibar_after
+        for i_t in tl.static_range(EVERY - 1, -1, -1):
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            live = count > i_t
+            M_old = M_past[i_t]
+            Ibar_old = Ibar_past[i_t]
+            q = q_rows[i_t].to(tl.float32)[:, None]
+            k = k_rows[i_t].to(tl.float32)[:, None]
+            v = v_rows[i_t].to(tl.float32)[None, :]
+            b = b_rows[i_t].to(tl.float32)[None, :]
+            g = g_rows[i_t].to(tl.float32)[:, None]
+            d_output = d_output_rows[i_t].to(tl.float32)[None, :]
+            row0_ = tl.exp(g)
+            x0 = 1.0 / (I_p + Ibar)
+            x1 = d_output * x0
+            sum0 = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
+            row1_ = q * scale
+            x4 = M * d_output * row1_ * x0 * x0
+            x5 = d_Ibar - x4
+            sum1 = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
+            x2 = d_M + row1_ * x1
+            sum2 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum3 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
+            row2 = k * k
+            sum4 = tl.sum(_live(row2 * x5, m_k, EXACT_K), axis=0)[None, :]
+            sum5 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum6 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
+            sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
+            x3 = row0_ * x2
+            x6 = row0_ * x5
+            if INPUTS:
+                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0).to(d_q_out.dtype.element_ty), mask=(m_k & live) != 0)
+                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1 + sum2).to(d_k_out.dtype.element_ty), mask=(m_k & live) != 0)
+                tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=(m_v & live) != 0)
+                tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=(m_v & live) != 0)
+                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0_ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=(m_k & live) != 0)
+                sum_I_p += tl.where(live, -1.0 * sum7, 0.0)
+            d_M_after = x3
+            d_Ibar_after = x6
+            d_M = tl.where(live, d_M_after, d_M)
+            d_Ibar = tl.where(live, d_Ibar_after, d_Ibar)
+            M = M_old
+            Ibar = Ibar_old
+    if INPUTS:
+        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+    if d_M_initial is not None:
+        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    if d_Ibar_initial is not None:
+        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+
+
+@_kernel(do_not_specialize=["T", "TOTAL", "SUB"])
+def _segment_backward_variance_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_saved, Ibar_saved, d_output_in, d_variance_in, d_M_final,
+    d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial, d_Ibar_initial,
+    offsets, scale, T, TOTAL, SUB, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EVERY: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Cotangents of a chunk's inputs with INPUTS, of parameters then, and of its start where that is not None."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    r_k = tl.arange(0, BK)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_k = r_k[:, None]
+    o_v = r_v[None, :]
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k & m_v
+    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    NH = tl.num_programs(0) // NV
+    shared = i_v * NH + i_nh  # row of what value blocks share
+    I_p = tl.load(I_p_in + i_h * K + r_k, mask=r_k < K, other=0.0)
+    I_p = I_p.to(tl.float32)[:, None]
+    if d_M_final is None:
+        d_M = zero_kv
+    else:
+        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    if d_Ibar_final is None:
+        d_Ibar = zero_kv
+    else:
+        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+    sum_I_p = zero_k
+    segments = tl.cdiv(steps, EVERY)
+    for back in range(0, segments):
+        segment = segments - 1 - back
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        slot = (i_n * SUB + segment) * H + i_h
+        M = tl.load(M_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        Ibar = tl.load(Ibar_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        q_rows = ()
+        k_rows = ()
+        v_rows = ()
+        b_rows = ()
+        g_rows = ()
+        d_output_rows = ()
+        d_variance_rows = ()
+        M_past = ()
+        Ibar_past = ()
+        for i_t in tl.static_range(EVERY):  # everything is loaded before it is used
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            q_rows = q_rows + (tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            k_rows = k_rows + (tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            v_rows = v_rows + (tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            b_rows = b_rows + (tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            g_rows = g_rows + (tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            d_output_rows = d_output_rows + (tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            d_variance_rows = d_variance_rows + (tl.load(d_variance_in + at * V + r_v, mask=r_v < V, other=0.0),)
+        for i_t in tl.static_range(EVERY):
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            M_past = M_past + (M,)
+            Ibar_past = Ibar_past + (Ibar,)
+            k = k_rows[i_t].to(tl.float32)[:, None]
+            v = v_rows[i_t].to(tl.float32)[None, :]
+            b = b_rows[i_t].to(tl.float32)[None, :]
+            g = g_rows[i_t].to(tl.float32)[:, None]
+            row0 = tl.exp(g)
+            row1 = k * k
+            Ibar_new = Ibar * row0 + b * row1
+            M_new = M * row0 + k * v
+            M_after = M_new
+            Ibar_after = Ibar_new
+            M = M_after
+            Ibar = Ibar_after
+        for i_t in tl.static_range(EVERY - 1, -1, -1):
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            live = count > i_t
+            M_old = M_past[i_t]
+            Ibar_old = Ibar_past[i_t]
+            q = q_rows[i_t].to(tl.float32)[:, None]
+            k = k_rows[i_t].to(tl.float32)[:, None]
+            v = v_rows[i_t].to(tl.float32)[None, :]
+            b = b_rows[i_t].to(tl.float32)[None, :]
+            g = g_rows[i_t].to(tl.float32)[:, None]
+            d_output = d_output_rows[i_t].to(tl.float32)[None, :]
+            d_variance = d_variance_rows[i_t].to(tl.float32)[None, :]
+            c0 = scale * scale
+            c1 = 2.0 * c0
+            row0_ = tl.exp(g)
+            x0 = 1.0 / (I_p + Ibar)
+            x1 = d_output * x0
+            sum0 = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
+            sum1 = tl.sum(_live(d_variance * x0, m_v, EXACT_V), axis=1)[:, None]
+            row1_ = q * scale
+            row2 = c0 * q * q
+            x4 = x0 * x0 * (-1.0 * M * d_output * row1_ - d_variance * row2)
+            x5 = d_Ibar + x4
+            sum2 = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
+            x2 = d_M + row1_ * x1
+            sum3 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum4 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
+            row3 = k * k
+            sum5 = tl.sum(_live(row3 * x5, m_k, EXACT_K), axis=0)[None, :]
+            sum6 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
+            sum7 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
+            sum8 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
+            x3 = row0_ * x2
+            x6 = row0_ * x5
+            if INPUTS:
+                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1 + scale * sum0).to(d_q_out.dtype.element_ty), mask=(m_k & live) != 0)
+                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2 + sum3).to(d_k_out.dtype.element_ty), mask=(m_k & live) != 0)
+                tl.store(d_v_out + at * V + o_v, (sum4).to(d_v_out.dtype.element_ty), mask=(m_v & live) != 0)
+                tl.store(d_b_out + at * V + o_v, (sum5).to(d_b_out.dtype.element_ty), mask=(m_v & live) != 0)
+                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0_ * (sum6 + sum7)).to(d_g_out.dtype.element_ty), mask=(m_k & live) != 0)
+                sum_I_p += tl.where(live, sum8, 0.0)
+            d_M_after = x3
+            d_Ibar_after = x6
+            d_M = tl.where(live, d_M_after, d_M)
+            d_Ibar = tl.where(live, d_Ibar_after, d_Ibar)
+            M = M_old
+            Ibar = Ibar_old
+    if INPUTS:
+        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+    if d_M_initial is not None:
+        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+    if d_Ibar_initial is not None:
+        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
 
 
 _SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
@@ -2150,7 +2401,7 @@ def _sequential_backward(*arguments):
     given = [d_o, d_variance] if want_variance else [d_o]
     pointers = (*inputs, *parameters, *saved, *past, *given, *d_final, *d_leaves, offsets)
     _launch(
-        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,), CHUNKS=False, INPUTS=True,
+        (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
         K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
     return tuple([_summed(d, x) for d, x in zip(d_leaves, (*inputs, *parameters, *states))])
@@ -2235,26 +2486,46 @@ _SEGMENT_PRODUCTS = ('k',)  # axes of the products of decays
 _SEGMENT_FORGETS = ((0, 1), (0, 1))  # which of them each state has, and how many of its numbers in turn have the same; or None
 
 
-def _segment_blocks(K, V):
-    """Blocks of v in the backward pass."""
-    return -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+def _segment_proposals(K, V):
+    """Tile of k, tile of v, warps, tokens whose states the registers of the backward pass hold at a time."""
+    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    found = []
+    for width, share in ((16, 16), (32, 16), (16, 32), (32, 32)):
+        BV = min(full, width) if _SEQUENTIAL_SPLITS else full
+        numbers = max(1, BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
+        warps = 1 << (max(1, numbers // share) - 1).bit_length()
+        warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
+        every = max(1, min(4, 64 // max(1, numbers // warps)))
+        if (BK, BV, warps, every) not in found:
+            found.append((BK, BV, warps, every))
+    return found
+
+
+def _segment_config(K, V):
+    return _chosen(_segment_proposals, "segment " + _ID, K, V)
 
 
 def _segmented(inputs, parameters, states, offsets):
     """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle.
 
-    They run up to two and a half times the instructions. With fewer warps than two a multiprocessor, a sequence a program
-    waits for its latencies longer than those take.
+    They run twice the instructions and more. With few warps, a sequence a program waits for its latencies longer than
+    those take: measured on an H100, all chunks were twice as fast at two warps a multiprocessor, and slower at eight.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
-    warps = _segment_blocks(K, V) * _sequential_config(K, V, steps, True)[2]
-    return T > _SEGMENT and N * H * warps < 2 * _multiprocessors(inputs[0].device)
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    return T > 2 * _SEGMENT and N * H * -(-V // BV) * warps < 4 * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
-    """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
-    programs = _segment_blocks(K, V) * H
-    return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
+    """Tokens of a chunk: so few that the GPU has 32 warps for each multiprocessor, and no fewer, for memory's sake.
+
+    Of the tokens, that is, whose states the backward pass keeps at a time.
+    """
+    _, BV, warps, every = _segment_config(K, V)
+    sizes = {"": 1, "k": K, "v": V, "kv": K * V}
+    tokens = min(tokens, _SEGMENT_MEMORY * every // (4 * H * sum([sizes[axes] for _, axes in _STATES])))
+    warps *= -(-V // BV) * H
+    return -(-max(1, tokens * warps // (32 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
 
 
 def _segments(inputs, offsets, C):
@@ -2263,8 +2534,11 @@ def _segments(inputs, offsets, C):
     flat, device = [x.flatten(0, 1)[None] for x in inputs], inputs[0].device
     if offsets is None:
         NT = -(-T // C)
+        firsts = torch.arange(0, B * NT + 1, NT, device=device)
+        if T % C == 0:
+            return flat, torch.arange(0, B * T + 1, C, device=device), firsts
         index = torch.arange(B * NT + 1, device=device)
-        return flat, index // NT * T + index % NT * C, torch.arange(0, B * NT + 1, NT, device=device)
+        return flat, index // NT * T + index % NT * C, firsts
     N = offsets.shape[0] - 1
     firsts = torch.cat((offsets[:1] * 0, ((offsets[1:] - offsets[:-1] + C - 1) // C).cumsum(0)))
     index = torch.arange(T // C + N + 1, device=device)  # so many chunks at most; the spare ones are empty
@@ -2298,57 +2572,48 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
     _launch(
         _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
-        (1.0, T, 1), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
     )
     _segment_links(starts, products, states, final, firsts, False)
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, d_ends, d_inputs, d_starts):
-    """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved, d_ends, d_inputs):
+    """Chunks backward, as many at a time as ``saved`` has room for; returns cotangents of states or of parameters.
 
-    ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
-    ``d_inputs`` those of inputs: one of the two is None.
+    Without ``d_ends``, the cotangents of the states at the end of each chunk, those are zeros, and the result is the
+    cotangents at its start. With them it is those of the parameters, and ``d_inputs`` get those of inputs.
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
-    BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
-    blocks, want_variance = _segment_blocks(K, V), len(given) == 2
-    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
-    # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
-    every = 1 << ((C - 1).bit_length() + 1 >> 1)
-    sub = -(-C // every)
-    of_chunk = 4 * H * (blocks * every + sub) * sum([math.prod(padded[axes]) for _, axes in _STATES])
-    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
-    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in starts]
-    past = [s.new_empty(blocks * window * H, every, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
-    none, config = [None] * len(starts), _sequential_config(K, V, _SEGMENT, False)
-    sums = []
+    BK, BV, warps, every = _segment_config(K, V)
+    blocks, sub, none, want_variance = -(-V // BV), -(-C // every), [None] * len(starts), len(given) == 2
+    window, config = saved[0].shape[0] // sub, _sequential_config(K, V, _SEGMENT, False)
+    found = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
         count, inside = part.stop - first, bounds[first : part.stop + 1]
         own = [s[part] for s in starts]
-        _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
-        d_parameters, d_states, shared = [None] * len(parameters), none, none
-        if d_inputs is None:
-            shared = [None if "v" in axes else _of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
-            d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
+        if d_ends is None or count < chunks:  # else they are there, from the call before
+            _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
+        d_states = d_parameters = None
+        if d_ends is None:
+            d_states = [_of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
         else:
             d_parameters = [_of_blocks(p, axes, blocks, count) for p, (_, axes) in zip(parameters, _PARAMETERS)]
         _launch(
-            (_sequential_backward_variance_kernel if want_variance else _sequential_backward_kernel), (blocks * count * H, 1, 1),
+            (_segment_backward_variance_kernel if want_variance else _segment_backward_kernel), (blocks * count * H, 1, 1),
             (
-                *inputs, *parameters, *saved, *past, *given,
-                *(none if d_ends is None else [d[part] for d in d_ends]),
-                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states, inside,
+                *inputs, *parameters, *saved, *given, *(none if d_ends is None else [d[part] for d in d_ends]),
+                *(d_inputs or [None] * len(inputs)), *(d_parameters or [None] * len(parameters)), *(d_states or none), inside,
             ),
-            (scale, T, every, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
-            INPUTS=d_inputs is not None, num_warps=warps,
+            (scale, T, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, EVERY=every,
+            INPUTS=d_ends is not None, num_warps=warps,
         )
-        for d, rows in zip(d_starts or [], shared):
-            if rows is not None:
-                d[part] = rows.sum(0)
-        sums.append([_summed(d, p) for d, p in zip(d_parameters, parameters) if d is not None])
-    return [torch.stack(parts).sum(0) for parts in zip(*sums)]
+        likes = own if d_ends is None else parameters
+        found.append([_summed(d, like) for d, like in zip(d_states or d_parameters or [], likes)])
+    if len(found) == 1:
+        return found[0]
+    return [torch.cat(parts) if d_ends is None else torch.stack(parts).sum(0) for parts in zip(*found)]
 
 
 @_repeated
@@ -2373,16 +2638,20 @@ def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     C = _segment_tokens(B * T, H, K, V, d_o.device)
-    d_inputs = _of_inputs(inputs, _segment_blocks(K, V))
+    _, BV, _, every = _segment_config(K, V)
+    d_inputs = _of_inputs(inputs, -(-V // BV))
     given = [d_o, d_variance] if want_variance else [d_o]
     flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
-    d_ends = [torch.empty_like(s) for s in starts]
-    common = flat, parameters, starts, bounds, C, scale, given
-    _segment_reverse(*common, None, None, d_ends)
+    sub, chunks = -(-C // every), starts[0].shape[0]
+    of_chunk = 4 * H * sub * sum([math.prod(s.shape[2:]) for s in states])
+    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
+    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in states]
+    common = flat, parameters, starts, bounds, C, scale, given, saved
+    d_ends = _segment_reverse(*common, None, None)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
-    d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
+    d_parameters = _segment_reverse(*common, d_ends, d_inputs)
     return (*[_summed(d, x) for d, x in zip(d_inputs, inputs)], *d_parameters, *d_states)
 
 

@@ -85,8 +85,6 @@ def module(name: str, folder: Path, blocks: int, form: str) -> ModuleType:
     section = segments.section if form == "chunk" else sequential.section
     source = emit(Identity(name), analysis_of(r), targets=[section])
     made = load(source, folder / f"{form}_{name}_{blocks}.py")
-    if form == "chunk":
-        made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 4, 1, lambda *_: True
     usual = made._sequential_config
 
     def config(K: int, V: int, steps: int, backward: bool) -> tuple[int, int, int]:
@@ -94,6 +92,9 @@ def module(name: str, folder: Path, blocks: int, form: str) -> ModuleType:
         return BK, min(BV, blocks) if made._SEQUENTIAL_SPLITS else BV, warps
 
     made._sequential_config = config
+    if form == "chunk":
+        made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 4, 1, lambda *_: True
+        made._segment_config = lambda K, V: (*config(K, V, 4, True), 2)
     return made
 
 

@@ -13,26 +13,46 @@ _SEGMENT_PRODUCTS = @PRODUCTS@  # axes of the products of decays
 _SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of its numbers in turn have the same; or None
 
 
-def _segment_blocks(K, V):
-    """Blocks of v in the backward pass."""
-    return -(-V // _sequential_config(K, V, _SEGMENT, True)[1])
+def _segment_proposals(K, V):
+    """Tile of k, tile of v, warps, tokens whose states the registers of the backward pass hold at a time."""
+    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    found = []
+    for width, share in ((16, 16), (32, 16), (16, 32), (32, 32)):
+        BV = min(full, width) if _SEQUENTIAL_SPLITS else full
+        numbers = max(1, BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
+        warps = 1 << (max(1, numbers // share) - 1).bit_length()
+        warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
+        every = max(1, min(4, 64 // max(1, numbers // warps)))
+        if (BK, BV, warps, every) not in found:
+            found.append((BK, BV, warps, every))
+    return found
+
+
+def _segment_config(K, V):
+    return _chosen(_segment_proposals, "segment " + _ID, K, V)
 
 
 def _segmented(inputs, parameters, states, offsets):
     """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle.
 
-    They run up to two and a half times the instructions. With fewer warps than two a multiprocessor, a sequence a program
-    waits for its latencies longer than those take.
+    They run twice the instructions and more. With few warps, a sequence a program waits for its latencies longer than
+    those take: measured on an H100, all chunks were twice as fast at two warps a multiprocessor, and slower at eight.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
-    warps = _segment_blocks(K, V) * _sequential_config(K, V, steps, True)[2]
-    return T > _SEGMENT and N * H * warps < 2 * _multiprocessors(inputs[0].device)
+    BK, BV, warps = _sequential_config(K, V, steps, True)
+    return T > 2 * _SEGMENT and N * H * -(-V // BV) * warps < 4 * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
-    """Tokens of a chunk: so few that the GPU has 16 programs for each multiprocessor, and no fewer, for memory's sake."""
-    programs = _segment_blocks(K, V) * H
-    return -(-max(1, tokens * programs // (16 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
+    """Tokens of a chunk: so few that the GPU has 32 warps for each multiprocessor, and no fewer, for memory's sake.
+
+    Of the tokens, that is, whose states the backward pass keeps at a time.
+    """
+    _, BV, warps, every = _segment_config(K, V)
+    sizes = {"": 1, "k": K, "v": V, "kv": K * V}
+    tokens = min(tokens, _SEGMENT_MEMORY * every // (4 * H * sum([sizes[axes] for _, axes in _STATES])))
+    warps *= -(-V // BV) * H
+    return -(-max(1, tokens * warps // (32 * _multiprocessors(device))) // _SEGMENT) * _SEGMENT
 
 
 def _segments(inputs, offsets, C):
@@ -41,8 +61,11 @@ def _segments(inputs, offsets, C):
     flat, device = [x.flatten(0, 1)[None] for x in inputs], inputs[0].device
     if offsets is None:
         NT = -(-T // C)
+        firsts = torch.arange(0, B * NT + 1, NT, device=device)
+        if T % C == 0:
+            return flat, torch.arange(0, B * T + 1, C, device=device), firsts
         index = torch.arange(B * NT + 1, device=device)
-        return flat, index // NT * T + index % NT * C, torch.arange(0, B * NT + 1, NT, device=device)
+        return flat, index // NT * T + index % NT * C, firsts
     N = offsets.shape[0] - 1
     firsts = torch.cat((offsets[:1] * 0, ((offsets[1:] - offsets[:-1] + C - 1) // C).cumsum(0)))
     index = torch.arange(T // C + N + 1, device=device)  # so many chunks at most; the spare ones are empty
@@ -76,57 +99,48 @@ def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
     _launch(
         _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
-        (1.0, T, 1), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
     )
     _segment_links(starts, products, states, final, firsts, False)
     return starts, products
 
 
-def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, d_ends, d_inputs, d_starts):
-    """Chunks backward, as many at a time as memory allows; returns cotangents of parameters if it is to make any.
+def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved, d_ends, d_inputs):
+    """Chunks backward, as many at a time as ``saved`` has room for; returns cotangents of states or of parameters.
 
-    ``d_ends`` are the cotangents of the states at the end of each chunk, None: zeros. ``d_starts`` get those at its start, or
-    ``d_inputs`` those of inputs: one of the two is None.
+    Without ``d_ends``, the cotangents of the states at the end of each chunk, those are zeros, and the result is the
+    cotangents at its start. With them it is those of the parameters, and ``d_inputs`` get those of inputs.
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
-    BK, BV, warps = _sequential_config(K, V, _SEGMENT, True)
-    blocks, want_variance = _segment_blocks(K, V), len(given) == 2
-    padded = {"": (), "k": (BK,), "v": (BV,), "kv": (BK, BV)}
-    # As many saved states as tokens between them, so that both take little; all of them for as many chunks as memory allows.
-    every = 1 << ((C - 1).bit_length() + 1 >> 1)
-    sub = -(-C // every)
-    of_chunk = 4 * H * (blocks * every + sub) * sum([math.prod(padded[axes]) for _, axes in _STATES])
-    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
-    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in starts]
-    past = [s.new_empty(blocks * window * H, every, *padded[axes]) for s, (_, axes) in zip(starts, _STATES)]
-    none, config = [None] * len(starts), _sequential_config(K, V, _SEGMENT, False)
-    sums = []
+    BK, BV, warps, every = _segment_config(K, V)
+    blocks, sub, none, want_variance = -(-V // BV), -(-C // every), [None] * len(starts), len(given) == 2
+    window, config = saved[0].shape[0] // sub, _sequential_config(K, V, _SEGMENT, False)
+    found = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
         count, inside = part.stop - first, bounds[first : part.stop + 1]
         own = [s[part] for s in starts]
-        _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
-        d_parameters, d_states, shared = [None] * len(parameters), none, none
-        if d_inputs is None:
-            shared = [None if "v" in axes else _of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
-            d_states = [d[part] if rows is None else rows for d, rows in zip(d_starts, shared)]
+        if d_ends is None or count < chunks:  # else they are there, from the call before
+            _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
+        d_states = d_parameters = None
+        if d_ends is None:
+            d_states = [_of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
         else:
             d_parameters = [_of_blocks(p, axes, blocks, count) for p, (_, axes) in zip(parameters, _PARAMETERS)]
         _launch(
             @KERNEL@, (blocks * count * H, 1, 1),
             (
-                *inputs, *parameters, *saved, *past, *given,
-                *(none if d_ends is None else [d[part] for d in d_ends]),
-                *([None] * len(inputs) if d_inputs is None else d_inputs), *d_parameters, *d_states, inside,
+                *inputs, *parameters, *saved, *given, *(none if d_ends is None else [d[part] for d in d_ends]),
+                *(d_inputs or [None] * len(inputs)), *(d_parameters or [None] * len(parameters)), *(d_states or none), inside,
             ),
-            (scale, T, every, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, CHUNKS=True,
-            INPUTS=d_inputs is not None, num_warps=warps,
+            (scale, T, T * H, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, EVERY=every,
+            INPUTS=d_ends is not None, num_warps=warps,
         )
-        for d, rows in zip(d_starts or [], shared):
-            if rows is not None:
-                d[part] = rows.sum(0)
-        sums.append([_summed(d, p) for d, p in zip(d_parameters, parameters) if d is not None])
-    return [torch.stack(parts).sum(0) for parts in zip(*sums)]
+        likes = own if d_ends is None else parameters
+        found.append([_summed(d, like) for d, like in zip(d_states or d_parameters or [], likes)])
+    if len(found) == 1:
+        return found[0]
+    return [torch.cat(parts) if d_ends is None else torch.stack(parts).sum(0) for parts in zip(*found)]
 
 
 @_repeated
@@ -151,16 +165,20 @@ def _chunks_backward(*arguments):
     inputs, parameters, states, (d_o, d_variance, *d_final, offsets, scale, want_variance) = _sequential_split(arguments)
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     C = _segment_tokens(B * T, H, K, V, d_o.device)
-    d_inputs = _of_inputs(inputs, _segment_blocks(K, V))
+    _, BV, _, every = _segment_config(K, V)
+    d_inputs = _of_inputs(inputs, -(-V // BV))
     given = [d_o, d_variance] if want_variance else [d_o]
     flat, bounds, firsts = _segments(inputs, offsets, C)
     starts, products = _segment_starts(flat, parameters, states, bounds, firsts, [None] * len(states))
-    d_ends = [torch.empty_like(s) for s in starts]
-    common = flat, parameters, starts, bounds, C, scale, given
-    _segment_reverse(*common, None, None, d_ends)
+    sub, chunks = -(-C // every), starts[0].shape[0]
+    of_chunk = 4 * H * sub * sum([math.prod(s.shape[2:]) for s in states])
+    window = min(chunks, max(1, _SEGMENT_MEMORY // of_chunk // 4) * 4)  # times 4, so that what begins there is aligned
+    saved = [s.new_empty(window * sub, *s.shape[1:]) for s in states]
+    common = flat, parameters, starts, bounds, C, scale, given, saved
+    d_ends = _segment_reverse(*common, None, None)
     d_states = [torch.empty_like(s) for s in states]
     _segment_links(d_ends, products, d_final, d_states, firsts, True)
-    d_parameters = _segment_reverse(*common, d_ends, d_inputs, None)
+    d_parameters = _segment_reverse(*common, d_ends, d_inputs)
     return (*[_summed(d, x) for d, x in zip(d_inputs, inputs)], *d_parameters, *d_states)
 
 
@@ -185,7 +203,7 @@ def host_source(r: Recurrence, plan: SegmentPlan) -> str:
         "CHUNK": str(CHUNK),
         "PRODUCTS": repr(plan.products),
         "FORGETS": repr(tuple(forgets)),
-        "KERNEL": backward_kernel(r),
+        "KERNEL": backward_kernel(r, "segment"),
     }
     doc = "All chunks at once, token by token; where that gives the GPU no more to do, sequence by sequence."
     return replaced(_HOST, replacements) + "\n" + operators(r, "segment", "_chunk_triton_core", doc)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 
@@ -22,15 +23,21 @@ from dspace.emit.naming import INTERNAL, Namer, internal_names
 from dspace.emit.triton import launching
 from dspace.emit.triton.printer import TritonPrinter
 from dspace.emit.triton.sequential_host import host_source
-from dspace.emit.triton.tiles import HEAD, TILES, indented, load, place_of, raw, shaped, stored
+from dspace.emit.triton.tiles import HEAD, TILES, given_end, indented, load, place_of, raw, shaped, stored
 from dspace.math.gradients import new_symbol
 from dspace.math.ir import Adjoint, Analysis, Axes, Recurrence, State, SumV, Variable, axes_of
 from dspace.plan.sequential import SIZES, Assign, Scheduler, Store, Sum, Token, flatten
 
 _LOCAL = frozenset(
-    """T H K V BK BV NV NH EVERY TOTAL SUB CHUNKS INPUTS OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
+    """T H K V BK BV NV NH EVERY TOTAL SUB CHUNKS INPUTS live i_t OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
     m_v m_kv r_k r_v t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
     count_v range o variance back_t first""".split()
+)
+
+
+SHARED = (
+    "    NH = tl.num_programs(0) // NV",
+    "    shared = i_v * NH + i_nh  # row of what value blocks share",
 )
 
 
@@ -93,11 +100,36 @@ class Body:
         return text if whole else f"{text} + zero_{store.axes}"
 
 
+@dataclass(frozen=True)
+class Reverse:
+    """What a backward kernel is written from: names by variable or state, and the statements of its two loops.
+
+    ``past`` are states within a segment, ``old`` the one before a token, ``d_local`` the cotangents that are carried;
+    ``again`` takes the states forward once more, ``back`` tokens in reverse; they use and ``read`` these symbols.
+    """
+
+    arrays: dict[str, str]
+    saved: dict[str, str]
+    past: dict[str, str]
+    d_end: dict[str, str]
+    d_start: dict[str, str]
+    d_local: dict[str, str]
+    old: dict[str, str]
+    d_out: dict[str, str]
+    sums: dict[str, str]
+    given: list[Variable]
+    d_given: dict[str, str]
+    d_arrays: dict[str, str]
+    again: Body
+    back: Body
+    used: set[sympy.Symbol]
+    read: set[sympy.Symbol]
+
+
 class Kernels:
     """Writes the kernels of one recurrence.
 
-    With ``chunks`` they also take sequences that are chunks of others (CHUNKS), with saved states of SUB segments for
-    each; then cotangents of inputs and parameters are left out without INPUTS, those of states where None is given.
+    With ``chunks``, states are also saved for sequences that are chunks of others (CHUNKS), of SUB segments each.
     """
 
     def __init__(self, recurrence: Recurrence, chunks: bool = False) -> None:
@@ -110,7 +142,7 @@ class Kernels:
         return {v.name: self.namer(f"{self.names[v.name]}_{suffix}") for v in variables}
 
     def signature(self, name: str, doc: str, arguments: list[str], numbers: str, flags: str) -> list[str]:
-        free = ", ".join(f'"{n}"' for n in ("T", "EVERY", "TOTAL", "SUB") if n in ("T", "EVERY") or n in numbers)
+        free = ", ".join(f'"{n}"' for n in ("T", "EVERY", "TOTAL", "SUB") if n == "T" or n in numbers)
         lines = [f"@_kernel(do_not_specialize=[{free}])", f"def {name}("]
         row = "   "
         for a in arguments:
@@ -118,7 +150,7 @@ class Kernels:
                 lines.append(row)
                 row = "   "
             row += f" {a},"
-        lines += [row, f"    offsets, scale, T, EVERY, {numbers},"]
+        lines += [row, f"    offsets, scale, T, {numbers},"]
         lines += [f"    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, {flags}"]
         return [*lines, "):", f'    """{doc}"""', *HEAD.splitlines()]
 
@@ -149,12 +181,15 @@ class Kernels:
         loads = [f"{n} = {raw(arrays[p.name], p.axes, 'i_h')}" for n, p in zip(names, read, strict=True)]
         return loads, [f"{n} = {n}{shaped(p.axes)}" for n, p in zip(names, read, strict=True)]
 
-    def advance(self, body: Body) -> list[str]:
-        """Lines that give every carried value its next one, all at once."""
+    def advance(self, body: Body, only: str = "") -> list[str]:
+        """Lines that give every carried value its next one, all at once; where ``only`` holds, if that is given."""
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         after = [self.namer(f"{self.carried[s.name]}_after") for s in carried]
         lines = [f"{name} = {body.full(s)}" for name, s in zip(after, carried, strict=True)]
-        return lines + [f"{self.carried[s.name]} = {name}" for name, s in zip(after, carried, strict=True)]
+        for name, s in zip(after, carried, strict=True):
+            value = f"tl.where({only}, {name}, {self.carried[s.name]})" if only else name
+            lines.append(f"{self.carried[s.name]} = {value}")
+        return lines
 
     def all(self, adjoint: Adjoint) -> list[str]:
         """Forward and backward, the latter once more for cotangents of the variance."""
@@ -170,7 +205,7 @@ class Kernels:
         arguments = [*arrays.values(), *initial.values(), "o", "variance", *final.values(), *saved.values()]
         doc = "Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."
         lines = self.signature(
-            "_sequential_kernel", doc, arguments, "SUB, H" if self.chunks else "H",
+            "_sequential_kernel", doc, arguments, "EVERY, SUB, H" if self.chunks else "EVERY, H",
             "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,"
             + self.chunks * " CHUNKS: tl.constexpr,",
         )  # fmt: skip
@@ -184,7 +219,9 @@ class Kernels:
         starts += [f"{names[s.name]} = {names[s.name]}{shaped(s.axes)}" for s in r.states]
         lines += self.walk([*loads, *before, *starts, *shapes], inside)
         lines += ["        if SAVE:", "            if t % EVERY == 0:"]
-        lines += indented(self.slot("t // EVERY"), 4)
+        usual = "slot = (begin // EVERY + i_n + t // EVERY) * H + i_h"
+        chosen = ["if CHUNKS:", "    slot = (i_n * SUB + t // EVERY) * H + i_h", "else:", f"    {usual}"]
+        lines += indented(chosen if self.chunks else [usual], 4)
         lines += indented(self.once({s: stored(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         lines += indented(body.until(carried), 2)
@@ -228,11 +265,12 @@ class Kernels:
         """Names of leaves as a forward token sees them."""
         return {**self.names, **{new_symbol(s).name: self.namer(f"{self.names[s.name]}_new") for s in self.r.states}}
 
-    def backward(self, adjoint: Adjoint, variance: bool) -> str:
+    def reverse(self, adjoint: Adjoint, variance: bool) -> Reverse:
+        """Names and statements of a backward kernel, with cotangents of the variance or without."""
         r, names = self.r, self.names
         variables = (*r.inputs, *r.parameters)
         arrays = self.leaves(variables)
-        saved, past, d_final, d_initial, d_local, old = (
+        saved, past, d_end, d_start, d_local, old = (
             {s.name: self.namer(wish.format(names[s.name])) for s in r.states}
             for wish in ("{}_saved", "{}_past", "d_{}_final", "d_{}_initial", "d_{}", "{}_old")
         )
@@ -242,41 +280,38 @@ class Kernels:
         given += [Variable("d_variance", "v", "cotangent")] if variance else []
         d_given = {c.name: self.namer(c.name) for c in given}
         d_arrays = {c.name: self.namer(f"{c.name}_in") for c in given}
-        arguments = [*arrays.values(), *saved.values(), *past.values(), *d_arrays.values(), *d_final.values()]
-        arguments += [*d_out.values(), *d_initial.values()]
-        doc = "Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."
-        name = "_sequential_backward_variance_kernel" if variance else "_sequential_backward_kernel"
-        flags = "PACKED: tl.constexpr," + self.chunks * " CHUNKS: tl.constexpr, INPUTS: tl.constexpr,"
-        lines = self.signature(name, doc, arguments, "TOTAL, SUB, H" if self.chunks else "TOTAL, H", flags)
 
         self.carried = {s.name: names[s.name] for s in r.states}
         again = Body(forward_token(r, variance, readout=False), self.local(), self.namer)
         again.stores = [s for s in again.stores if s.name in again.scheduler.previous]
         reverse_names = {**names, **d_given, **{f"d_{s.name}": d_local[s.name] for s in r.states}}
         reverse_names |= {s.name: old[s.name] for s in r.states} | {new_symbol(s).name: names[s.name] for s in r.states}
-        reverse = Body(backward_token(r, adjoint, variance), reverse_names, self.namer)
-        used, read = again.uses(), reverse.uses()
+        back = Body(backward_token(r, adjoint, variance), reverse_names, self.namer)
+        read = back.uses()
+        given = [c for c in given if c.symbol in read]
+        return Reverse(
+            arrays, saved, past, d_end, d_start, d_local, old, d_out, sums, given, d_given, d_arrays, again, back,
+            again.uses(), read,
+        )  # fmt: skip
 
-        lines += ["    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]"]
-        lines += ["    NH = tl.num_programs(0) // NV", "    shared = i_v * NH + i_nh  # row of what value blocks share"]
-        loads, shapes = self.parameters(used | read, arrays)
+    def backward(self, adjoint: Adjoint, variance: bool) -> str:
+        r, names, x = self.r, self.names, self.reverse(adjoint, variance)
+        arguments = [*x.arrays.values(), *x.saved.values(), *x.past.values(), *x.d_arrays.values(), *x.d_end.values()]
+        arguments += [*x.d_out.values(), *x.d_start.values()]
+        doc = "Cotangents of inputs, parameters and initial states: segments in reverse, each from its saved states."
+        name = "_sequential_backward_variance_kernel" if variance else "_sequential_backward_kernel"
+        lines = self.signature(name, doc, arguments, "EVERY, TOTAL, H", "PACKED: tl.constexpr,")
+        lines += ["    t_past = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]", *SHARED]
+        loads, shapes = self.parameters(x.used | x.read, x.arrays)
         lines += indented([*loads, *shapes], 1)
-        for s in r.states:
-            given_text = load(d_final[s.name], s.axes, "i_nh")
-            if "v" not in s.axes:  # one block alone takes it
-                given_text = f"tl.where(i_v == 0, {given_text}, 0.0)"
-            value = [f"{d_local[s.name]} = {given_text}"]
-            if self.chunks:
-                none = [f"if {d_final[s.name]} is None:", f"    {d_local[s.name]} = zero_{s.axes}", "else:"]
-                value = [*none, *indented(value, 1)]
-            lines += indented(value, 1)
-        lines += [f"    {sums[p.name]} = zero_{p.axes}" for p in r.parameters]
+        lines += [f"    {x.d_local[s.name]} = {given_end(s, x.d_end[s.name])}" for s in r.states]
+        lines += [f"    {x.sums[p.name]} = zero_{p.axes}" for p in r.parameters]
         lines += ["    segments = tl.cdiv(steps, EVERY)", "    for back in range(0, segments):"]
         lines += ["        segment = segments - 1 - back", "        first = begin + segment * EVERY"]
         lines += ["        count = tl.minimum(EVERY, steps - segment * EVERY)"]
-        lines += indented(self.slot("segment"), 2)
-        lines += [f"        {names[s.name]} = {load(saved[s.name], s.axes, 'slot')}" for s in r.states]
-        before, inside = self.tokens(used, arrays)
+        lines += ["        slot = (begin // EVERY + i_n + segment) * H + i_h"]
+        lines += [f"        {names[s.name]} = {load(x.saved[s.name], s.axes, 'slot')}" for s in r.states]
+        before, inside = self.tokens(x.used, x.arrays)
         lines += ["        # The states of this segment once more.", "        at = first * H + i_h"]
         lines += [*indented(before, 2), "        for t in range(0, count):"]
         lines += [
@@ -284,54 +319,46 @@ class Kernels:
             "            ahead = (first + tl.minimum(t + 1, count - 1)) * H + i_h",
         ]
         lines += ["            place = pid.to(tl.int64) * EVERY + t"]
-        lines += indented((f"tl.store({self.past(past[s.name], s.axes)}, {names[s.name]})" for s in r.states), 3)
-        lines += indented([*inside, *again.until(again.stores), *self.advance(again)], 3)
+        lines += indented((f"tl.store({self.past(x.past[s.name], s.axes)}, {names[s.name]})" for s in r.states), 3)
+        lines += indented([*inside, *x.again.until(x.again.stores), *self.advance(x.again)], 3)
         lines += ["        tl.debug_barrier()  # other threads of this program read what these wrote"]
-        before, inside = self.tokens(read, arrays)
-        for c in given:
-            if c.symbol in read:
-                following = self.namer(f"{d_given[c.name]}_next")
-                before.append(f"{following} = {raw(d_arrays[c.name], 'v', 'at')}")
-                inside.append(f"{d_given[c.name]} = {following}{shaped('v')}")
-                inside.append(f"{following} = {raw(d_arrays[c.name], 'v', 'ahead')}")
+        before, inside = self.tokens(x.read, x.arrays)
+        for c in x.given:
+            following = self.namer(f"{x.d_given[c.name]}_next")
+            before.append(f"{following} = {raw(x.d_arrays[c.name], 'v', 'at')}")
+            inside.append(f"{x.d_given[c.name]} = {following}{shaped('v')}")
+            inside.append(f"{following} = {raw(x.d_arrays[c.name], 'v', 'ahead')}")
         lines += ["        # Cotangents, last token first.", "        at = (first + count - 1) * H + i_h"]
         lines += [*indented(before, 2), "        for back_t in range(0, count):"]
         lines += ["            t = count - 1 - back_t", "            at = (first + t) * H + i_h"]
         lines += ["            ahead = (first + tl.maximum(t - 1, 0)) * H + i_h"]
         lines += ["            place = pid.to(tl.int64) * EVERY + t"]
-        lines += indented((f"{old[s.name]} = tl.load({self.past(past[s.name], s.axes)})" for s in r.states), 3)
-        self.carried = {f"d_{s.name}": d_local[s.name] for s in r.states}
-        axes = {v.name: v.axes for v in variables}
-        body, results = [*inside, *reverse.until(reverse.stores)], []
-        for store in reverse.stores:
-            variable = store.name.removeprefix("d_")
+        lines += indented((f"{x.old[s.name]} = tl.load({self.past(x.past[s.name], s.axes)})" for s in r.states), 3)
+        self.carried = {f"d_{s.name}": x.d_local[s.name] for s in r.states}
+        lines += indented([*inside, *x.back.until(x.back.stores)], 3)
+        for store in x.back.stores:
             if store.add:
-                results.append(f"{sums[variable]} += {reverse.full(store)}")
+                lines += indented([f"{x.sums[store.name.removeprefix('d_')]} += {x.back.full(store)}"], 3)
             elif store.name not in self.carried:
-                row = "at" if "v" in axes[variable] else "(i_v.to(tl.int64) * TOTAL + at)"
-                results.append(stored(d_out[variable], store.axes, row, reverse.full(store)))
-        body += self.asked("INPUTS", results)
-        body += self.advance(reverse)
-        body += [f"{names[s.name]} = {old[s.name]}" for s in r.states if new_symbol(s) in read]
-        lines += indented(body, 3)
+                array, row = self.result_of(store, x)
+                lines += indented([stored(array, store.axes, row, x.back.full(store))], 3)
+        lines += indented(self.advance(x.back), 3)
+        lines += indented((f"{names[s.name]} = {x.old[s.name]}" for s in r.states if new_symbol(s) in x.read), 3)
         lines += ["        tl.debug_barrier()"]
-        stores = [stored(d_out[p.name], p.axes, place_of(p.axes), sums[p.name]) for p in r.parameters]
-        lines += indented(self.asked("INPUTS", stores), 1)
+        lines += indented(self.totals(x), 1)
         for s in r.states:
-            result = stored(d_initial[s.name], s.axes, place_of(s.axes), d_local[s.name])
-            lines += indented(self.asked(f"{d_initial[s.name]} is not None", [result]), 1)
+            lines += indented([stored(x.d_start[s.name], s.axes, place_of(s.axes), x.d_local[s.name])], 1)
         return "\n".join(lines) + "\n"
 
-    def slot(self, segment: str) -> list[str]:
-        """Lines that find the row of a segment's saved states."""
-        usual = f"slot = (begin // EVERY + i_n + {segment}) * H + i_h"
-        if not self.chunks:
-            return [usual]
-        return ["if CHUNKS:", f"    slot = (i_n * SUB + {segment}) * H + i_h", "else:", f"    {usual}"]
+    def result_of(self, store: Store, x: Reverse) -> tuple[str, str]:
+        """Array and row of the cotangent of an input: what has no v axis, every block of v finds a part of."""
+        name = store.name.removeprefix("d_")
+        axes = {v.name: v.axes for v in self.r.inputs}
+        return x.d_out[name], "at" if "v" in axes[name] else "(i_v.to(tl.int64) * TOTAL + at)"
 
-    def asked(self, condition: str, lines: list[str]) -> list[str]:
-        """``lines``, under ``condition`` where that may be false."""
-        return [f"if {condition}:", *indented(lines, 1)] if self.chunks and lines else lines
+    def totals(self, x: Reverse) -> list[str]:
+        """Stores of the cotangents of parameters."""
+        return [stored(x.d_out[p.name], p.axes, place_of(p.axes), x.sums[p.name]) for p in self.r.parameters]
 
     def past(self, array: str, axes: Axes) -> str:
         """Pointers to the scratch tile of a state at ``place``: whole tiles, lanes beyond the channels included."""

@@ -125,11 +125,7 @@ def _sequential_backward(*arguments):
     given = [d_o, d_variance] if want_variance else [d_o]
     pointers = (*inputs, *parameters, *saved, *past, *given, *d_final, *d_leaves, offsets)
     _launch(
-#if chunks
-        @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H, 0), (H,), CHUNKS=False, INPUTS=True,
-#else
         @KERNEL@, (blocks * N * H, 1, 1), pointers, (scale, T, every, B * T * H), (H,),
-#endif
         K=K, V=V, BK=BK, BV=BV, PACKED=offsets is not None, num_warps=warps,
     )
     return tuple([_summed(d, x) for d, x in zip(d_leaves, (*inputs, *parameters, *states))])
@@ -221,7 +217,7 @@ def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
         "SPLITS": str(splits),
         "COUNTS": str((len(r.inputs), len(r.parameters), len(r.states))),
         "TILES": str(_power_of_two(sum(s.axes == "kv" for s in r.states))),
-        "KERNEL": backward_kernel(r),
+        "KERNEL": backward_kernel(r, "sequential"),
     }
     doc = "Token by token, states in registers; the same kernel decodes."
     return (
@@ -231,10 +227,10 @@ def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
     )
 
 
-def backward_kernel(r: Recurrence) -> str:
-    """Source of the backward kernel, or of the choice between two of them."""
-    one = "_sequential_backward_kernel"
-    return one if r.variance is None else f"(_sequential_backward_variance_kernel if want_variance else {one})"
+def backward_kernel(r: Recurrence, name: str) -> str:
+    """Source of the backward kernel of that name, or of the choice between two of them."""
+    one = f"_{name}_backward_kernel"
+    return one if r.variance is None else f"(_{name}_backward_variance_kernel if want_variance else {one})"
 
 
 def operators(r: Recurrence, name: str, core: str, doc: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dspace.math.ir import Axes
+from dspace.math.ir import Axes, State
 
 _PART: dict[Axes, str] = {"": "", "k": " + o_k", "v": " + o_v", "kv": " + t_kv"}
 _WIDTH: dict[Axes, str] = {"": "", "k": " * K", "v": " * V", "kv": " * K * V"}
@@ -87,9 +87,18 @@ def raw(array: str, axes: Axes, place: str) -> str:
     return f"tl.load({array} + {place}{_WIDTH[axes]}{_PART[axes]}{mask})"
 
 
-def stored(array: str, axes: Axes, place: str, value: str) -> str:
-    """The store of a tile at row ``place`` of ``array``, in its type."""
-    mask = f", mask={_MASK[axes]}" if axes else ""
+def given_end(s: State, array: str) -> str:
+    """The given cotangent of a state at the end of a sequence; one that all blocks of v have in common, one of them takes."""
+    given = load(array, s.axes, "i_nh")
+    return given if "v" in s.axes else f"tl.where(i_v == 0, {given}, 0.0)"
+
+
+def stored(array: str, axes: Axes, place: str, value: str, only: str = "") -> str:
+    """The store of a tile at row ``place`` of ``array``, in its type; where ``only``, a number, holds, if that is given."""
+    mask = _MASK[axes] or only
+    if mask and only and axes:
+        mask = f"({mask} & {only}) != 0"  # Triton's interpreter makes integers of truths that it spreads over a tile
+    mask = f", mask={mask}" if mask else ""
     return f"tl.store({array} + {place}{_WIDTH[axes]}{_PART[axes]}, ({value}).to({array}.dtype.element_ty){mask})"
 
 
