@@ -8,7 +8,10 @@ they are features as well; that is how a folded precision divides the query (ide
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
 
 from dspace.math.ir import AffineState, Analysis, Readout
 
@@ -22,13 +25,17 @@ LETTERS = ("a", "b", "fold")
 
 @dataclass(frozen=True)
 class AffinePlan:
-    """States in the order of evaluation, and the tokens a chunk."""
+    """States in the order of evaluation, and the tokens a chunk.
+
+    ``probes``: what a matrix state is read with before its write, on k, to be added to the value that it writes.
+    """
 
     vector_states: tuple[AffineState, ...]
     matrix_states: tuple[AffineState, ...]
     readout: Readout
     exclusive: bool
     chunk: int
+    probes: Mapping[str, sympy.Expr] = field(default_factory=dict)
 
 
 def affine_plan(analysis: Analysis) -> AffinePlan | None:

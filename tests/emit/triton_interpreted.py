@@ -24,11 +24,11 @@ from dspace.emit.triton import features
 PACKED = [0, 0, 37, 38, 75]
 
 
-def build(text: str) -> types.ModuleType:
-    """The generated module of a spec given as text or built-in name, with the Triton section only."""
+def build(text: str, delta: bool = False) -> types.ModuleType:
+    """The generated module of a spec given as text or built-in name, with the Triton section only; ``delta``: of class d."""
     spec = dspace.spec.loads(text) if "\n" in text else dspace.spec.load(text)
     analysis = dspace.math.analyse(spec)
-    source = module.emit(spec, analysis, [features.section])
+    source = module.emit(spec, analysis, [functools.partial(features.section, delta=delta)])
     # Triton reads the source of its kernels from the file.
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
         file.write(source)
@@ -114,8 +114,13 @@ if __name__ == "__main__":
     found: dict[str, dict[str, float]] = {}
     for case in json.load(sys.stdin):
         try:
-            made = build(case["spec"])
-            vars(made).update(case.get("settings", {}))
+            made = build(case["spec"], case.get("delta", False))
+            settings = dict(case.get("settings", {}))
+            if "_CHUNKS" in settings:  # tokens a chunk of a triangular system
+                proposals = [n for n in vars(made) if n.startswith("_erase_proposals_")]
+                tiles = (settings.pop("_CHUNKS"), 16, 4, 1)
+                vars(made).update({n: lambda *_, tiles=tiles: [tiles] for n in proposals})
+            vars(made).update(settings)
             torch.compiler.is_compiling = functools.partial(bool, case.get("operators", False))
             found[case["id"]] = errors(
                 made, case["steps"], case["sizes"], case["packed"], case.get("gates"), case.get("lean", False)

@@ -12,13 +12,16 @@ import sympy
 
 from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
-from dspace.emit.printers import TorchPrinter
+from dspace.emit.printers import MUL, TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
+from dspace.emit.triton.delta import source as delta_source
 from dspace.emit.triton.printer import specialise
 from dspace.emit.triton.vector_group import Fold, VectorGroup
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of, divisor_symbols
+from dspace.math.separate import factors
 from dspace.plan.affine import AffinePlan, affine_plan, kind
+from dspace.plan.delta import delta_plan
 
 _ALIGN: dict[Axes, str] = {"": "[..., None, None]", "k": "[..., :, None]", "v": "[..., None, :]", "kv": ""}
 _STRIP: dict[Axes, str] = {"": "[..., 0, 0]", "k": "[..., 0]", "v": "[..., 0, :]"}
@@ -38,9 +41,12 @@ class _Printer(TorchPrinter):
     functions = {**TorchPrinter.functions, Softplus: "-torch.nn.functional.logsigmoid(-({}))"}
 
 
-def section(analysis: Analysis) -> Section | None:
-    """The chunkwise Triton section, or None where the recurrence has no such form."""
-    plan = affine_plan(analysis)
+def section(analysis: Analysis, delta: bool = False) -> Section | None:
+    """The chunkwise Triton section, or None where the recurrence has no such form.
+
+    That of class d is made only if ``delta`` asks for it: it was not certified on a GPU yet.
+    """
+    plan = delta_plan(analysis) if delta else affine_plan(analysis)
     if plan is None or not plan.matrix_states or any(s.decay_axes == "v" for s in plan.matrix_states):
         return None
     if any(e.atoms(SumK, SumV) for s in plan.vector_states for w in s.writes for e in (s.decay, w.key, w.value)):
@@ -56,20 +62,24 @@ def section(analysis: Analysis) -> Section | None:
     )
 
 
-def core_source(decay: str, exclusive: bool, passes: bool = True) -> str:
+def core_source(decay: str, exclusive: bool, passes: bool = True, tag: str = "") -> str:
     """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key".
 
-    Without ``passes``: the kernels of states and the gradients of a chunk only; the fold has the others itself.
+    Without ``passes``: the kernels of states and the gradients of a chunk only; the fold has the others itself. With a
+    ``tag`` of its own: what its backward pass needs.
     """
     flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
     texts = [boundary.DECAY_SUMS] if flags["decay"] else []
     texts += [boundary.STATES, boundary.COTANGENTS]
-    texts += [channel.SCORES, chunkwise.OUTPUTS, channel.VALUES, channel.KEYS] if flags["key"] else []
+    outputs = [] if tag else [chunkwise.OUTPUTS]
+    texts += [channel.SCORES, *outputs, channel.VALUES, channel.KEYS] if flags["key"] else []
     if not flags["key"]:
-        own = [chunkwise.OUTPUTS, chunkwise.CHUNK_GRADIENTS, chunkwise.GRADIENTS]
+        own = [*outputs, chunkwise.CHUNK_GRADIENTS, chunkwise.GRADIENTS]
         texts += own if passes else [chunkwise.CHUNK_GRADIENTS]
-    texts += [host.CORE, *([host.PASSES, host.OPERATORS] if passes else [])]
-    return host.renamed("\n".join(specialise(t, flags) for t in texts), decay).replace("_TAG", f"_{decay}")
+    texts += [host.CORE]
+    texts += [host.BACKWARD] if tag else [host.FORWARD, host.BACKWARD, host.OPERATORS] if passes else []
+    tag = tag or decay
+    return host.renamed("\n".join(specialise(t, flags) for t in texts), tag).replace("_TAG", f"_{tag}")
 
 
 class _Core:
@@ -109,6 +119,10 @@ class _Core:
                 parts.append(vector.BEFORE)
         parts += [vector.source(group, kernel_names) for group in self.groups]
         parts += [core_source(k, self.plan.exclusive) for k in kinds]
+        for k in sorted({kind(s) for s in self.plan.matrix_states if s.name in self.plan.probes}):
+            before = k if self.plan.exclusive else f"{k}_before"
+            parts += [] if self.plan.exclusive else [core_source(k, True, tag=before)]
+            parts.append(delta_source(k, before))
         return [p.strip("\n") + "\n" for p in parts]
 
     def lines(self) -> list[str]:
@@ -195,6 +209,9 @@ class _Core:
                 return f"_typed({self.names[v.name]}, {cast})"
         own = axes_of(expr, self.table)
         text = self.show(expr)
+        part = factors(expr, self.table)
+        if self.plan.probes and own and part[""] != 1 and part[own] * part[""] == expr:
+            text = f"{self.show.at(part[''], MUL)} * {self.show.at(part[own], MUL)}"  # one operation on all channels
         if not expr.free_symbols:
             return f"torch.full((batch, steps, heads{_SHAPE[axes]}), {float(expr)!r}, dtype={cast}, device={self.names[self.recurrence.inputs[0].name]}.device)"
         if own != axes or not any(self.table.get(s) is not None and self._per_token(s) for s in expr.free_symbols):
@@ -321,10 +338,14 @@ class _Core:
         names, write = self.names, self.out.append
         name, tag = names[state.name], kind(state)
         reads = [r for r in self.plan.readout.reads if r.queries is not None and state.name in r.queries]
-        decay = "" if tag == "none" else f"{self._decay(state, len(state.writes) * max(1, len(reads)))}, "
+        probe = self.plan.probes.get(state.name)
+        uses = len(state.writes) * max(1, len(reads)) + (probe is not None)
+        decay = "" if tag == "none" else f"{self._decay(state, uses)}, "
         self.scaled = self._scale_of_reads()
         writes = state.writes or (Write(sympy.S.Zero, sympy.S.Zero),)  # the kernels write something
         added = " + ".join(f"({w.key}) ({w.value})" for w in writes)
+        if probe is not None:
+            added = f"({writes[0].key}) ({writes[0].value} + sum_k({probe} * {state.name}_(t-1)))"
         write("")
         write(f"    # {state.name}_t = {state.decay} * {state.name}_(t-1) + {added}")
         if decay:
@@ -335,6 +356,9 @@ class _Core:
             key, value = f"{name}_key{suffix}", f"{name}_value{suffix}"
             write(f"    {key} = {self._feature(w.key, 'k', 'dtype')}")
             write(f"    {value} = {self._feature(w.value, 'v', 'dtype')}")
+            if probe is not None:
+                write(f"    {name}_probe = {self._feature(probe, 'k', 'dtype')}")
+                write(f"    {value} = _erase_{tag}({name}_probe, {key}, {value}, {decay}{name}, offsets)")
             initial = name if i == 0 else f"None if {name} is None else torch.zeros_like({name})"
             ending = f"{name}_final" if i == 0 else "last"
             for j, read in enumerate(reads):

@@ -1,7 +1,7 @@
 """Source of the host side of a linear-attention core: configuration, launches, custom operators.
 
-Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`: ``CORE``, ``PASSES`` and ``OPERATORS``, once for each kind of
-decay, with names told apart by :func:`renamed`. They stand on :mod:`dspace.emit.triton.launching`.
+Text with conditional lines, as in :mod:`dspace.emit.triton.boundary`: ``CORE``, ``FORWARD``, ``BACKWARD`` and
+``OPERATORS``, once for each kind of decay, with names told apart by :func:`renamed`. They stand on :mod:`dspace.emit.triton.launching`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _scores(q, k, G, spans, NT, chunks, config):
 #endif
 '''
 
-PASSES = '''
+FORWARD = '''
 @_repeated
 def _forward(q, k, v,
 #if decay
@@ -156,8 +156,9 @@ def _forward(q, k, v,
         A,
 #endif
     )
+'''
 
-
+BACKWARD = '''
 @_repeated
 def _backward(q, k, v,
 #if decay
