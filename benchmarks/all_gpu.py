@@ -25,6 +25,7 @@ STEPS: dict[str, tuple[int, str]] = {
     "ratio": (150, "benchmarks/ratio_gpu.py --json {out}/ratio.json"),
     "chunkwise": (150, "benchmarks/chunkwise_gpu.py --json {out}/chunkwise.json"),
     "decode": (90, "benchmarks/decode_gpu.py --json"),
+    "forms": (240, "benchmarks/forms_gpu.py --json {out}/forms.json"),
     "host": (120, "benchmarks/host_time.py --json {out}/host.json"),
     "train": (240, "benchmarks/train_gpu.py --trials 1 8 --engine auto graph --profile --json {out}/train.json"),
     "smalltrain": (150, "benchmarks/train_gpu.py --trials 1 8 --batch 8 --json {out}/smalltrain.json"),

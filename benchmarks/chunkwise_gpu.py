@@ -43,7 +43,7 @@ def draw(module: ModuleType, shape: tuple[int, int, int, int, int], gate: float 
         full = (batch, steps, heads, *sizes[v["axes"]])
         if v["domain"] == "nonpositive":
             made.append(-gate * torch.rand(full, device="cuda"))
-        elif v["domain"] == "nonnegative":
+        elif v["domain"] in ("nonnegative", "unit"):
             made.append(torch.rand(full, device="cuda").bfloat16())
         else:
             x = torch.randn(full, device="cuda")

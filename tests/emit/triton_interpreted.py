@@ -19,16 +19,24 @@ import torch
 import dspace.math
 import dspace.spec
 from dspace.emit import module
+from dspace.emit.base import Section
 from dspace.emit.triton import features
+from dspace.emit.triton.section import joined
 
 PACKED = [0, 0, 37, 38, 75]
+
+
+def delta_section(analysis: dspace.math.Analysis) -> Section:
+    made = features.section(analysis, delta=True)
+    assert made is not None
+    return joined(made, analysis)
 
 
 def build(text: str, delta: bool = False) -> types.ModuleType:
     """The generated module of a spec given as text or built-in name, with the Triton section only; ``delta``: of class d."""
     spec = dspace.spec.loads(text) if "\n" in text else dspace.spec.load(text)
     analysis = dspace.math.analyse(spec)
-    source = module.emit(spec, analysis, [functools.partial(features.section, delta=delta)])
+    source = module.emit(spec, analysis, [delta_section if delta else features.section])
     # Triton reads the source of its kernels from the file.
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
         file.write(source)

@@ -27,8 +27,11 @@ def section(analysis: Analysis) -> Section:
     for name in _OTHERS:
         if made is None and find_spec(name) is not None:
             made = importlib.import_module(name).section(analysis)
-    if made is None:
-        return sequential.section(analysis)
+    return sequential.section(analysis) if made is None else joined(made, analysis)
+
+
+def joined(made: Section, analysis: Analysis) -> Section:
+    """``made`` with the sequential form beside its own, if it has none."""
     if made.recurrent is not None:
         return made
     last = sequential.section(analysis, common="def _kernel(" not in made.code)
