@@ -2015,7 +2015,7 @@ def _chunk_triton_core(q, k, v, w, u, S, scale, offsets, want_variance, want_fin
     read_0_S, S_final = _linear_key(_typed(q, dtype), S_key, S_value, S_decay, S, 1.0, offsets, want_final)
 
     read_0 = (read_0_S).float()[..., None, :]  # sum_k S*q
-    output = _typed((scale * (read_0 + v_ * (k_ * q_ * u_).sum(-2, keepdim=True)))[..., 0, :], q.dtype)
+    output = _typed((scale * (read_0 + (k_ * q_ * u_).sum(-2, keepdim=True) * v_))[..., 0, :], q.dtype)
     variance = None
     return output, variance, S_final
 

@@ -65,7 +65,7 @@ class Printer:
         coefficient, rest = expr.as_coeff_Mul()
         if coefficient.is_negative:
             return f"-{self.at(-expr, MUL)}", UNARY
-        factors = list(rest.as_ordered_factors())
+        factors = self.ordered(rest)
         above = [f for f in factors if not self.below(f)]
         under = [1 / f for f in factors if self.below(f)]
         if coefficient != 1:
@@ -75,6 +75,10 @@ class Printer:
             bottom = sympy.Mul(*under)
             text += f" / {self.at(bottom, POWER)}"
         return text, MUL
+
+    def ordered(self, product: sympy.Expr) -> list[sympy.Expr]:
+        """Factors in the order in which they are multiplied."""
+        return list(product.as_ordered_factors())
 
     def below(self, factor: sympy.Expr) -> bool:
         return factor.is_Pow and factor.exp.is_number and factor.exp.is_negative

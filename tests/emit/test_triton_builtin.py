@@ -5,10 +5,6 @@ And that a certificate means something: mistakes planted in emitted kernels are 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +14,7 @@ from dspace.runtime import offline
 from dspace.runtime.analysis import module_text
 from dspace.runtime.load import load_file
 from dspace.spec import builtin_names
+from tests.emit.interpreting import interpreted
 
 HERE = Path(__file__).parent
 GROUPS = 4
@@ -50,14 +47,7 @@ NARROW = {
 
 def certified(orders: list[dict]) -> list[dict]:
     """What ``builtin_interpreted.py`` says of each order, from one process under the interpreter."""
-    path = os.pathsep.join([str(HERE.parents[1]), *(p for p in sys.path if p)])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "builtin_interpreted.py")],
-        input=json.dumps(orders), capture_output=True, text=True, timeout=1500,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return interpreted("builtin_interpreted.py", orders)
 
 
 @pytest.mark.parametrize("group", range(GROUPS))

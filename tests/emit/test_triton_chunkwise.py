@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import dspace.spec
 from dspace.emit.triton import features, printer
 from dspace.errors import CompilerBug
 from dspace.runtime import offline
+from tests.emit.interpreting import interpreted as run
 from tests.emit.names import left_to_a_spec
 from tests.emit.triton_interpreted import build, draw
 
@@ -299,13 +296,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     asked += [
         {**dict(zip(fields, c, strict=False)), "id": f"operators {identity(c)}", "operators": True} for c in OPERATORS
     ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
-        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run("triton_interpreted.py", asked)
 
 
 @pytest.mark.parametrize("case", [identity(c) for c in CASES])

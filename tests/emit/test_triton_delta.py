@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import dspace.math
 import dspace.spec
 from dspace.plan.delta import delta_plan
 from dspace.runtime import offline
+from tests.emit.interpreting import interpreted as run
 from tests.emit.triton_interpreted import build
 
 HERE = Path(__file__).parent
@@ -80,13 +77,7 @@ CASES = {
 def interpreted() -> dict[str, dict[str, float]]:
     fields = ("spec", "steps", "sizes", "packed")
     asked = [{"id": n, "delta": True, **dict(zip(fields, c[:4], strict=True)), **c[4]} for n, c in CASES.items()]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "triton_interpreted.py")],
-        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run("triton_interpreted.py", asked)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ import dspace.spec
 from dspace.emit.triton import ratio
 from dspace.plan.ratio import ratio_plan
 from dspace.runtime import offline
+from tests.emit.interpreting import interpreted as run
 from tests.emit.names import left_to_a_spec
 from tests.emit.ratio_interpreted import build
 from tests.emit.triton_interpreted import draw
@@ -168,18 +165,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of all cases, from one process under the interpreter."""
-    root = str(HERE.parents[1])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "ratio_interpreted.py")],
-        input=json.dumps(CASES),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return run("ratio_interpreted.py", CASES)
 
 
 @pytest.mark.parametrize("name", [c["id"] for c in CASES])

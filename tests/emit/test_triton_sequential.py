@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from cases import RECURRENCES, Identity, analysis_of, build, inputs, load
 from dspace.emit import emit
 from dspace.emit.triton import section, sequential
 from dspace.runtime import offline
+from tests.emit.interpreting import interpreted as run
 
 HERE = Path(__file__).parent
 
@@ -69,13 +66,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     asked = [{**vars(c), "id": c.id} for c in CASES]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "sequential_interpreted.py")],
-        input=json.dumps(asked), capture_output=True, text=True, env=environment, timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run("sequential_interpreted.py", asked)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

@@ -51,7 +51,7 @@ def _erase_inverse_kernel(A, spans, T, NT, H, C: tl.constexpr, PRECISION: tl.con
 
 SCORES = '''
 @_kernel(do_not_specialize=["T", "NT", "H"])
-def _erase_scores_kernel(
+def _erase_scores_TAG_kernel(
     y, x,
 #if decay
     G,
@@ -90,14 +90,14 @@ def _erase_scores_kernel(
 
 WALK = '''
 @_kernel(do_not_specialize=["T", "NT", "H"])
-def _erase_kernel(
+def _erase_TAG_kernel(
     rows, columns, w, inverse,
 #if decay
     G,
 #endif
     initial, u, offsets, bases, T, NT, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    OT: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    OT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
 ):
     """u = inverse (w + rows S) in each chunk, then S' = exp(G_C) S + columns u; one tile of value channels a program.
 
@@ -164,7 +164,7 @@ def _erase_kernel(
 #endif
 #endif
         given = tl.dot(row_tile.to(OT), S.to(OT), given, input_precision=PRECISION)
-        value = tl.dot(solve, given, input_precision=SOLVE).to(u.dtype.element_ty)
+        value = tl.dot(solve, given, input_precision=PRECISION).to(u.dtype.element_ty)
         tl.store(u + at[:, None] * V + o_v[None, :], value, mask=live[:, None] & m_v[None, :])
 #if decay
         S = S * kept
@@ -184,153 +184,90 @@ def _erase_proposals_TAG(K, V, dtype):
     return [(32, wide, 4, 3), (32, wide, 4, 2), (32, _tile(V, 16), 4, 3), (32, _tile(V, 64), 8, 2), (64, _tile(V, 64), 4, 2)]
 
 
-def _erase_walk_TAG(rows, columns, w, inverse,
-#if decay
-    G,
-#endif
-    initial, offsets, bases, NT, config, reverse):
-    B, T, H, K = rows.shape
+def _erase_solve_TAG(y, x, w, g, initial, offsets, reverse):
+    """u, or with ``reverse`` its cotangent that counts all later tokens; ``g`` is a tuple of the log decays, if there are any."""
+    B, T, H, K = x.shape
     V = w.shape[-1]
     N = B if offsets is None else offsets.shape[0] - 1
-    C, BV, warps, stages = config
-    OT, precision = _operands(rows.dtype)
-    u = torch.empty(w.shape, dtype=rows.dtype, device=w.device)
-    pointers = (
-        rows, columns, w, inverse,
-#if decay
-        G,
-#endif
-        initial, u, offsets, bases,
-    )
-    _launch(
-        _erase_TAG_kernel, (_cdiv(V, BV) * N * H, 1, 1), pointers, (T, NT, H), (), K=K, V=V, C=C, BK=_tile(K, 1 << 20),
-        BV=BV, OT=OT, PRECISION=precision, SOLVE=precision, PACKED=offsets is not None, REVERSE=reverse, num_warps=warps,
-        num_stages=stages,
-    )
-    return u
-
-
-def _erase_tables_TAG(y, x,
-#if decay
-    g,
-#endif
-    w, offsets):
-    """Chunk table, sums of log decays and inverses of all chunks."""
-    B, T, H, K = x.shape
-    N = B if offsets is None else offsets.shape[0] - 1
-    config = _chosen(_erase_proposals_TAG, "erase_TAG", K, w.shape[-1], x.dtype)
-    C = config[0]
+    C, BV, warps, stages = _chosen(_erase_proposals_TAG, "erase_TAG", K, V, x.dtype)
     spans, bases, NT, chunks = _plan(T, offsets, N, C)
     OT, precision = _operands(x.dtype)
 #if decay
-    G = _decay_sums_BEFORE(g, spans, T, NT, chunks, C)
+    sums = (_decay_sums_BEFORE(*g, spans, T, NT, chunks, C),)
+#else
+    sums = ()
 #endif
     A = torch.empty((B, T, H, C), dtype=torch.float32, device=x.device)
-    pointers = (
-        y, x,
-#if decay
-        G,
-#endif
-        A, spans,
-    )
     _launch(
 #if key
         _scores_BEFORE_kernel,
 #else
         _erase_scores_TAG_kernel,
 #endif
-        (H * chunks, 1, 1), pointers, (T, NT, H), (), K=K, C=C, BK=_tile(K, 64),
+        (H * chunks, 1, 1), (y, x, *sums, A, spans), (T, NT, H), (), K=K, C=C, BK=_tile(K, 64),
         OT=OT, PRECISION=precision, PACKED=spans is not None, num_warps=4, num_stages=1,
     )
     _launch(
         _erase_inverse_kernel, (H * chunks, 1, 1), (A, spans), (T, NT, H), (), C=C, PRECISION=_EXACT,
         PACKED=spans is not None, num_warps=1,
     )
-#if decay
-    return config, bases, NT, A, G
-#else
-    return config, bases, NT, A
-#endif
+    u = torch.empty(w.shape, dtype=x.dtype, device=w.device)
+    rows, columns = (x, y) if reverse else (y, x)
+    _launch(
+        _erase_TAG_kernel, (_cdiv(V, BV) * N * H, 1, 1), (rows, columns, w, A, *sums, initial, u, offsets, bases),
+        (T, NT, H), (), K=K, V=V, C=C, BK=_tile(K, 1 << 20), BV=BV, OT=OT, PRECISION=precision,
+        PACKED=offsets is not None, REVERSE=reverse, num_warps=warps, num_stages=stages,
+    )
+    return (u,)
 
 
 @_repeated
-def _erase_forward_TAG(y, x, w,
-#if decay
-    g,
-#endif
-    initial, offsets):
-#if decay
-    config, bases, NT, A, *G = _erase_tables_TAG(y, x, g, w, offsets)
-#else
-    config, bases, NT, A, *G = _erase_tables_TAG(y, x, w, offsets)
-#endif
-    return (_erase_walk_TAG(y, x, w, A, *G, initial, offsets, bases, NT, config, False),)
+def _erase_forward_TAG(y, x, w, *rest):
+    *g, initial, offsets = rest
+    return _erase_solve_TAG(y, x, w, g, initial, offsets, False)
 
 
-def _erase_backward_TAG(y, x, w,
-#if decay
-    g,
-#endif
-    initial, u, d_u, offsets):
+@_repeated
+def _erase_adjoint_TAG(y, x, d_u, *rest):
+    *g, offsets = rest
+    return _erase_solve_TAG(y, x, d_u, g, None, offsets, True)
+
+
+def _erase_backward_TAG(y, x, w, *rest):
     """Gradients of the tensors before ``u``, the result of the forward pass; that of an initial state that is None: None."""
+    *g, initial, u, d_u, offsets = rest
+    (d_w,) = _erase_adjoint_TAG(y, x, d_u, *g, offsets)
+    d_y, d_x, _, *others = _backward_BEFORE(y, x, u, *g, initial, d_w, None, 1.0, offsets)
+    return d_y, d_x, d_w, *others
+
+
 #if decay
-    (d_w,) = _erase_adjoint_TAG(y, x, d_u, g, offsets)
-    d_y, d_x, _, d_g, d_initial = _backward_BEFORE(y, x, u, g, initial, d_w, None, 1.0, offsets)
-    return d_y, d_x, d_w, d_g, d_initial
+_ERASE_TAG = "Tensor y, Tensor x, Tensor w, Tensor g, Tensor? initial"
 #else
-    (d_w,) = _erase_adjoint_TAG(y, x, d_u, offsets)
-    d_y, d_x, _, d_initial = _backward_BEFORE(y, x, u, initial, d_w, None, 1.0, offsets)
-    return d_y, d_x, d_w, d_initial
-#endif
-
-
-@_repeated
-def _erase_adjoint_TAG(y, x, d_u,
-#if decay
-    g,
-#endif
-    offsets):
-    """The cotangent of what is written: that of ``u`` through all later tokens too."""
-#if decay
-    config, bases, NT, A, *G = _erase_tables_TAG(y, x, g, d_u, offsets)
-#else
-    config, bases, NT, A, *G = _erase_tables_TAG(y, x, d_u, offsets)
-#endif
-    return (_erase_walk_TAG(x, y, d_u, A, *G, None, offsets, bases, NT, config, True),)
-
-
-#if decay
-_ERASE_TENSORS_TAG = "Tensor y, Tensor x, Tensor w, Tensor g, Tensor? initial"
-#else
-_ERASE_TENSORS_TAG = "Tensor y, Tensor x, Tensor w, Tensor? initial"
+_ERASE_TAG = "Tensor y, Tensor x, Tensor w, Tensor? initial"
 #endif
 _erase_TAG_op = torch.library.custom_op(
     f"{_OPS}::erase_TAG",
     lambda *arguments: _erase_forward_TAG(*arguments)[0],
     mutates_args=(),
-    schema=f"({_ERASE_TENSORS_TAG}, Tensor? offsets) -> Tensor",
+    schema=f"({_ERASE_TAG}, Tensor? offsets) -> Tensor",
 )
 _erase_TAG_backward_op = torch.library.custom_op(
     f"{_OPS}::erase_TAG_backward",
-    lambda *arguments: tuple([t for t in _erase_backward_TAG(*arguments) if t is not None]),
+    lambda *arguments: [t for t in _erase_backward_TAG(*arguments) if t is not None],
     mutates_args=(),
-#if decay
-    schema=f"({_ERASE_TENSORS_TAG}, Tensor u, Tensor d_u, Tensor? offsets) -> Tensor[]",
-#else
-    schema=f"({_ERASE_TENSORS_TAG}, Tensor u, Tensor d_u, Tensor? offsets) -> Tensor[]",
-#endif
+    schema=f"({_ERASE_TAG}, Tensor u, Tensor d_u, Tensor? offsets) -> Tensor[]",
 )
 
 
 @_erase_TAG_op.register_fake
 def _erase_TAG_fake(y, x, w, *rest):
-    return torch.empty(w.shape, dtype=y.dtype, device=w.device)
+    return torch.empty(w.shape, dtype=x.dtype, device=w.device)
 
 
 @_erase_TAG_backward_op.register_fake
 def _erase_TAG_backward_fake(*arguments):
-    *tensors, u, d_u, offsets = arguments
-    return [torch.empty_like(t) for t in tensors if t is not None]
+    return [torch.empty_like(t) for t in arguments[:-3] if t is not None]
 
 
 def _erase_TAG_save(ctx, inputs, output):
@@ -377,8 +314,6 @@ def _erase_TAG(*arguments):
 def source(decay: str, before: str) -> str:
     """Kernels, launches and operators; ``decay`` is "none", "scalar" or "key", ``before`` the core that reads before a write."""
     flags = {"decay": decay != "none", "key": decay == "key"}
-    text = "\n".join(specialise(t, flags) for t in (*((SCORES,) if decay != "key" else ()), WALK, HOST))
-    text = text.replace("_erase_scores_kernel", f"_erase_scores_{decay}_kernel").replace(
-        "_erase_kernel", f"_erase_{decay}_kernel"
-    )
-    return INVERSE + text.replace("TAG", decay).replace("BEFORE", before)
+    texts = [WALK, HOST] if flags["key"] else [SCORES, WALK, HOST]
+    text = INVERSE + "\n".join(specialise(t, flags) for t in texts)
+    return text.replace("TAG", decay).replace("BEFORE", before)

@@ -12,14 +12,13 @@ import sympy
 
 from dspace.emit.base import LEAN, Section
 from dspace.emit.naming import INTERNAL, KernelNamer, internal_names
-from dspace.emit.printers import MUL, TorchPrinter
+from dspace.emit.printers import TorchPrinter
 from dspace.emit.triton import boundary, channel, chunkwise, fold, host, launching, vector, vector_host
 from dspace.emit.triton.delta import source as delta_source
 from dspace.emit.triton.printer import specialise
 from dspace.emit.triton.vector_group import Fold, VectorGroup
 from dspace.math.functions import Softplus
 from dspace.math.ir import SCALE, AffineState, Analysis, Axes, Recurrence, SumK, SumV, Write, axes_of, divisor_symbols
-from dspace.math.separate import factors
 from dspace.plan.affine import AffinePlan, affine_plan, kind
 from dspace.plan.delta import delta_plan
 
@@ -39,6 +38,10 @@ _WANTED = "    if want_variance:"
 
 class _Printer(TorchPrinter):
     functions = {**TorchPrinter.functions, Softplus: "-torch.nn.functional.logsigmoid(-({}))"}
+
+    def ordered(self, product: sympy.Expr) -> list[sympy.Expr]:
+        """What has fewer channels first, so that few operations are on all of them."""
+        return sorted(super().ordered(product), key=lambda factor: len(axes_of(factor, self.axes)))
 
 
 def section(analysis: Analysis, delta: bool = False) -> Section | None:
@@ -62,22 +65,21 @@ def section(analysis: Analysis, delta: bool = False) -> Section | None:
     )
 
 
-def core_source(decay: str, exclusive: bool, passes: bool = True, tag: str = "") -> str:
+def core_source(decay: str, exclusive: bool, part: str = "all", tag: str = "") -> str:
     """Kernels, launches and operators of one matmul core; ``decay`` is "none", "scalar" or "key".
 
-    Without ``passes``: the kernels of states and the gradients of a chunk only; the fold has the others itself. With a
-    ``tag`` of its own: what its backward pass needs.
+    ``part``: "all"; "backward" pass, of a core whose names end in a ``tag`` of its own; "states" and the gradients of a
+    chunk only, as the fold has the others itself.
     """
     flags = {"decay": decay != "none", "key": decay == "key", "before": exclusive}
     texts = [boundary.DECAY_SUMS] if flags["decay"] else []
     texts += [boundary.STATES, boundary.COTANGENTS]
-    outputs = [] if tag else [chunkwise.OUTPUTS]
-    texts += [channel.SCORES, *outputs, channel.VALUES, channel.KEYS] if flags["key"] else []
-    if not flags["key"]:
-        own = [*outputs, chunkwise.CHUNK_GRADIENTS, chunkwise.GRADIENTS]
-        texts += own if passes else [chunkwise.CHUNK_GRADIENTS]
-    texts += [host.CORE]
-    texts += [host.BACKWARD] if tag else [host.FORWARD, host.BACKWARD, host.OPERATORS] if passes else []
+    texts += [channel.SCORES] if flags["key"] else []
+    texts += [chunkwise.OUTPUTS] if part == "all" else []
+    texts += [channel.VALUES, channel.KEYS] if flags["key"] else [chunkwise.CHUNK_GRADIENTS]
+    texts += [chunkwise.GRADIENTS] if part != "states" and not flags["key"] else []
+    passes = {"all": [host.FORWARD, host.BACKWARD, host.OPERATORS], "backward": [host.BACKWARD], "states": []}
+    texts += [host.CORE, *passes[part]]
     tag = tag or decay
     return host.renamed("\n".join(specialise(t, flags) for t in texts), tag).replace("_TAG", f"_{tag}")
 
@@ -110,7 +112,7 @@ class _Core:
         parts = [launching.COMMON, launching.TABLES, boundary.SPAN]
         kernel_names = dict(self.names)
         if self.folded is not None:
-            parts += [launching.FAST, vector.COMPOSE, vector.CARRY, core_source(kinds[0], False, passes=False)]
+            parts += [launching.FAST, vector.COMPOSE, vector.CARRY, core_source(kinds[0], False, "states")]
             parts.append(fold.source(self.folded, kernel_names))
             return [p.strip("\n") + "\n" for p in parts]
         if self.groups:
@@ -121,7 +123,7 @@ class _Core:
         parts += [core_source(k, self.plan.exclusive) for k in kinds]
         for k in sorted({kind(s) for s in self.plan.matrix_states if s.name in self.plan.probes}):
             before = k if self.plan.exclusive else f"{k}_before"
-            parts += [] if self.plan.exclusive else [core_source(k, True, tag=before)]
+            parts += [] if self.plan.exclusive else [core_source(k, True, "backward", before)]
             parts.append(delta_source(k, before))
         return [p.strip("\n") + "\n" for p in parts]
 
@@ -209,9 +211,6 @@ class _Core:
                 return f"_typed({self.names[v.name]}, {cast})"
         own = axes_of(expr, self.table)
         text = self.show(expr)
-        part = factors(expr, self.table)
-        if self.plan.probes and own and part[""] != 1 and part[own] * part[""] == expr:
-            text = f"{self.show.at(part[''], MUL)} * {self.show.at(part[own], MUL)}"  # one operation on all channels
         if not expr.free_symbols:
             return f"torch.full((batch, steps, heads{_SHAPE[axes]}), {float(expr)!r}, dtype={cast}, device={self.names[self.recurrence.inputs[0].name]}.device)"
         if own != axes or not any(self.table.get(s) is not None and self._per_token(s) for s in expr.free_symbols):

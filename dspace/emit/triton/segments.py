@@ -12,7 +12,7 @@ from dspace.emit.base import Section
 from dspace.emit.cpu.loops import forward_token
 from dspace.emit.triton import launching
 from dspace.emit.triton.segments_host import host_source
-from dspace.emit.triton.sequential import SHARED, Body, Kernels, Reverse, splits
+from dspace.emit.triton.sequential import BACKWARD, SHARED, Body, Kernels, Reverse, splits
 from dspace.emit.triton.sequential_host import host_source as sequential_source
 from dspace.emit.triton.tiles import TILES, given_end, indented, load, place_of, raw, shaped, stored
 from dspace.math.gradients import new_symbol
@@ -66,9 +66,7 @@ def section(analysis: Analysis) -> Section | None:
     r = analysis.recurrence
     parts = [launching.COMMON, launching.MULTIPROCESSORS, TILES, *Kernels(r, chunks=True).all(analysis.adjoint)]
     parts += [_Chunks(plan.within).ends(r), LINKS]
-    parts += [
-        _Chunks(r).chunk_backward(analysis.adjoint, v) for v in ((False,) if r.variance is None else (False, True))
-    ]
+    parts += [_Chunks(r).chunk_backward(analysis.adjoint, variance) for variance in Kernels(r).asked()]
     parts += [sequential_source(r, splits(r), chunks=True), host_source(r, plan)]
     return Section(
         device="cuda",
@@ -127,14 +125,7 @@ class _Chunks(Kernels):
             ]
             lines += indented(value, 1)
         lines += [f"    {x.sums[p.name]} = zero_{p.axes}" for p in r.parameters]
-        lines += [
-            "    segments = tl.cdiv(steps, EVERY)",
-            "    for back in range(0, segments):",
-            "        segment = segments - 1 - back",
-            "        first = begin + segment * EVERY",
-            "        count = tl.minimum(EVERY, steps - segment * EVERY)",
-            "        slot = (i_n * SUB + segment) * H + i_h",
-        ]
+        lines += [*BACKWARD, "        slot = (i_n * SUB + segment) * H + i_h"]
         lines += [f"        {names[s.name]} = {load(x.saved[s.name], s.axes, 'slot')}" for s in r.states]
         again, back, rows = self.rows(x)
         pasts = [x.past[s.name] for s in r.states]

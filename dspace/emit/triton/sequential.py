@@ -39,6 +39,14 @@ SHARED = (
     "    NH = tl.num_programs(0) // NV",
     "    shared = i_v * NH + i_nh  # row of what value blocks share",
 )
+BACKWARD = (
+    "    segments = tl.cdiv(steps, EVERY)",
+    "    for back in range(0, segments):",
+    "        segment = segments - 1 - back",
+    "        first = begin + segment * EVERY",
+    "        count = tl.minimum(EVERY, steps - segment * EVERY)",
+)
+"""Head of the loop over segments of EVERY tokens, the last one first."""
 
 
 def splits(r: Recurrence) -> bool:
@@ -193,8 +201,11 @@ class Kernels:
 
     def all(self, adjoint: Adjoint) -> list[str]:
         """Forward and backward, the latter once more for cotangents of the variance."""
-        both = [False] if self.r.variance is None else [False, True]
-        return [self.forward(), *(self.backward(adjoint, variance) for variance in both)]
+        return [self.forward(), *(self.backward(adjoint, variance) for variance in self.asked())]
+
+    def asked(self) -> list[bool]:
+        """What may be differentiated: without the variance, and with it if there is one."""
+        return [False] if self.r.variance is None else [False, True]
 
     def forward(self) -> str:
         r, names = self.r, self.names
@@ -306,10 +317,7 @@ class Kernels:
         lines += indented([*loads, *shapes], 1)
         lines += [f"    {x.d_local[s.name]} = {given_end(s, x.d_end[s.name])}" for s in r.states]
         lines += [f"    {x.sums[p.name]} = zero_{p.axes}" for p in r.parameters]
-        lines += ["    segments = tl.cdiv(steps, EVERY)", "    for back in range(0, segments):"]
-        lines += ["        segment = segments - 1 - back", "        first = begin + segment * EVERY"]
-        lines += ["        count = tl.minimum(EVERY, steps - segment * EVERY)"]
-        lines += ["        slot = (begin // EVERY + i_n + segment) * H + i_h"]
+        lines += [*BACKWARD, "        slot = (begin // EVERY + i_n + segment) * H + i_h"]
         lines += [f"        {names[s.name]} = {load(x.saved[s.name], s.axes, 'slot')}" for s in r.states]
         before, inside = self.tokens(x.used, x.arrays)
         lines += ["        # The states of this segment once more.", "        at = first * H + i_h"]
