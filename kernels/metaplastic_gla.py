@@ -1512,6 +1512,9 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
+_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
+
+
 @_kernel
 def _bounds(offsets, i_n, T, PACKED: tl.constexpr):
     """First token and number of tokens of sequence ``i_n``, never outside the tokens that there are; rows in all."""
@@ -1535,13 +1538,13 @@ def _live(x, mask, EXACT: tl.constexpr):
         return tl.where(mask, x, 0.0)
 
 
-@_kernel(do_not_specialize=["T", "EVERY", "SUB"])
+@_kernel(do_not_specialize=["T", "EVERY"])
 def _sequential_kernel(
     q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_final, Ibar_final, M_saved,
     Ibar_saved,
-    offsets, scale, T, EVERY, SUB, H,
+    offsets, scale, T, EVERY, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,
-    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr, CHUNKS: tl.constexpr,
+    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,
 ):
     """Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1596,10 +1599,7 @@ def _sequential_kernel(
         g_next = tl.load(g_in + ahead * K + r_k, mask=r_k < K, other=0.0)
         if SAVE:
             if t % EVERY == 0:
-                if CHUNKS:
-                    slot = (i_n * SUB + t // EVERY) * H + i_h
-                else:
-                    slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
+                slot = (begin // EVERY + i_n + t // EVERY) * H + i_h
                 tl.store(M_saved + slot * K * V + t_kv, (M).to(M_saved.dtype.element_ty), mask=m_kv)
                 tl.store(Ibar_saved + slot * K * V + t_kv, (Ibar).to(Ibar_saved.dtype.element_ty), mask=m_kv)
         row0 = tl.exp(g)
@@ -1912,70 +1912,68 @@ def _sequential_backward_variance_kernel(
     tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar_).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
 
 
+@_kernel
+def _channels(i_k, o_v, m_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
+    """Key channels of tile ``i_k``: as a vector, as a column, which there are; elements of a state, and which there are."""
+    r_k = i_k * BK + tl.arange(0, BK)
+    o_k = r_k[:, None]
+    m_k = o_k < K
+    return r_k, o_k, m_k, o_k * V + o_v, m_k & m_v
+
+
+@_kernel
+def _steps(log_decay, live):
+    """Log decays; exp(-40) is nothing beside 1, and a longer step would only cost the sums their digits. NaN stays."""
+    log_decay = tl.where(log_decay < -40.0, -40.0, log_decay)
+    return tl.where(live, tl.where(log_decay > 0.0, 0.0, log_decay), 0.0)
+
+
 @_kernel(do_not_specialize=["T"])
 def _ends_kernel(
     q_in, k_in, v_in, b_in, g_in, I_p_in, M_end, Ibar_end, product_0_end,
     offsets, scale, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """States at the end of every sequence that starts from zeros, and the products of its decays."""
+    """States at the end of every chunk that starts from zeros, by matmuls over 32 tokens; products of its decays."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    EXACT_K: tl.constexpr = K == BK
-    EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_n = (pid // NV // H).to(tl.int64)
-    i_h = pid // NV % H
+    i_k = pid // NV % NK
+    i_n = (pid // (NV * NK) // H).to(tl.int64)
+    i_h = pid // (NV * NK) % H
     i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    r_k = tl.arange(0, BK)
-    r_v = i_v * BV + tl.arange(0, BV)
-    o_k = r_k[:, None]
-    o_v = r_v[None, :]
-    m_k = o_k < K
-    m_v = o_v < V
-    m_kv = m_k & m_v
-    t_kv = o_k * V + o_v
-    count_k = tl.full((), K, tl.float32)
-    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
-    zero_ = tl.full((), 0.0, tl.float32)
-    zero_k = tl.zeros([BK, 1], tl.float32)
-    zero_v = tl.zeros([1, BV], tl.float32)
-    zero_kv = tl.zeros([BK, BV], tl.float32)
-    at = tl.minimum(begin, rows - 1) * H + i_h
-    k_next = tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0)
-    v_next = tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0)
-    b_next = tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0)
-    g_next = tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0)
-    M = zero_kv
-    Ibar = zero_kv
-    product_0 = zero_k + 1.0
-    for t in range(0, steps):
-        at = (begin + t) * H + i_h
-        ahead = (begin + tl.minimum(t + 1, steps - 1)) * H + i_h
-        k = k_next.to(tl.float32)[:, None]
-        v = v_next.to(tl.float32)[None, :]
-        b = b_next.to(tl.float32)[None, :]
-        g = g_next.to(tl.float32)[:, None]
-        k_next = tl.load(k_in + ahead * K + r_k, mask=r_k < K, other=0.0)
-        v_next = tl.load(v_in + ahead * V + r_v, mask=r_v < V, other=0.0)
-        b_next = tl.load(b_in + ahead * V + r_v, mask=r_v < V, other=0.0)
-        g_next = tl.load(g_in + ahead * K + r_k, mask=r_k < K, other=0.0)
-        row0 = tl.exp(g)
-        row1 = k * k
-        Ibar_new = Ibar * row0 + b * row1
-        M_new = M * row0 + k * v
-        product_0_new = product_0 * row0
-        M_after = M_new
-        Ibar_after = Ibar_new
-        product_0_after = product_0_new
-        M = M_after
-        Ibar = Ibar_after
-        product_0 = product_0_after
-    tl.store(M_end + i_nh * K * V + t_kv, (M).to(M_end.dtype.element_ty), mask=m_kv)
-    tl.store(Ibar_end + i_nh * K * V + t_kv, (Ibar).to(Ibar_end.dtype.element_ty), mask=m_kv)
+    o_k = i_k * BK + tl.arange(0, BK)[None, :]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    m_k, m_v = o_k < K, o_v < V
+    t_kv = (i_k * BK + tl.arange(0, BK))[:, None] * V + o_v
+    m_kv = ((i_k * BK + tl.arange(0, BK))[:, None] < K) & m_v
+    M = tl.zeros([BK, BV], tl.float32)
+    Ibar = tl.zeros([BK, BV], tl.float32)
+    behind_0 = tl.zeros([1, BK], tl.float32)
+    for back in range(0, tl.cdiv(steps, 32)):
+        place = steps - 1 - back * 32 - tl.arange(0, 32)[:, None]  # the last token first
+        live = place >= 0
+        at = (begin + tl.maximum(place, 0)) * H + i_h
+        k = tl.load(k_in + at * K + o_k, mask=live & m_k, other=0.0).to(tl.float32)
+        v = tl.load(v_in + at * V + o_v, mask=live & m_v, other=0.0).to(tl.float32)
+        b = tl.load(b_in + at * V + o_v, mask=live & m_v, other=0.0).to(tl.float32)
+        g = tl.load(g_in + at * K + o_k, mask=live & m_k, other=0.0).to(tl.float32)
+        step = _steps(g, live)
+        total = tl.cumsum(step, axis=0)
+        kept_0 = tl.exp(behind_0 + (total - step))
+        behind_0 += tl.sum(step, axis=0)[None, :]
+        key = tl.where(live, (k) * kept_0, 0.0)
+        value = tl.where(live, (v), 0.0)
+        M = tl.dot(tl.trans(key), value, M, input_precision=PRECISION)
+        key = tl.where(live, (k * k) * kept_0, 0.0)
+        value = tl.where(live, (b), 0.0)
+        Ibar = tl.dot(tl.trans(key), value, Ibar, input_precision=PRECISION)
+    tl.store(M_end + i_nh * K * V + t_kv, M, mask=m_kv)
+    tl.store(Ibar_end + i_nh * K * V + t_kv, Ibar, mask=m_kv)
     if i_v == 0:
-        tl.store(product_0_end + i_nh * K + o_k, (product_0).to(product_0_end.dtype.element_ty), mask=m_k)
+        tl.store(product_0_end + i_nh * K + o_k, tl.exp(behind_0), mask=m_k)
 
 
 @_kernel(do_not_specialize=["H"])
@@ -2013,17 +2011,17 @@ def _links_kernel(
         tl.store(final + i_nh * SIZE + o, S, mask=live)
 
 
-@_kernel(do_not_specialize=["T", "TOTAL", "SUB"])
-def _segment_backward_kernel(
-    q_in, k_in, v_in, b_in, g_in, I_p_in, M_saved, Ibar_saved, d_output_in, d_M_final, d_Ibar_final, d_q_out,
-    d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial, d_Ibar_initial,
-    offsets, scale, T, TOTAL, SUB, H,
+@_kernel(do_not_specialize=["T", "SUB"])
+def _segment_kernel(
+    q_in, k_in, v_in, b_in, g_in, I_p_in, M_initial, Ibar_initial, o, variance, M_saved, Ibar_saved,
+    offsets, scale, T, SUB, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EVERY: tl.constexpr,
-    INPUTS: tl.constexpr,
+    OUTPUT: tl.constexpr, VARIANCE: tl.constexpr, SAVE: tl.constexpr,
 ):
-    """Cotangents of a chunk's inputs with INPUTS, of parameters then, and of its start where that is not None."""
+    """Tokens of a chunk forward from its start; SAVE keeps the states before every EVERY-th of them."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    EXACT_K: tl.constexpr = K == BK
+    EXACT_K: tl.constexpr = K % BK == 0
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
@@ -2031,14 +2029,126 @@ def _segment_backward_kernel(
     i_h = pid // NV % H
     i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    r_k = tl.arange(0, BK)
     r_v = i_v * BV + tl.arange(0, BV)
-    o_k = r_k[:, None]
     o_v = r_v[None, :]
-    m_k = o_k < K
     m_v = o_v < V
-    m_kv = m_k & m_v
-    t_kv = o_k * V + o_v
+    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)
+    I_p_tiles = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (tl.load(I_p_in + i_h * K + r_k, mask=r_k < K, other=0.0),)
+    I_p_given, I_p_tiles = I_p_tiles, ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (I_p_given[i_k].to(tl.float32)[:, None],)
+    M_tiles = ()
+    Ibar_tiles = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        M_tiles = M_tiles + (tl.load(M_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+        Ibar_tiles = Ibar_tiles + (tl.load(Ibar_initial + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+    for segment in range(0, tl.cdiv(steps, EVERY)):
+        first = begin + segment * EVERY
+        count = tl.minimum(EVERY, steps - segment * EVERY)
+        if SAVE:
+            slot = (i_n * SUB + segment) * H + i_h
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                tl.store(M_saved + slot * K * V + t_kv, (M_tiles[i_k]).to(M_saved.dtype.element_ty), mask=m_kv)
+                tl.store(Ibar_saved + slot * K * V + t_kv, (Ibar_tiles[i_k]).to(Ibar_saved.dtype.element_ty), mask=m_kv)
+        q_rows = ()
+        k_rows = ()
+        v_rows = ()
+        b_rows = ()
+        g_rows = ()
+        for i_t in tl.static_range(EVERY):  # everything is loaded before it is used
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            v_rows = v_rows + (tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            b_rows = b_rows + (tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                q_rows = q_rows + (tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0),)
+                k_rows = k_rows + (tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0),)
+                g_rows = g_rows + (tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0),)
+        for i_t in tl.static_range(EVERY):
+            at = (first + tl.minimum(count - 1, i_t)) * H + i_h
+            live = count > i_t
+            v = v_rows[i_t].to(tl.float32)[None, :]
+            b = b_rows[i_t].to(tl.float32)[None, :]
+            Ibar_new_tiles = ()
+            M_new_tiles = ()
+            M_tiles_after = ()
+            Ibar_tiles_after = ()
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                g = g_rows[i_t * NK + i_k].to(tl.float32)[:, None]
+                row0 = tl.exp(g)
+                k = k_rows[i_t * NK + i_k].to(tl.float32)[:, None]
+                row1 = k * k
+                Ibar = Ibar_tiles[i_k]
+                Ibar_new = Ibar * row0 + b * row1
+                M = M_tiles[i_k]
+                M_new = M * row0 + k * v
+                Ibar_new_tiles = Ibar_new_tiles + (Ibar_new,)
+                M_new_tiles = M_new_tiles + (M_new,)
+                M_tiles_after = M_tiles_after + (M_new,)
+                Ibar_tiles_after = Ibar_tiles_after + (Ibar_new,)
+            if OUTPUT:
+                for i_k in tl.static_range(NK):
+                    r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                    I_p = I_p_tiles[i_k]
+                    Ibar_new = Ibar_new_tiles[i_k]
+                    x0 = 1.0 / (I_p + Ibar_new)
+                    M_new = M_new_tiles[i_k]
+                    q = q_rows[i_t * NK + i_k].to(tl.float32)[:, None]
+                    part = _live(M_new * q * x0, m_k, EXACT_K)
+                    sum0 = part if i_k == 0 else sum0 + part
+                sum0 = tl.sum(sum0, axis=0)[None, :]
+                tl.store(o + at * V + o_v, (scale * sum0).to(o.dtype.element_ty), mask=(m_v & live) != 0)
+            if VARIANCE:
+                c0 = scale * scale
+                for i_k in tl.static_range(NK):
+                    r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                    q = q_rows[i_t * NK + i_k].to(tl.float32)[:, None]
+                    row2 = q * q
+                    I_p = I_p_tiles[i_k]
+                    Ibar_new = Ibar_new_tiles[i_k]
+                    x0 = 1.0 / (I_p + Ibar_new)
+                    part = _live(row2 * x0, m_k, EXACT_K)
+                    sum1 = part if i_k == 0 else sum1 + part
+                sum1 = tl.sum(sum1, axis=0)[None, :]
+                tl.store(variance + at * V + o_v, (c0 * sum1).to(variance.dtype.element_ty), mask=(m_v & live) != 0)
+            M_tiles = M_tiles_after
+            Ibar_tiles = Ibar_tiles_after
+
+
+@_kernel(do_not_specialize=["T", "TOTAL", "SUB"])
+def _segment_backward_kernel(
+    q_in_, k_in_, v_in_, b_in_, g_in_, I_p_in_, M_saved_, Ibar_saved_, d_output_in, d_M_final, d_Ibar_final,
+    d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial, d_Ibar_initial,
+    offsets, scale, T, TOTAL, SUB, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EVERY: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Cotangents of a chunk's inputs with INPUTS, of parameters then, and of its start where that is not None."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K % BK == 0
+    EXACT_V: tl.constexpr = V % BV == 0
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_n = (pid // NV // H).to(tl.int64)
+    i_h = pid // NV % H
+    i_nh = i_n * H + i_h
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    r_v = i_v * BV + tl.arange(0, BV)
+    o_v = r_v[None, :]
+    m_v = o_v < V
     count_k = tl.full((), K, tl.float32)
     count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
     zero_ = tl.full((), 0.0, tl.float32)
@@ -2047,118 +2157,169 @@ def _segment_backward_kernel(
     zero_kv = tl.zeros([BK, BV], tl.float32)
     NH = tl.num_programs(0) // NV
     shared = i_v * NH + i_nh  # row of what value blocks share
-    I_p = tl.load(I_p_in + i_h * K + r_k, mask=r_k < K, other=0.0)
-    I_p = I_p.to(tl.float32)[:, None]
+    I_p_tiles = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (tl.load(I_p_in_ + i_h * K + r_k, mask=r_k < K, other=0.0),)
+    I_p_given_, I_p_tiles = I_p_tiles, ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (I_p_given_[i_k].to(tl.float32)[:, None],)
     if d_M_final is None:
-        d_M = zero_kv
+        d_M_tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_M_tiles = d_M_tiles + (zero_kv,)
     else:
-        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
+        d_M_tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_M_tiles = d_M_tiles + (tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
     if d_Ibar_final is None:
-        d_Ibar = zero_kv
+        d_Ibar_tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_Ibar_tiles = d_Ibar_tiles + (zero_kv,)
     else:
-        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    sum_I_p = zero_k
+        d_Ibar_tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_Ibar_tiles = d_Ibar_tiles + (tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+    sum_I_p = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        sum_I_p = sum_I_p + (zero_k,)
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
         slot = (i_n * SUB + segment) * H + i_h
-        M = tl.load(M_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-        Ibar = tl.load(Ibar_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-        q_rows = ()
-        k_rows = ()
-        v_rows = ()
-        b_rows = ()
-        g_rows = ()
-        d_output_rows = ()
         M_past = ()
         Ibar_past = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            M_past = M_past + (tl.load(M_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+            Ibar_past = Ibar_past + (tl.load(Ibar_saved_ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+        q_rows_ = ()
+        k_rows_ = ()
+        v_rows_ = ()
+        b_rows_ = ()
+        g_rows_ = ()
+        d_output_rows = ()
         for i_t in tl.static_range(EVERY):  # everything is loaded before it is used
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
-            q_rows = q_rows + (tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0),)
-            k_rows = k_rows + (tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0),)
-            v_rows = v_rows + (tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0),)
-            b_rows = b_rows + (tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0),)
-            g_rows = g_rows + (tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0),)
+            v_rows_ = v_rows_ + (tl.load(v_in_ + at * V + r_v, mask=r_v < V, other=0.0),)
+            b_rows_ = b_rows_ + (tl.load(b_in_ + at * V + r_v, mask=r_v < V, other=0.0),)
             d_output_rows = d_output_rows + (tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                q_rows_ = q_rows_ + (tl.load(q_in_ + at * K + r_k, mask=r_k < K, other=0.0),)
+                k_rows_ = k_rows_ + (tl.load(k_in_ + at * K + r_k, mask=r_k < K, other=0.0),)
+                g_rows_ = g_rows_ + (tl.load(g_in_ + at * K + r_k, mask=r_k < K, other=0.0),)
         for i_t in tl.static_range(EVERY):
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
-            M_past = M_past + (M,)
-            Ibar_past = Ibar_past + (Ibar,)
-            k = k_rows[i_t].to(tl.float32)[:, None]
-            v = v_rows[i_t].to(tl.float32)[None, :]
-            b = b_rows[i_t].to(tl.float32)[None, :]
-            g = g_rows[i_t].to(tl.float32)[:, None]
-            row0 = tl.exp(g)
-            row1 = k * k
-            Ibar_new = Ibar * row0 + b * row1
-            M_new = M * row0 + k * v
-            M_after = M_new
-            Ibar_after = Ibar_new
-            M = M_after
-            Ibar = Ibar_after
+            v = v_rows_[i_t].to(tl.float32)[None, :]
+            b = b_rows_[i_t].to(tl.float32)[None, :]
+            M_past_after = ()
+            Ibar_past_after = ()
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                g = g_rows_[i_t * NK + i_k].to(tl.float32)[:, None]
+                row0_ = tl.exp(g)
+                k = k_rows_[i_t * NK + i_k].to(tl.float32)[:, None]
+                row1_ = k * k
+                Ibar = Ibar_past[i_t * NK + i_k]
+                Ibar_new_ = Ibar * row0_ + b * row1_
+                M = M_past[i_t * NK + i_k]
+                M_new_ = M * row0_ + k * v
+                M_past_after = M_past_after + (M_new_,)
+                Ibar_past_after = Ibar_past_after + (Ibar_new_,)
+            M_past = M_past + M_past_after
+            Ibar_past = Ibar_past + Ibar_past_after
         for i_t in tl.static_range(EVERY - 1, -1, -1):
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
             live = count > i_t
-            M_old = M_past[i_t]
-            Ibar_old = Ibar_past[i_t]
-            q = q_rows[i_t].to(tl.float32)[:, None]
-            k = k_rows[i_t].to(tl.float32)[:, None]
-            v = v_rows[i_t].to(tl.float32)[None, :]
-            b = b_rows[i_t].to(tl.float32)[None, :]
-            g = g_rows[i_t].to(tl.float32)[:, None]
+            v = v_rows_[i_t].to(tl.float32)[None, :]
+            b = b_rows_[i_t].to(tl.float32)[None, :]
             d_output = d_output_rows[i_t].to(tl.float32)[None, :]
-            row0_ = tl.exp(g)
-            x0 = 1.0 / (I_p + Ibar)
-            x1 = d_output * x0
-            sum0 = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
-            row1_ = q * scale
-            x4 = M * d_output * row1_ * x0 * x0
-            x5 = d_Ibar - x4
-            sum1 = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
-            x2 = d_M + row1_ * x1
-            sum2 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
-            sum3 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
-            row2 = k * k
-            sum4 = tl.sum(_live(row2 * x5, m_k, EXACT_K), axis=0)[None, :]
-            sum5 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
-            sum6 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
-            sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
-            x3 = row0_ * x2
-            x6 = row0_ * x5
+            d_M_tiles_after = ()
+            d_Ibar_tiles_after = ()
+            sum_I_p_after = ()
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                g = g_rows_[i_t * NK + i_k].to(tl.float32)[:, None]
+                row0__ = tl.exp(g)
+                I_p = I_p_tiles[i_k]
+                Ibar = Ibar_past[(i_t + 1) * NK + i_k]
+                x0_ = 1.0 / (I_p + Ibar)
+                x1 = d_output * x0_
+                M = M_past[(i_t + 1) * NK + i_k]
+                sum0_ = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
+                q = q_rows_[i_t * NK + i_k].to(tl.float32)[:, None]
+                row1__ = q * scale
+                x4 = M * d_output * row1__ * x0_ * x0_
+                d_Ibar = d_Ibar_tiles[i_k]
+                x5 = d_Ibar - x4
+                sum1_ = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
+                d_M = d_M_tiles[i_k]
+                x2 = d_M + row1__ * x1
+                sum2 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
+                k = k_rows_[i_t * NK + i_k].to(tl.float32)[:, None]
+                part = _live(k * x2, m_k, EXACT_K)
+                sum3 = part if i_k == 0 else sum3 + part
+                row2_ = k * k
+                part = _live(row2_ * x5, m_k, EXACT_K)
+                sum4 = part if i_k == 0 else sum4 + part
+                M_old = M_past[i_t * NK + i_k]
+                sum5 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
+                Ibar_old = Ibar_past[i_t * NK + i_k]
+                sum6 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
+                sum7 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
+                x3 = row0__ * x2
+                x6 = row0__ * x5
+                d_M_tiles_after = d_M_tiles_after + (tl.where(live, x3, d_M_tiles[i_k]),)
+                d_Ibar_tiles_after = d_Ibar_tiles_after + (tl.where(live, x6, d_Ibar_tiles[i_k]),)
+                if INPUTS:
+                    tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0_).to(d_q_out.dtype.element_ty), mask=(m_k & live) != 0)
+                    tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1_ + sum2).to(d_k_out.dtype.element_ty), mask=(m_k & live) != 0)
+                    tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0__ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=(m_k & live) != 0)
+                sum_I_p_after = sum_I_p_after + (sum_I_p[i_k] + tl.where(live, -1.0 * sum7, 0.0) if INPUTS else sum_I_p[i_k],)
+            sum3 = tl.sum(sum3, axis=0)[None, :]
+            sum4 = tl.sum(sum4, axis=0)[None, :]
             if INPUTS:
-                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (scale * sum0).to(d_q_out.dtype.element_ty), mask=(m_k & live) != 0)
-                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum1 + sum2).to(d_k_out.dtype.element_ty), mask=(m_k & live) != 0)
                 tl.store(d_v_out + at * V + o_v, (sum3).to(d_v_out.dtype.element_ty), mask=(m_v & live) != 0)
                 tl.store(d_b_out + at * V + o_v, (sum4).to(d_b_out.dtype.element_ty), mask=(m_v & live) != 0)
-                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0_ * (sum5 + sum6)).to(d_g_out.dtype.element_ty), mask=(m_k & live) != 0)
-                sum_I_p += tl.where(live, -1.0 * sum7, 0.0)
-            d_M_after = x3
-            d_Ibar_after = x6
-            d_M = tl.where(live, d_M_after, d_M)
-            d_Ibar = tl.where(live, d_Ibar_after, d_Ibar)
-            M = M_old
-            Ibar = Ibar_old
+            d_M_tiles = d_M_tiles_after
+            d_Ibar_tiles = d_Ibar_tiles_after
+            sum_I_p = sum_I_p_after
     if INPUTS:
-        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_I_p_out + shared * K + o_k, (sum_I_p[i_k]).to(d_I_p_out.dtype.element_ty), mask=m_k)
     if d_M_initial is not None:
-        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M_tiles[i_k]).to(d_M_initial.dtype.element_ty), mask=m_kv)
     if d_Ibar_initial is not None:
-        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar_tiles[i_k]).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
 
 
 @_kernel(do_not_specialize=["T", "TOTAL", "SUB"])
 def _segment_backward_variance_kernel(
-    q_in, k_in, v_in, b_in, g_in, I_p_in, M_saved, Ibar_saved, d_output_in, d_variance_in, d_M_final,
-    d_Ibar_final, d_q_out, d_k_out, d_v_out, d_b_out, d_g_out, d_I_p_out, d_M_initial, d_Ibar_initial,
+    q_in__, k_in__, v_in__, b_in__, g_in__, I_p_in__, M_saved__, Ibar_saved__, d_output_in_, d_variance_in,
+    d_M_final_, d_Ibar_final_, d_q_out_, d_k_out_, d_v_out_, d_b_out_, d_g_out_, d_I_p_out_, d_M_initial_,
+    d_Ibar_initial_,
     offsets, scale, T, TOTAL, SUB, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, EVERY: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
     """Cotangents of a chunk's inputs with INPUTS, of parameters then, and of its start where that is not None."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    EXACT_K: tl.constexpr = K == BK
+    EXACT_K: tl.constexpr = K % BK == 0
     EXACT_V: tl.constexpr = V % BV == 0
     pid = tl.program_id(0)
     i_v = pid % NV
@@ -2166,14 +2327,9 @@ def _segment_backward_variance_kernel(
     i_h = pid // NV % H
     i_nh = i_n * H + i_h
     begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
-    r_k = tl.arange(0, BK)
     r_v = i_v * BV + tl.arange(0, BV)
-    o_k = r_k[:, None]
     o_v = r_v[None, :]
-    m_k = o_k < K
     m_v = o_v < V
-    m_kv = m_k & m_v
-    t_kv = o_k * V + o_v
     count_k = tl.full((), K, tl.float32)
     count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
     zero_ = tl.full((), 0.0, tl.float32)
@@ -2182,112 +2338,161 @@ def _segment_backward_variance_kernel(
     zero_kv = tl.zeros([BK, BV], tl.float32)
     NH = tl.num_programs(0) // NV
     shared = i_v * NH + i_nh  # row of what value blocks share
-    I_p = tl.load(I_p_in + i_h * K + r_k, mask=r_k < K, other=0.0)
-    I_p = I_p.to(tl.float32)[:, None]
-    if d_M_final is None:
-        d_M = zero_kv
+    I_p_tiles = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (tl.load(I_p_in__ + i_h * K + r_k, mask=r_k < K, other=0.0),)
+    I_p_given__, I_p_tiles = I_p_tiles, ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        I_p_tiles = I_p_tiles + (I_p_given__[i_k].to(tl.float32)[:, None],)
+    if d_M_final_ is None:
+        d_M__tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_M__tiles = d_M__tiles + (zero_kv,)
     else:
-        d_M = tl.load(d_M_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    if d_Ibar_final is None:
-        d_Ibar = zero_kv
+        d_M__tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_M__tiles = d_M__tiles + (tl.load(d_M_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+    if d_Ibar_final_ is None:
+        d_Ibar__tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_Ibar__tiles = d_Ibar__tiles + (zero_kv,)
     else:
-        d_Ibar = tl.load(d_Ibar_final + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-    sum_I_p = zero_k
+        d_Ibar__tiles = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            d_Ibar__tiles = d_Ibar__tiles + (tl.load(d_Ibar_final_ + i_nh * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+    sum_I_p_ = ()
+    for i_k in tl.static_range(NK):
+        r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+        sum_I_p_ = sum_I_p_ + (zero_k,)
     segments = tl.cdiv(steps, EVERY)
     for back in range(0, segments):
         segment = segments - 1 - back
         first = begin + segment * EVERY
         count = tl.minimum(EVERY, steps - segment * EVERY)
         slot = (i_n * SUB + segment) * H + i_h
-        M = tl.load(M_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-        Ibar = tl.load(Ibar_saved + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32)
-        q_rows = ()
-        k_rows = ()
-        v_rows = ()
-        b_rows = ()
-        g_rows = ()
-        d_output_rows = ()
+        M_past_ = ()
+        Ibar_past_ = ()
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            M_past_ = M_past_ + (tl.load(M_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+            Ibar_past_ = Ibar_past_ + (tl.load(Ibar_saved__ + slot * K * V + t_kv, mask=m_kv, other=0.0).to(tl.float32),)
+        q_rows__ = ()
+        k_rows__ = ()
+        v_rows__ = ()
+        b_rows__ = ()
+        g_rows__ = ()
+        d_output__rows = ()
         d_variance_rows = ()
-        M_past = ()
-        Ibar_past = ()
         for i_t in tl.static_range(EVERY):  # everything is loaded before it is used
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
-            q_rows = q_rows + (tl.load(q_in + at * K + r_k, mask=r_k < K, other=0.0),)
-            k_rows = k_rows + (tl.load(k_in + at * K + r_k, mask=r_k < K, other=0.0),)
-            v_rows = v_rows + (tl.load(v_in + at * V + r_v, mask=r_v < V, other=0.0),)
-            b_rows = b_rows + (tl.load(b_in + at * V + r_v, mask=r_v < V, other=0.0),)
-            g_rows = g_rows + (tl.load(g_in + at * K + r_k, mask=r_k < K, other=0.0),)
-            d_output_rows = d_output_rows + (tl.load(d_output_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            v_rows__ = v_rows__ + (tl.load(v_in__ + at * V + r_v, mask=r_v < V, other=0.0),)
+            b_rows__ = b_rows__ + (tl.load(b_in__ + at * V + r_v, mask=r_v < V, other=0.0),)
+            d_output__rows = d_output__rows + (tl.load(d_output_in_ + at * V + r_v, mask=r_v < V, other=0.0),)
             d_variance_rows = d_variance_rows + (tl.load(d_variance_in + at * V + r_v, mask=r_v < V, other=0.0),)
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                q_rows__ = q_rows__ + (tl.load(q_in__ + at * K + r_k, mask=r_k < K, other=0.0),)
+                k_rows__ = k_rows__ + (tl.load(k_in__ + at * K + r_k, mask=r_k < K, other=0.0),)
+                g_rows__ = g_rows__ + (tl.load(g_in__ + at * K + r_k, mask=r_k < K, other=0.0),)
         for i_t in tl.static_range(EVERY):
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
-            M_past = M_past + (M,)
-            Ibar_past = Ibar_past + (Ibar,)
-            k = k_rows[i_t].to(tl.float32)[:, None]
-            v = v_rows[i_t].to(tl.float32)[None, :]
-            b = b_rows[i_t].to(tl.float32)[None, :]
-            g = g_rows[i_t].to(tl.float32)[:, None]
-            row0 = tl.exp(g)
-            row1 = k * k
-            Ibar_new = Ibar * row0 + b * row1
-            M_new = M * row0 + k * v
-            M_after = M_new
-            Ibar_after = Ibar_new
-            M = M_after
-            Ibar = Ibar_after
+            v = v_rows__[i_t].to(tl.float32)[None, :]
+            b = b_rows__[i_t].to(tl.float32)[None, :]
+            M_past__after = ()
+            Ibar_past__after = ()
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                g = g_rows__[i_t * NK + i_k].to(tl.float32)[:, None]
+                row0___ = tl.exp(g)
+                k = k_rows__[i_t * NK + i_k].to(tl.float32)[:, None]
+                row1___ = k * k
+                Ibar = Ibar_past_[i_t * NK + i_k]
+                Ibar_new__ = Ibar * row0___ + b * row1___
+                M = M_past_[i_t * NK + i_k]
+                M_new__ = M * row0___ + k * v
+                M_past__after = M_past__after + (M_new__,)
+                Ibar_past__after = Ibar_past__after + (Ibar_new__,)
+            M_past_ = M_past_ + M_past__after
+            Ibar_past_ = Ibar_past_ + Ibar_past__after
         for i_t in tl.static_range(EVERY - 1, -1, -1):
             at = (first + tl.minimum(count - 1, i_t)) * H + i_h
             live = count > i_t
-            M_old = M_past[i_t]
-            Ibar_old = Ibar_past[i_t]
-            q = q_rows[i_t].to(tl.float32)[:, None]
-            k = k_rows[i_t].to(tl.float32)[:, None]
-            v = v_rows[i_t].to(tl.float32)[None, :]
-            b = b_rows[i_t].to(tl.float32)[None, :]
-            g = g_rows[i_t].to(tl.float32)[:, None]
-            d_output = d_output_rows[i_t].to(tl.float32)[None, :]
+            v = v_rows__[i_t].to(tl.float32)[None, :]
+            b = b_rows__[i_t].to(tl.float32)[None, :]
+            d_output_ = d_output__rows[i_t].to(tl.float32)[None, :]
             d_variance = d_variance_rows[i_t].to(tl.float32)[None, :]
-            c0 = scale * scale
-            c1 = 2.0 * c0
-            row0_ = tl.exp(g)
-            x0 = 1.0 / (I_p + Ibar)
-            x1 = d_output * x0
-            sum0 = tl.sum(_live(M * x1, m_v, EXACT_V), axis=1)[:, None]
-            sum1 = tl.sum(_live(d_variance * x0, m_v, EXACT_V), axis=1)[:, None]
-            row1_ = q * scale
-            row2 = c0 * q * q
-            x4 = x0 * x0 * (-1.0 * M * d_output * row1_ - d_variance * row2)
-            x5 = d_Ibar + x4
-            sum2 = tl.sum(_live(b * x5, m_v, EXACT_V), axis=1)[:, None]
-            x2 = d_M + row1_ * x1
-            sum3 = tl.sum(_live(v * x2, m_v, EXACT_V), axis=1)[:, None]
-            sum4 = tl.sum(_live(k * x2, m_k, EXACT_K), axis=0)[None, :]
-            row3 = k * k
-            sum5 = tl.sum(_live(row3 * x5, m_k, EXACT_K), axis=0)[None, :]
-            sum6 = tl.sum(_live(M_old * x2, m_v, EXACT_V), axis=1)[:, None]
-            sum7 = tl.sum(_live(Ibar_old * x5, m_v, EXACT_V), axis=1)[:, None]
-            sum8 = tl.sum(_live(x4, m_v, EXACT_V), axis=1)[:, None]
-            x3 = row0_ * x2
-            x6 = row0_ * x5
+            c0_ = scale * scale
+            c1 = 2.0 * c0_
+            d_M__tiles_after = ()
+            d_Ibar__tiles_after = ()
+            sum_I_p__after = ()
+            for i_k in tl.static_range(NK):
+                r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+                g = g_rows__[i_t * NK + i_k].to(tl.float32)[:, None]
+                row0____ = tl.exp(g)
+                I_p = I_p_tiles[i_k]
+                Ibar = Ibar_past_[(i_t + 1) * NK + i_k]
+                x0__ = 1.0 / (I_p + Ibar)
+                x1_ = d_output_ * x0__
+                M = M_past_[(i_t + 1) * NK + i_k]
+                sum0__ = tl.sum(_live(M * x1_, m_v, EXACT_V), axis=1)[:, None]
+                sum1__ = tl.sum(_live(d_variance * x0__, m_v, EXACT_V), axis=1)[:, None]
+                q = q_rows__[i_t * NK + i_k].to(tl.float32)[:, None]
+                row1____ = q * scale
+                row2__ = c0_ * q * q
+                x4_ = x0__ * x0__ * (-1.0 * M * d_output_ * row1____ - d_variance * row2__)
+                d_Ibar_ = d_Ibar__tiles[i_k]
+                x5_ = d_Ibar_ + x4_
+                sum2_ = tl.sum(_live(b * x5_, m_v, EXACT_V), axis=1)[:, None]
+                d_M_ = d_M__tiles[i_k]
+                x2_ = d_M_ + row1____ * x1_
+                sum3_ = tl.sum(_live(v * x2_, m_v, EXACT_V), axis=1)[:, None]
+                k = k_rows__[i_t * NK + i_k].to(tl.float32)[:, None]
+                part = _live(k * x2_, m_k, EXACT_K)
+                sum4_ = part if i_k == 0 else sum4_ + part
+                row3 = k * k
+                part = _live(row3 * x5_, m_k, EXACT_K)
+                sum5_ = part if i_k == 0 else sum5_ + part
+                M_old_ = M_past_[i_t * NK + i_k]
+                sum6_ = tl.sum(_live(M_old_ * x2_, m_v, EXACT_V), axis=1)[:, None]
+                Ibar_old_ = Ibar_past_[i_t * NK + i_k]
+                sum7_ = tl.sum(_live(Ibar_old_ * x5_, m_v, EXACT_V), axis=1)[:, None]
+                sum8 = tl.sum(_live(x4_, m_v, EXACT_V), axis=1)[:, None]
+                x3_ = row0____ * x2_
+                x6_ = row0____ * x5_
+                d_M__tiles_after = d_M__tiles_after + (tl.where(live, x3_, d_M__tiles[i_k]),)
+                d_Ibar__tiles_after = d_Ibar__tiles_after + (tl.where(live, x6_, d_Ibar__tiles[i_k]),)
+                if INPUTS:
+                    tl.store(d_q_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1__ + scale * sum0__).to(d_q_out_.dtype.element_ty), mask=(m_k & live) != 0)
+                    tl.store(d_k_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2_ + sum3_).to(d_k_out_.dtype.element_ty), mask=(m_k & live) != 0)
+                    tl.store(d_g_out_ + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0____ * (sum6_ + sum7_)).to(d_g_out_.dtype.element_ty), mask=(m_k & live) != 0)
+                sum_I_p__after = sum_I_p__after + (sum_I_p_[i_k] + tl.where(live, sum8, 0.0) if INPUTS else sum_I_p_[i_k],)
+            sum4_ = tl.sum(sum4_, axis=0)[None, :]
+            sum5_ = tl.sum(sum5_, axis=0)[None, :]
             if INPUTS:
-                tl.store(d_q_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (c1 * q * sum1 + scale * sum0).to(d_q_out.dtype.element_ty), mask=(m_k & live) != 0)
-                tl.store(d_k_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (2.0 * k * sum2 + sum3).to(d_k_out.dtype.element_ty), mask=(m_k & live) != 0)
-                tl.store(d_v_out + at * V + o_v, (sum4).to(d_v_out.dtype.element_ty), mask=(m_v & live) != 0)
-                tl.store(d_b_out + at * V + o_v, (sum5).to(d_b_out.dtype.element_ty), mask=(m_v & live) != 0)
-                tl.store(d_g_out + (i_v.to(tl.int64) * TOTAL + at) * K + o_k, (row0_ * (sum6 + sum7)).to(d_g_out.dtype.element_ty), mask=(m_k & live) != 0)
-                sum_I_p += tl.where(live, sum8, 0.0)
-            d_M_after = x3
-            d_Ibar_after = x6
-            d_M = tl.where(live, d_M_after, d_M)
-            d_Ibar = tl.where(live, d_Ibar_after, d_Ibar)
-            M = M_old
-            Ibar = Ibar_old
+                tl.store(d_v_out_ + at * V + o_v, (sum4_).to(d_v_out_.dtype.element_ty), mask=(m_v & live) != 0)
+                tl.store(d_b_out_ + at * V + o_v, (sum5_).to(d_b_out_.dtype.element_ty), mask=(m_v & live) != 0)
+            d_M__tiles = d_M__tiles_after
+            d_Ibar__tiles = d_Ibar__tiles_after
+            sum_I_p_ = sum_I_p__after
     if INPUTS:
-        tl.store(d_I_p_out + shared * K + o_k, (sum_I_p).to(d_I_p_out.dtype.element_ty), mask=m_k)
-    if d_M_initial is not None:
-        tl.store(d_M_initial + i_nh * K * V + t_kv, (d_M).to(d_M_initial.dtype.element_ty), mask=m_kv)
-    if d_Ibar_initial is not None:
-        tl.store(d_Ibar_initial + i_nh * K * V + t_kv, (d_Ibar).to(d_Ibar_initial.dtype.element_ty), mask=m_kv)
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_I_p_out_ + shared * K + o_k, (sum_I_p_[i_k]).to(d_I_p_out_.dtype.element_ty), mask=m_k)
+    if d_M_initial_ is not None:
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_M_initial_ + i_nh * K * V + t_kv, (d_M__tiles[i_k]).to(d_M_initial_.dtype.element_ty), mask=m_kv)
+    if d_Ibar_initial_ is not None:
+        for i_k in tl.static_range(NK):
+            r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)
+            tl.store(d_Ibar_initial_ + i_nh * K * V + t_kv, (d_Ibar__tiles[i_k]).to(d_Ibar_initial_.dtype.element_ty), mask=m_kv)
 
 
 _SEQUENTIAL_SPLITS = True  # whether value channels may run as separate blocks
@@ -2353,12 +2558,12 @@ def _summed(rows, like):
     return rows if rows.shape == like.shape else rows.flatten(0, rows.dim() - like.dim() - 1).sum(0).to(like.dtype)
 
 
-def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every, sub=0):
+def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,), CHUNKS=sub > 0,
+        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
         PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
@@ -2480,6 +2685,13 @@ def _recurrent_triton_core(*arguments):
     return (o, variance if want_variance else None, *final)
 
 
+def _exact_tile(K):
+    """Tile of k that leaves the fewest lanes without a channel, of 16 and more, at most four of them; the widest such."""
+    full = 1 << (K - 1).bit_length()
+    widths = [w for w in (16, 32, 64, 128) if w < full <= 4 * w]
+    return min([full, *widths[::-1]], key=lambda w: -(-K // w) * w)
+
+
 _SEGMENT = 32  # least tokens of a chunk, which has a multiple of them
 _SEGMENT_MEMORY = 2**29  # bytes: states within chunks that the backward pass keeps at a time
 _SEGMENT_PRODUCTS = ('k',)  # axes of the products of decays
@@ -2487,15 +2699,16 @@ _SEGMENT_FORGETS = ((0, 1), (0, 1))  # which of them each state has, and how man
 
 
 def _segment_proposals(K, V):
-    """Tile of k, tile of v, warps, tokens whose states the registers of the backward pass hold at a time."""
-    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    """Backward: tile of k, tile of v, warps, tokens whose states the registers hold at a time."""
+    BK, full = _exact_tile(K), 1 << (V - 1).bit_length()
     found = []
-    for width, share in ((16, 16), (32, 16), (16, 32), (32, 32)):
+    most = 24 if BK < K else 16  # of several tiles, a thread needs less beside their numbers
+    for width, share in ((16, most), (32, most), (16, 32), (32, 32)):
         BV = min(full, width) if _SEQUENTIAL_SPLITS else full
-        numbers = max(1, BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
+        numbers = max(1, -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
         warps = 1 << (max(1, numbers // share) - 1).bit_length()
         warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
-        every = max(1, min(4, 64 // max(1, numbers // warps)))
+        every = 4 if numbers <= most * warps else max(1, min(4, 64 * warps // numbers))
         if (BK, BV, warps, every) not in found:
             found.append((BK, BV, warps, every))
     return found
@@ -2503,6 +2716,28 @@ def _segment_proposals(K, V):
 
 def _segment_config(K, V):
     return _chosen(_segment_proposals, "segment " + _ID, K, V)
+
+
+def _ends_tile(size):
+    """Tile of channels of what chunks make of zeros; it is a matter of moving them, so lanes to spare cost nothing."""
+    return max(16, min(64, 1 << (size - 1).bit_length()))
+
+
+def _outputs_proposals(K, V):
+    """Forward: tile of k, tile of v, warps, tokens that are loaded at a time; few warps, so that sums stay within them."""
+    BK, full = _exact_tile(K), 1 << (V - 1).bit_length()
+    found = []
+    for width, every in ((16, 4), (8, 4), (16, 2)):
+        BV = min(full, width) if _SEQUENTIAL_SPLITS else full
+        numbers = -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32  # of states, for each thread of one warp
+        warps = min(16, 1 << (max(1, -(-numbers // 96)) - 1).bit_length())
+        if (BK, BV, warps, every) not in found:
+            found.append((BK, BV, warps, every))
+    return found
+
+
+def _outputs_config(K, V):
+    return _chosen(_outputs_proposals, "segment outputs " + _ID, K, V)
 
 
 def _segmented(inputs, parameters, states, offsets):
@@ -2566,16 +2801,28 @@ def _segment_links(ends, products, initial, final, firsts, reverse):
 def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     """States at the start of every chunk, and the products of its decays; ``final`` gets those behind the last chunk."""
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, states, bounds)
-    BK, BV, warps = _sequential_config(K, V, _SEGMENT, False)
     sizes = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
     starts = [s.new_empty(chunks, *s.shape[1:]) for s in states]
     products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
+    BK, BV = _ends_tile(K), _ends_tile(V)
+    precision = _EXACT if torch.float32 in [x.dtype for x in inputs] else "tf32"
     _launch(
-        _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
-        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+        _ends_kernel, (-(-K // BK) * -(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
+        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, PRECISION=precision, num_warps=4 if BK * BV > 1024 else 2,
     )
     _segment_links(starts, products, states, final, firsts, False)
     return starts, products
+
+
+def _segment_outputs(inputs, parameters, starts, bounds, scale, config, o, variance, saved, sub):
+    """Tokens forward from the start of every chunk: outputs, or the states before every few of them, ``sub`` a chunk."""
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
+    BK, BV, warps, every = config
+    _launch(
+        _segment_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, o, variance, *saved, bounds),
+        (scale, T, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, EVERY=every, OUTPUT=o is not None,
+        VARIANCE=variance is not None, SAVE=o is None, num_warps=warps,
+    )
 
 
 def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved, d_ends, d_inputs):
@@ -2585,16 +2832,16 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved,
     cotangents at its start. With them it is those of the parameters, and ``d_inputs`` get those of inputs.
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
-    BK, BV, warps, every = _segment_config(K, V)
-    blocks, sub, none, want_variance = -(-V // BV), -(-C // every), [None] * len(starts), len(given) == 2
-    window, config = saved[0].shape[0] // sub, _sequential_config(K, V, _SEGMENT, False)
+    BK, BV, warps, every = config = _segment_config(K, V)
+    blocks, sub, none = -(-V // BV), -(-C // every), [None] * len(starts)
+    window, want_variance = saved[0].shape[0] // sub, len(given) == 2
     found = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
         count, inside = part.stop - first, bounds[first : part.stop + 1]
         own = [s[part] for s in starts]
         if d_ends is None or count < chunks:  # else they are there, from the call before
-            _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
+            _segment_outputs(inputs, parameters, own, inside, scale, config, None, None, saved, sub)
         d_states = d_parameters = None
         if d_ends is None:
             d_states = [_of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
@@ -2625,11 +2872,8 @@ def _chunks_forward(*arguments):
     final = [torch.empty_like(s) for s in states]
     inputs, bounds, firsts = _segments(inputs, offsets, _segment_tokens(B * T, H, K, V, o.device))
     starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
-    ends = [torch.empty_like(s) for s in starts]  # known already
-    config = _sequential_config(K, V, _SEGMENT, False)
-    _sequential_launch(
-        inputs, parameters, starts, bounds, scale, config, o, variance, ends, [None] * len(states), 1
-    )
+    none = [None] * len(states)
+    _segment_outputs(inputs, parameters, starts, bounds, scale, _outputs_config(K, V), o, variance, none, 0)
     return (o, variance if want_variance else o.new_empty(0), *final)
 
 

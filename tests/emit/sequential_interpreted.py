@@ -94,7 +94,9 @@ def module(name: str, folder: Path, blocks: int, form: str) -> ModuleType:
     made._sequential_config = config
     if form == "chunk":
         made._SEGMENT, made._SEGMENT_MEMORY, made._segmented = 4, 1, lambda *_: True
-        made._segment_config = lambda K, V: (*config(K, V, 4, True), 2)
+        made._exact_tile = made._ends_tile = lambda size: 2
+        made._segment_config = lambda K, V: (2, *config(K, V, 4, True)[1:], 2)
+        made._outputs_config = lambda K, V: (2, *config(K, V, 4, False)[1:], 3)
     return made
 
 

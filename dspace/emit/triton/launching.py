@@ -99,7 +99,12 @@ def sizes(tensors: list[str], like: str, lines: list[str]) -> list[str]:
     return lines + ([f"    batch, steps, heads = {like}.shape[:3]"] if {"batch", "steps", "heads"} & used else [])
 
 
-TABLES = '''
+EXACT = """
+_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
+"""
+
+TABLES = (
+    '''
 def _plan(T, offsets, N, C):
     """Chunk table of a packed batch, made on the device without waiting for it; (spans, bases, NT, chunks)."""
     if offsets is None:
@@ -128,8 +133,9 @@ def _common(dtype, *others):
     return dtype
 
 
-_EXACT = "ieee" if torch.version.hip else "tf32x3"  # how float32 is multiplied: AMD GPUs do not split it so
-
+'''
+    + EXACT.lstrip()
+    + '''
 
 def _operands(dtype):
     """Operand type of the matmuls and how float32 ones are multiplied: half keeps its range by going through tf32."""
@@ -148,6 +154,7 @@ def _cdiv(size, tile):
 def _tile(size, most):
     return max(16, min(1 << (size - 1).bit_length(), most))
 '''
+)
 
 MULTIPROCESSORS = """
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspace.emit.triton.printer import specialise
 from dspace.emit.triton.sequential_host import backward_kernel, operators, replaced
 from dspace.math.ir import Axes, Recurrence
 from dspace.plan.segments import CHUNK, SegmentPlan
@@ -14,15 +15,16 @@ _SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of it
 
 
 def _segment_proposals(K, V):
-    """Tile of k, tile of v, warps, tokens whose states the registers of the backward pass hold at a time."""
-    BK, full = 1 << (K - 1).bit_length(), 1 << (V - 1).bit_length()
+    """Backward: tile of k, tile of v, warps, tokens whose states the registers hold at a time."""
+    BK, full = _exact_tile(K), 1 << (V - 1).bit_length()
     found = []
-    for width, share in ((16, 16), (32, 16), (16, 32), (32, 32)):
+    most = 24 if BK < K else 16  # of several tiles, a thread needs less beside their numbers
+    for width, share in ((16, most), (32, most), (16, 32), (32, 32)):
         BV = min(full, width) if _SEQUENTIAL_SPLITS else full
-        numbers = max(1, BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
+        numbers = max(1, -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
         warps = 1 << (max(1, numbers // share) - 1).bit_length()
         warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
-        every = max(1, min(4, 64 // max(1, numbers // warps)))
+        every = 4 if numbers <= most * warps else max(1, min(4, 64 * warps // numbers))
         if (BK, BV, warps, every) not in found:
             found.append((BK, BV, warps, every))
     return found
@@ -30,6 +32,30 @@ def _segment_proposals(K, V):
 
 def _segment_config(K, V):
     return _chosen(_segment_proposals, "segment " + _ID, K, V)
+
+
+#if matmuls
+def _ends_tile(size):
+    """Tile of channels of what chunks make of zeros; it is a matter of moving them, so lanes to spare cost nothing."""
+    return max(16, min(64, 1 << (size - 1).bit_length()))
+
+
+#endif
+def _outputs_proposals(K, V):
+    """Forward: tile of k, tile of v, warps, tokens that are loaded at a time; few warps, so that sums stay within them."""
+    BK, full = _exact_tile(K), 1 << (V - 1).bit_length()
+    found = []
+    for width, every in ((16, 4), (8, 4), (16, 2)):
+        BV = min(full, width) if _SEQUENTIAL_SPLITS else full
+        numbers = -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32  # of states, for each thread of one warp
+        warps = min(16, 1 << (max(1, -(-numbers // 96)) - 1).bit_length())
+        if (BK, BV, warps, every) not in found:
+            found.append((BK, BV, warps, every))
+    return found
+
+
+def _outputs_config(K, V):
+    return _chosen(_outputs_proposals, "segment outputs " + _ID, K, V)
 
 
 def _segmented(inputs, parameters, states, offsets):
@@ -93,16 +119,36 @@ def _segment_links(ends, products, initial, final, firsts, reverse):
 def _segment_starts(inputs, parameters, states, bounds, firsts, final):
     """States at the start of every chunk, and the products of its decays; ``final`` gets those behind the last chunk."""
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, states, bounds)
-    BK, BV, warps = _sequential_config(K, V, _SEGMENT, False)
     sizes = {"": (), "k": (K,), "v": (V,), "kv": (K, V)}
     starts = [s.new_empty(chunks, *s.shape[1:]) for s in states]
     products = [states[0].new_empty(chunks, H, *sizes[axes]) for axes in _SEGMENT_PRODUCTS]
+#if matmuls
+    BK, BV = _ends_tile(K), _ends_tile(V)
+    precision = _EXACT if torch.float32 in [x.dtype for x in inputs] else "tf32"
+    _launch(
+        _ends_kernel, (-(-K // BK) * -(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
+        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, PRECISION=precision, num_warps=4 if BK * BV > 1024 else 2,
+    )
+#else
+    BK, BV, warps, every = _outputs_config(K, V)
     _launch(
         _ends_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, *products, bounds),
-        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, num_warps=warps,
+        (1.0, T), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, EVERY=every, num_warps=warps,
     )
+#endif
     _segment_links(starts, products, states, final, firsts, False)
     return starts, products
+
+
+def _segment_outputs(inputs, parameters, starts, bounds, scale, config, o, variance, saved, sub):
+    """Tokens forward from the start of every chunk: outputs, or the states before every few of them, ``sub`` a chunk."""
+    _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
+    BK, BV, warps, every = config
+    _launch(
+        _segment_kernel, (-(-V // BV) * chunks * H, 1, 1), (*inputs, *parameters, *starts, o, variance, *saved, bounds),
+        (scale, T, sub), (H,), K=K, V=V, BK=BK, BV=BV, PACKED=True, EVERY=every, OUTPUT=o is not None,
+        VARIANCE=variance is not None, SAVE=o is None, num_warps=warps,
+    )
 
 
 def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved, d_ends, d_inputs):
@@ -112,16 +158,16 @@ def _segment_reverse(inputs, parameters, starts, bounds, C, scale, given, saved,
     cotangents at its start. With them it is those of the parameters, and ``d_inputs`` get those of inputs.
     """
     _, T, H, K, V, chunks, _ = _sequential_sizes(inputs, parameters, starts, bounds)
-    BK, BV, warps, every = _segment_config(K, V)
-    blocks, sub, none, want_variance = -(-V // BV), -(-C // every), [None] * len(starts), len(given) == 2
-    window, config = saved[0].shape[0] // sub, _sequential_config(K, V, _SEGMENT, False)
+    BK, BV, warps, every = config = _segment_config(K, V)
+    blocks, sub, none = -(-V // BV), -(-C // every), [None] * len(starts)
+    window, want_variance = saved[0].shape[0] // sub, len(given) == 2
     found = []
     for first in range(0, chunks, window):
         part = slice(first, min(first + window, chunks))
         count, inside = part.stop - first, bounds[first : part.stop + 1]
         own = [s[part] for s in starts]
         if d_ends is None or count < chunks:  # else they are there, from the call before
-            _sequential_launch(inputs, parameters, own, inside, scale, config, None, None, none, saved, every, sub)
+            _segment_outputs(inputs, parameters, own, inside, scale, config, None, None, saved, sub)
         d_states = d_parameters = None
         if d_ends is None:
             d_states = [_of_blocks(s, axes, blocks) for s, (_, axes) in zip(own, _STATES)]
@@ -152,11 +198,8 @@ def _chunks_forward(*arguments):
     final = [torch.empty_like(s) for s in states]
     inputs, bounds, firsts = _segments(inputs, offsets, _segment_tokens(B * T, H, K, V, o.device))
     starts, _ = _segment_starts(inputs, parameters, states, bounds, firsts, final)
-    ends = [torch.empty_like(s) for s in starts]  # known already
-    config = _sequential_config(K, V, _SEGMENT, False)
-    _sequential_launch(
-        inputs, parameters, starts, bounds, scale, config, o, variance, ends, [None] * len(states), 1
-    )
+    none = [None] * len(states)
+    _segment_outputs(inputs, parameters, starts, bounds, scale, _outputs_config(K, V), o, variance, none, 0)
     return (o, variance if want_variance else o.new_empty(0), *final)
 
 
@@ -206,7 +249,8 @@ def host_source(r: Recurrence, plan: SegmentPlan) -> str:
         "KERNEL": backward_kernel(r, "segment"),
     }
     doc = "All chunks at once, token by token; where that gives the GPU no more to do, sequence by sequence."
-    return replaced(_HOST, replacements) + "\n" + operators(r, "segment", "_chunk_triton_core", doc)
+    text = specialise(_HOST, {"matmuls": bool(plan.separable)})
+    return replaced(text, replacements) + "\n" + operators(r, "segment", "_chunk_triton_core", doc)
 
 
 def _behind(axes: Axes, decay: Axes) -> int:

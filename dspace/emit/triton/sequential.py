@@ -30,7 +30,7 @@ from dspace.plan.sequential import SIZES, Assign, Scheduler, Store, Sum, Token, 
 
 _LOCAL = frozenset(
     """T H K V BK BV NV NH EVERY TOTAL SUB CHUNKS INPUTS live i_t OUTPUT VARIANCE SAVE PACKED ONE EXACT_K EXACT_V pid i_v i_n i_h i_nh o_k o_v m_k
-    m_v m_kv r_k r_v t_kv t_past at t back segment count slot place ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
+    m_v m_kv r_k r_v t_kv t_past at t back segment count slot place i_k NK part ahead shared begin end steps zero_ zero_k zero_v zero_kv count_k
     count_v range o variance back_t first""".split()
 )
 
@@ -135,14 +135,13 @@ class Reverse:
 
 
 class Kernels:
-    """Writes the kernels of one recurrence.
+    """Writes the kernels of one recurrence."""
 
-    With ``chunks``, states are also saved for sequences that are chunks of others (CHUNKS), of SUB segments each.
-    """
+    body: type[Body] = Body
+    head = HEAD
 
-    def __init__(self, recurrence: Recurrence, chunks: bool = False) -> None:
+    def __init__(self, recurrence: Recurrence) -> None:
         self.r = recurrence
-        self.chunks = chunks
         self.namer = Namer(INTERNAL | _LOCAL | set(dir(builtins)) | {"scale"})
         self.names = internal_names(recurrence, self.namer)
 
@@ -160,7 +159,7 @@ class Kernels:
             row += f" {a},"
         lines += [row, f"    offsets, scale, T, {numbers},"]
         lines += [f"    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, {flags}"]
-        return [*lines, "):", f'    """{doc}"""', *HEAD.splitlines()]
+        return [*lines, "):", f'    """{doc}"""', *self.head.splitlines()]
 
     def tokens(self, used: set[sympy.Symbol], arrays: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Lines before a loop over tokens, and at its start: inputs are loaded one token ahead of their use.
@@ -216,9 +215,8 @@ class Kernels:
         arguments = [*arrays.values(), *initial.values(), "o", "variance", *final.values(), *saved.values()]
         doc = "Tokens forward from the initial states; SAVE keeps the states before every EVERY-th token; ONE token."
         lines = self.signature(
-            "_sequential_kernel", doc, arguments, "EVERY, SUB, H" if self.chunks else "EVERY, H",
-            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,"
-            + self.chunks * " CHUNKS: tl.constexpr,",
+            "_sequential_kernel", doc, arguments, "EVERY, H",
+            "OUTPUT: tl.constexpr, VARIANCE: tl.constexpr,\n    SAVE: tl.constexpr, PACKED: tl.constexpr, ONE: tl.constexpr,",
         )  # fmt: skip
         lines += ["    if ONE:  # one token, for decoding: no loop, and nothing is loaded ahead", "        steps = 1"]
         self.carried = {s.name: names[s.name] for s in r.states}
@@ -230,9 +228,7 @@ class Kernels:
         starts += [f"{names[s.name]} = {names[s.name]}{shaped(s.axes)}" for s in r.states]
         lines += self.walk([*loads, *before, *starts, *shapes], inside)
         lines += ["        if SAVE:", "            if t % EVERY == 0:"]
-        usual = "slot = (begin // EVERY + i_n + t // EVERY) * H + i_h"
-        chosen = ["if CHUNKS:", "    slot = (i_n * SUB + t // EVERY) * H + i_h", "else:", f"    {usual}"]
-        lines += indented(chosen if self.chunks else [usual], 4)
+        lines += indented(["slot = (begin // EVERY + i_n + t // EVERY) * H + i_h"], 4)
         lines += indented(self.once({s: stored(saved[s.name], s.axes, "slot", names[s.name]) for s in r.states}), 4)
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         lines += indented(body.until(carried), 2)
@@ -293,11 +289,11 @@ class Kernels:
         d_arrays = {c.name: self.namer(f"{c.name}_in") for c in given}
 
         self.carried = {s.name: names[s.name] for s in r.states}
-        again = Body(forward_token(r, variance, readout=False), self.local(), self.namer)
+        again = self.body(forward_token(r, variance, readout=False), self.local(), self.namer)
         again.stores = [s for s in again.stores if s.name in again.scheduler.previous]
         reverse_names = {**names, **d_given, **{f"d_{s.name}": d_local[s.name] for s in r.states}}
         reverse_names |= {s.name: old[s.name] for s in r.states} | {new_symbol(s).name: names[s.name] for s in r.states}
-        back = Body(backward_token(r, adjoint, variance), reverse_names, self.namer)
+        back = self.body(backward_token(r, adjoint, variance), reverse_names, self.namer)
         read = back.uses()
         given = [c for c in given if c.symbol in read]
         return Reverse(

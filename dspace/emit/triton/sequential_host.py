@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dspace.emit.triton.printer import specialise
 from dspace.math.ir import Recurrence
 
 _HOST = '''
@@ -69,20 +68,12 @@ def _summed(rows, like):
     return rows if rows.shape == like.shape else rows.flatten(0, rows.dim() - like.dim() - 1).sum(0).to(like.dtype)
 
 
-#if chunks
-def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every, sub=0):
-#else
 def _sequential_launch(inputs, parameters, states, offsets, scale, config, o, variance, final, saved, every):
-#endif
     B, T, H, K, V, N, _ = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = config
     pointers = (*inputs, *parameters, *states, o, variance, *final, *saved, offsets)
     _launch(
-#if chunks
-        _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every, sub), (H,), CHUNKS=sub > 0,
-#else
         _sequential_kernel, (-(-V // BV) * N * H, 1, 1), pointers, (scale, T, every), (H,),
-#endif
         K=K, V=V, BK=BK, BV=BV, OUTPUT=o is not None, VARIANCE=variance is not None, SAVE=o is None,
         PACKED=offsets is not None, ONE=T == 1 and o is not None and offsets is None, num_warps=warps,
     )
@@ -211,8 +202,8 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
-    """Launches and operators of the recurrence ``r``, and ``_recurrent_triton_core``; ``chunks`` as its kernels have it."""
+def host_source(r: Recurrence, splits: bool) -> str:
+    """Launches and operators of the recurrence ``r``, and ``_recurrent_triton_core``."""
     replacements = {
         "SPLITS": str(splits),
         "COUNTS": str((len(r.inputs), len(r.parameters), len(r.states))),
@@ -220,11 +211,7 @@ def host_source(r: Recurrence, splits: bool, chunks: bool = False) -> str:
         "KERNEL": backward_kernel(r, "sequential"),
     }
     doc = "Token by token, states in registers; the same kernel decodes."
-    return (
-        replaced(specialise(_HOST, {"chunks": chunks}), replacements)
-        + "\n"
-        + operators(r, "sequential", "_recurrent_triton_core", doc)
-    )
+    return replaced(_HOST, replacements) + "\n" + operators(r, "sequential", "_recurrent_triton_core", doc)
 
 
 def backward_kernel(r: Recurrence, name: str) -> str:

@@ -108,4 +108,5 @@ def place_of(axes: Axes) -> str:
 
 
 def indented(lines: Iterable[str], depth: int) -> list[str]:
-    return [4 * depth * " " + line for line in lines]
+    """Lines, or several in one, further to the right."""
+    return ["\n".join(4 * depth * " " + part for part in line.split("\n")) for line in lines]
