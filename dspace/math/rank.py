@@ -1,4 +1,4 @@
-"""Test for an affine recurrence whose transition is a diagonal plus one outer product over the key axis."""
+"""Tests for an affine recurrence whose transition is a diagonal plus one outer product over the key axis."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import sympy
 
 from dspace.math.affinity import coefficients
-from dspace.math.ir import Recurrence, State, SumK, SumV, axes_of
-from dspace.math.separate import factors, state_sums
+from dspace.math.ir import AffineState, Axes, Recurrence, State, SumK, SumV, axes_of
+from dspace.math.logdecay import log_decay
+from dspace.math.separate import factors, state_sums, writes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,35 @@ class RankOne:
     erase: sympy.Expr = sympy.S.Zero
     probe: sympy.Expr = sympy.S.Zero
     write: sympy.Expr = sympy.S.Zero
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """``S_t = decay * S + key * (value + SumK(probe * S))``: a rank-one transition that erases along what it writes.
+
+    ``state`` has decay, key and value of the one write. What is erased and what is written lie along one key, up to a
+    number per token; so values that a token writes follow from a triangular system (THEORY.md section 3d).
+    """
+
+    state: AffineState
+    probe: sympy.Expr
+
+
+def delta_rule(recurrence: Recurrence) -> DeltaRule | None:
+    """The form above, or None where the transition, a decay or the direction of the write has no such form."""
+    found, table = rank_one(recurrence), recurrence.axes_table()
+    if not found.holds or len(recurrence.states) != 1:
+        return None  # other states would have to be known at every token before the system is
+    (state,) = recurrence.states
+    decay = log_decay(found.decay, recurrence)
+    terms = writes(found.write, state.axes, table)
+    axes: Axes = axes_of(found.decay, table)
+    if decay is None or axes not in ("", "k") or not terms or len(terms) != 1:
+        return None
+    size = sympy.cancel(found.erase / terms[0].key)
+    if axes_of(size, table) != "" or state.symbol in size.free_symbols | terms[0].key.free_symbols:
+        return None
+    return DeltaRule(AffineState(state.name, state.axes, found.decay, decay, axes, terms), size * found.probe)
 
 
 def rank_one(recurrence: Recurrence) -> RankOne:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import sympy
 
-from dspace.math.ir import Axes, SumK, SumV, Write, axes_of
+from dspace.math.ir import AffineState, Axes, SumK, SumV, Write, axes_of
 from dspace.math.simplify import atomise
 
 Table = Mapping[sympy.Symbol, Axes]
@@ -88,3 +88,15 @@ def state_sums(expr: sympy.Expr, states: frozenset[sympy.Symbol]) -> list[sympy.
 
     walk(expr)
     return found
+
+
+def separable(state: AffineState, table: Table) -> bool:
+    """Whether matmuls over tokens give what they make of zeros, each part of them made of its token's channels alone.
+
+    Writes are products of a key and a value, and decays weights of one of the two.
+    """
+    if state.axes != "kv" or state.decay_axes == "kv" or state.log_decay is None or not state.writes:
+        return False
+    parts = [(state.log_decay, state.decay_axes)]
+    parts += [part for w in state.writes for part in ((w.key, "k"), (w.value, "v"))]
+    return all(not e.atoms(SumK, SumV) and axes_of(e, table) in ("", axes) for e, axes in parts)

@@ -7,8 +7,9 @@ from typing import Any
 
 import sympy
 
-from dspace.math.ir import Analysis, Classification, Recurrence
+from dspace.math.ir import Analysis, Recurrence
 from dspace.math.printing import axes_text, latex_name, latex_of, text_of
+from dspace.math.separate import separable
 
 WIDTH = 110
 
@@ -16,7 +17,7 @@ PLANS = {
     "a": "chunkwise: matmuls within and between chunks",
     "b": "chunkwise: matmuls within and between chunks, decay relative to the chunk",
     "fold": "chunkwise: small states first, then as the class that remains",
-    "c": "every chunk in parallel, token by token in registers; chunk boundaries by matmul where tokens decay as a whole",
+    "c": "every chunk in parallel, token by token in registers; chunk boundaries by matmul",
     "d": "sequential, token by token (the chunkwise plan, by triangular inverse, comes later)",
 }
 """How each class runs."""
@@ -34,7 +35,7 @@ def text(analysis: Analysis, *, passes: bool = False) -> str:
     if r.references:
         out.append("  " + ", ".join(r.references))
     out += ["", f"class {c.letter}: {c.name}", *_wrap("why: " + c.reason)]
-    out += _wrap("runs: " + _runs(c))
+    out += _wrap("runs: " + _runs(analysis))
     out += _section("inputs, one value per token and head", [_declared(v) for v in r.inputs])
     if r.parameters:
         out += _section("parameters, one value per head", [_declared(v) for v in r.parameters])
@@ -60,10 +61,13 @@ def text(analysis: Analysis, *, passes: bool = False) -> str:
     return "\n".join(out) + "\n"
 
 
-def _runs(c: Classification) -> str:
-    """The plan of a class; matmuls know no decay along v, and none that has no logarithm."""
-    if c.affine and (c.letter not in PLANS or any("v" in a.decay_axes or a.log_decay is None for a in c.affine)):
-        return COMPOSED
+def _runs(analysis: Analysis) -> str:
+    """The plan of a class; matmuls know no decay along v, save at chunk boundaries, and none that has no logarithm."""
+    c, table = analysis.classification, analysis.recurrence.axes_table()
+    for a in c.affine or ():
+        known = separable(a, table) if a.decay_axes and c.letter == "c" else "v" not in a.decay_axes
+        if c.letter not in PLANS or a.log_decay is None or not known:
+            return COMPOSED
     return PLANS.get(c.letter, SEQUENTIAL)
 
 
@@ -95,7 +99,7 @@ def as_dict(analysis: Analysis) -> dict[str, Any]:
         "class": c.letter,
         "class_name": c.name,
         "reason": c.reason,
-        "plan": PLANS.get(c.letter, SEQUENTIAL),
+        "plan": _runs(analysis),
         "steps": list(c.steps),
         "inputs": [_variable(v) for v in r.inputs],
         "parameters": [_variable(v) for v in r.parameters],

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from dspace.math.ir import AffineState, Analysis, Axes, Recurrence, State, SumK, SumV, axes_of
+from dspace.math.ir import AffineState, Analysis, Axes, Recurrence, State
+from dspace.math.separate import separable
 
 CHUNK = 32
 """Least tokens a chunk: with fewer, states at chunk borders take more memory than what a chunk's tokens are worth."""
@@ -53,16 +54,6 @@ def segment_plan(analysis: Analysis) -> SegmentPlan | None:
         symbol = State(name, axes, sympy.Integer(1), sympy.Integer(1)).symbol
         products.append(State(name, axes, sympy.Integer(1), symbol * decay))
     within = r.replace(states=(*r.states, *products), output=sympy.Integer(0), variance=None)
-    matmuls = all(_separable(known[s.name], r) for s in r.states)
-    separable = tuple(known[s.name] for s in r.states) if matmuls else ()
-    return SegmentPlan(within, tuple(axes for _, axes in decays), tuple(forgets), separable)
-
-
-def _separable(state: AffineState, r: Recurrence) -> bool:
-    """Whether writes are products of a key and a value, and decays weights of one of them, each made of its token alone."""
-    if state.axes != "kv" or state.decay_axes == "kv" or state.log_decay is None or not state.writes:
-        return False
-    table = r.axes_table()
-    parts = [(state.log_decay, state.decay_axes)]
-    parts += [part for w in state.writes for part in ((w.key, "k"), (w.value, "v"))]
-    return all(not e.atoms(SumK, SumV) and axes_of(e, table) in ("", axes) for e, axes in parts)
+    matmuls = all(separable(known[s.name], r.axes_table()) for s in r.states)
+    parts = tuple(known[s.name] for s in r.states) if matmuls else ()
+    return SegmentPlan(within, tuple(axes for _, axes in decays), tuple(forgets), parts)

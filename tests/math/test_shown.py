@@ -45,6 +45,16 @@ def test_delta_rules_say_that_they_run_sequentially():
 
 
 @pytest.mark.parametrize(
+    ("axes", "words"), [("", "boundaries by matmul"), ("k", "boundaries by matmul"), ("kv", "composing")]
+)
+def test_ratios_say_how_their_chunks_begin(axes: str, words: str) -> None:
+    spec = load("metaplastic_gla").to_toml().partition("[layer]")[0]
+    changed = spec.replace('g = { axes = "k"', f'g = {{ axes = "{axes}"')
+    assert axes == "k" or changed != spec
+    assert words in show.text(analyse(loads(changed)))
+
+
+@pytest.mark.parametrize(
     ("axes", "words"), [("", "chunkwise"), ("k", "chunkwise"), ("v", "composing"), ("kv", "composing")]
 )
 def test_decays_that_no_matmul_knows_are_said_to_be_composed(axes: str, words: str) -> None:
