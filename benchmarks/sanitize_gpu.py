@@ -351,6 +351,7 @@ def main() -> int:
         "--reduced", action="store_true", help="two lengths, two head sizes, bfloat16: for compute-sanitizer"
     )
     parser.add_argument("--no-matrix", action="store_true", help="bad input only")
+    parser.add_argument("--keys", type=int, nargs="+", metavar="K", help="only head sizes with so many key channels")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--journal", type=Path, help="keeps what was examined; what is in it is not examined again")
     parser.add_argument(
@@ -366,6 +367,8 @@ def main() -> int:
         asked.journal = asked.journal or asked.share / "journal"
     specs = asked.specs.split(",")
     pairs = [(16, 16), (40, 100)] if asked.reduced else PAIRS
+    if asked.keys:
+        pairs = [pair for pair in pairs if pair[0] in asked.keys]
     # Triton's interpreter does not multiply matrices of bfloat16.
     dtypes = ["bfloat16" if DEVICE == "cuda" else "float32"] if asked.reduced else asked.dtypes.split(",")
     orders = [

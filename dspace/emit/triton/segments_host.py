@@ -24,7 +24,8 @@ def _segment_proposals(K, V):
         numbers = max(1, -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
         warps = 1 << (max(1, numbers // share) - 1).bit_length()
         warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
-        every = 4 if numbers <= most * warps else max(1, min(4, 64 * warps // numbers))
+        # few channels take little memory, and half the tokens unrolled a third of the time to compile
+        every = (2 if K <= 32 else 4) if numbers <= most * warps else max(1, min(4, 64 * warps // numbers))
         if (BK, BV, warps, every) not in found:
             found.append((BK, BV, warps, every))
     return found
