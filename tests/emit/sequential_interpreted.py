@@ -57,6 +57,18 @@ MORE = {
             variance="scale**2*sum_k(q**2/(Ibar + I_p))",
             domains={"Ibar": "nonnegative"},
         ),
+        build(  # what chunks make of zeros by matmuls: decays on v, one a head, none; numbers of a head and channels in writes
+            "ratio_values",
+            inputs(q="k", k="k", v="v", b="v", w="v", n=""),
+            (parameter("rate", ""), parameter("a", "k"), parameter("c", "v")),
+            {
+                "M": ("kv", "0", "exp(w)*M + v*k + n*a*c"),
+                "Ibar": ("kv", "0", "exp(-softplus(rate))*Ibar + b*k**2*a"),
+                "count": ("kv", "0", "count + n*k"),
+            },
+            "scale*sum_k(q*M/(Ibar + 1)) + 0.1*sum_k(q*tanh(count))",
+            domains={"b": "nonnegative", "a": "positive", "Ibar": "nonnegative"},
+        ),
         build(  # decays on every axis, of any sign, and none; writes that are no products; states on every axis
             "composed",
             inputs(q="k", k="k", v="v", w="v", r="kv", g=""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,8 @@ CASES = [
     Case("ratio", 0, blocks=8),
     *(Case(n, 5, form="chunk") for n in ("scalar_decay", "bonus_before", "normalised", "ratio_channels", "composed")),
     Case("ratio_channels", 19, form="chunk"),
+    Case("ratio_values", 11, batch=2, form="chunk"),
+    Case("ratio_values", 6, packed=True, form="chunk"),
     Case("ratio_channels", 4, batch=2, blocks=8, form="chunk"),
     Case("composed", 9, batch=2, form="chunk"),
     Case("ratio_channels", 6, packed=True, form="chunk"),
@@ -158,3 +161,16 @@ def test_every_class_has_a_recurrent_form_and_the_rest_falls_back_to_it(tmp_path
 
 def test_values_split_only_where_no_formula_contracts_over_them() -> None:
     assert {name for name, r in RECURRENCES.items() if not sequential.splits(r)} == {"coupled"}
+
+
+def test_key_channels_are_tiles_of_powers_of_two_without_padding() -> None:
+    """Of 48, three of 16; and matmuls make what chunks make of zeros."""
+    module = importlib.import_module("kernels.metaplastic_gla")
+    assert [module._exact_tile(K) for K in (16, 20, 40, 48, 64, 96, 192, 256)] == [16, 32, 16, 16, 64, 32, 64, 256]
+    found = offline.launches_of(module, T=4096, B=1, H=1, K=48, V=40)
+    tiles = {x.name: x.options["BK"] for x in found if "BK" in x.options}
+    assert tiles["_segment_kernel"] == tiles["_segment_backward_kernel"] == 16
+    reports = [offline.build(x, "sm_90") for x in found]
+    assert not [b for b in reports if b.faults or b.spilled > 512]
+    (ends,) = [x for x in found if x.name == "_ends_kernel"]
+    assert "mma" in offline.compiled_for(ends, "sm_90").asm["ptx"]
