@@ -2741,15 +2741,15 @@ def _outputs_config(K, V):
     return _chosen(_outputs_proposals, "segment outputs " + _ID, K, V)
 
 
-def _segmented(inputs, parameters, states, offsets):
+def _segmented(inputs, parameters, states, offsets, most):
     """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle.
 
-    They run twice the instructions and more. With few warps, a sequence a program waits for its latencies longer than
-    those take: measured on an H100, all chunks were twice as fast at two warps a multiprocessor, and slower at eight.
+    They run more instructions. With few warps, a sequence a program waits for its latencies longer than those take:
+    with fewer than ``most`` a multiprocessor, 8 forward and 4 backward from measurements on an H100.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = _sequential_config(K, V, steps, True)
-    return T > 2 * _SEGMENT and N * H * -(-V // BV) * warps < 4 * _multiprocessors(inputs[0].device)
+    return T > 2 * _SEGMENT and N * H * -(-V // BV) * warps < most * _multiprocessors(inputs[0].device)
 
 
 def _segment_tokens(tokens, H, K, V, device):
@@ -2902,12 +2902,12 @@ def _chunks_backward(*arguments):
 
 def _segment_forward(*arguments):
     inputs, parameters, states, (offsets, *_) = _sequential_split(arguments)
-    return (_chunks_forward if _segmented(inputs, parameters, states, offsets) else _sequential_forward)(*arguments)
+    return (_chunks_forward if _segmented(inputs, parameters, states, offsets, 8) else _sequential_forward)(*arguments)
 
 
 def _segment_backward(*arguments):
     inputs, parameters, states, (*_, offsets, _, _) = _sequential_split(arguments)
-    return (_chunks_backward if _segmented(inputs, parameters, states, offsets) else _sequential_backward)(*arguments)
+    return (_chunks_backward if _segmented(inputs, parameters, states, offsets, 4) else _sequential_backward)(*arguments)
 
 
 _segment_op = torch.library.custom_op(
