@@ -47,7 +47,7 @@ class _Printer(TorchPrinter):
 def section(analysis: Analysis, delta: bool = False) -> Section | None:
     """The chunkwise Triton section, or None where the recurrence has no such form.
 
-    That of class d is made only if ``delta`` asks for it: it was not certified on a GPU yet.
+    That of class d is made only if ``delta`` asks for it: its certificate fails in bfloat16 (docs/limits.md).
     """
     plan = delta_plan(analysis) if delta else affine_plan(analysis)
     if plan is None or not plan.matrix_states or any(s.decay_axes == "v" for s in plan.matrix_states):

@@ -12,7 +12,7 @@ import sympy
 
 from dspace.emit.naming import Namer
 from dspace.emit.triton.sequential import Body
-from dspace.emit.triton.tiles import indented
+from dspace.emit.triton.tiles import PROGRAM, ZEROS, indented
 from dspace.math.ir import Axes
 from dspace.plan.sequential import Assign, Store, Sum, Token
 
@@ -37,25 +37,15 @@ def _exact_tile(K):
 LOOP = "for i_k in tl.static_range(NK):"
 PLACE = "    r_k, o_k, m_k, t_kv, m_kv = _channels(i_k, o_v, m_v, K, V, BK)"
 
-HEAD = """    NK: tl.constexpr = (K + BK - 1) // BK
+HEAD = f"""    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     EXACT_K: tl.constexpr = K % BK == 0
     EXACT_V: tl.constexpr = V % BV == 0
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    i_n = (pid // NV // H).to(tl.int64)
-    i_h = pid // NV % H
-    i_nh = i_n * H + i_h
-    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+{PROGRAM}
     r_v = i_v * BV + tl.arange(0, BV)
     o_v = r_v[None, :]
     m_v = o_v < V
-    count_k = tl.full((), K, tl.float32)
-    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
-    zero_ = tl.full((), 0.0, tl.float32)
-    zero_k = tl.zeros([BK, 1], tl.float32)
-    zero_v = tl.zeros([1, BV], tl.float32)
-    zero_kv = tl.zeros([BK, BV], tl.float32)"""
+{ZEROS}"""
 
 Emit = Callable[[Store, str], tuple[str | None, str]]
 """Of a store and its value: what collects a new value (None: nothing does), and that value, or else a line."""

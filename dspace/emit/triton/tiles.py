@@ -35,15 +35,25 @@ def _live(x, mask, EXACT: tl.constexpr):
         return tl.where(mask, x, 0.0)
 '''
 
-HEAD = """    NV: tl.constexpr = (V + BV - 1) // BV
-    EXACT_K: tl.constexpr = K == BK
-    EXACT_V: tl.constexpr = V % BV == 0
-    pid = tl.program_id(0)
+PROGRAM = """    pid = tl.program_id(0)
     i_v = pid % NV
     i_n = (pid // NV // H).to(tl.int64)
     i_h = pid // NV % H
     i_nh = i_n * H + i_h
-    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)
+    begin, steps, rows = _bounds(offsets, i_n, T, PACKED)"""
+"""Which head of which sequence, and which tile of v, a program has."""
+
+ZEROS = """    count_k = tl.full((), K, tl.float32)
+    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
+    zero_ = tl.full((), 0.0, tl.float32)
+    zero_k = tl.zeros([BK, 1], tl.float32)
+    zero_v = tl.zeros([1, BV], tl.float32)
+    zero_kv = tl.zeros([BK, BV], tl.float32)"""
+
+HEAD = f"""    NV: tl.constexpr = (V + BV - 1) // BV
+    EXACT_K: tl.constexpr = K == BK
+    EXACT_V: tl.constexpr = V % BV == 0
+{PROGRAM}
     r_k = tl.arange(0, BK)
     r_v = i_v * BV + tl.arange(0, BV)
     o_k = r_k[:, None]
@@ -52,12 +62,7 @@ HEAD = """    NV: tl.constexpr = (V + BV - 1) // BV
     m_v = o_v < V
     m_kv = m_k & m_v
     t_kv = o_k * V + o_v
-    count_k = tl.full((), K, tl.float32)
-    count_v = tl.minimum(V - i_v * BV, BV).to(tl.float32)
-    zero_ = tl.full((), 0.0, tl.float32)
-    zero_k = tl.zeros([BK, 1], tl.float32)
-    zero_v = tl.zeros([1, BV], tl.float32)
-    zero_kv = tl.zeros([BK, BV], tl.float32)"""
+{ZEROS}"""
 
 
 def load(array: str, axes: Axes, place: str) -> str:
