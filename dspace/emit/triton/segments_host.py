@@ -63,10 +63,12 @@ def _segmented(inputs, parameters, states, offsets, most):
     """Whether all chunks at once are worth their further passes: where a sequence a program leaves a GPU idle.
 
     They run more instructions. With few warps, a sequence a program waits for its latencies longer than those take:
-    with fewer than ``most`` a multiprocessor, 8 forward and 4 backward from measurements on an H100.
+    with fewer than ``most`` a multiprocessor, 8 forward and 4 backward from measurements on an H100, and 16 where a
+    sequence a program would have lanes without a channel that tiles of k do not have.
     """
     B, T, H, K, V, N, steps = _sequential_sizes(inputs, parameters, states, offsets)
     BK, BV, warps = _sequential_config(K, V, steps, True)
+    most = 16 if _exact_tile(K) < K else most
     return T > 2 * _SEGMENT and N * H * -(-V // BV) * warps < most * _multiprocessors(inputs[0].device)
 
 
