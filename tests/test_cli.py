@@ -155,7 +155,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("space", "--count")])
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("show", "gla")])
 def test_a_full_disk_behind_standard_output_is_told_in_words(arguments: tuple[str, ...]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open("/dev/full", "w") as full:
