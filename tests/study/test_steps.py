@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from dspace.study import ledger, queue
+from dspace.study import ledger, queue, telling
 from dspace.study.change import Change
 from dspace.study.database import Database
 from dspace.study.ledger import open_study
@@ -210,6 +210,7 @@ def test_a_trial_takes_three_calls(
 
         monkeypatch.setattr(type(worker.storage._patience), "__call__", count)
         monkeypatch.setattr(Patient, "_once", count_once)
+        monkeypatch.setattr(telling, "TELL_SECONDS", float("inf"))  # else a slow machine tells of curves in between
         assert worker.run(float("inf")) == 0
         trials = study.get_trials()
     finally:
