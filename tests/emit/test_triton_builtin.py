@@ -16,7 +16,6 @@ from dspace.runtime.load import load_file
 from dspace.spec import builtin_names
 from tests.emit.interpreting import interpreted
 
-HERE = Path(__file__).parent
 GROUPS = 4
 """Processes that share the built-in specs: importing everything takes as long as certifying one."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
 
 import pytest
 import sympy
@@ -17,8 +16,6 @@ from dspace.runtime import offline
 from tests.emit.interpreting import interpreted as run
 from tests.emit.names import left_to_a_spec
 from tests.emit.triton_interpreted import build, draw
-
-HERE = Path(__file__).parent
 
 # Two matrix states with different decays, several writes, two reads, a state on v, one without axes.
 MANY = """

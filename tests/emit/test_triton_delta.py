@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import dspace.math
@@ -12,8 +10,6 @@ from dspace.plan.delta import delta_plan
 from dspace.runtime import offline
 from tests.emit.interpreting import interpreted as run
 from tests.emit.triton_interpreted import build
-
-HERE = Path(__file__).parent
 
 HEAD = """
 name = "tried"

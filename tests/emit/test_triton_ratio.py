@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import sympy
 import torch
@@ -17,8 +15,6 @@ from tests.emit.interpreting import interpreted as run
 from tests.emit.names import left_to_a_spec
 from tests.emit.ratio_interpreted import build
 from tests.emit.triton_interpreted import draw
-
-HERE = Path(__file__).parent
 
 # Two decays, two writes on one state, nonlinear keys and values, a gate and a per-channel parameter in the body,
 # an output that is not one read, and a state that divides without a prior of its own.

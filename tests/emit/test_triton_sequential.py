@@ -15,8 +15,6 @@ from dspace.emit.triton import section, sequential
 from dspace.runtime import offline
 from tests.emit.interpreting import interpreted as run
 
-HERE = Path(__file__).parent
-
 
 @dataclass(frozen=True)
 class Case:

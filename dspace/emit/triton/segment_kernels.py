@@ -138,12 +138,12 @@ class Chunks(Kernels):
         self.carry({f"d_{n}": name for n, name in (d_states | x.sums).items()})
         lines += indented(self.cotangents(x, back), 3)
         totals = [(p.axes, x.d_out[p.name], _each(x.sums[p.name], p.axes)) for p in r.parameters]
-        found = written((a, stored(array, a, place_of(a), total)) for a, array, total in totals)
+        found = self.written((a, stored(array, a, place_of(a), total)) for a, array, total in totals)
         lines += ["    if INPUTS:", *indented(found, 2)] if found else []
         for s in r.states:
             start = x.d_start[s.name]
             text = stored(start, s.axes, place_of(s.axes), _each(d_states[s.name], s.axes))
-            lines += [f"    if {start} is not None:", *indented(written([(s.axes, text)]), 2)]
+            lines += [f"    if {start} is not None:", *indented(self.written([(s.axes, text)]), 2)]
         return "\n".join(lines) + "\n"
 
     def cotangents(self, x: Reverse, back: TiledBody) -> list[str]:
@@ -195,7 +195,7 @@ class Chunks(Kernels):
             loads.append((axes, f"{row} = {row} + ({raw(array, axes, 'at')},)"))
             values[symbol] = axes, f"{row}[{_nth('i_t', axes)}]{shaped(axes)}"
         head = [_TOKENS.replace(":", ":  # everything is loaded before it is used"), _AT] if loads else []
-        return [*empty, *head, *indented(written(loads), 3)], values
+        return [*empty, *head, *indented(self.written(loads), 3)], values
 
     def leaf_lines(
         self, body: TiledBody, used: Collection[sympy.Symbol], values: dict[sympy.Symbol, tuple[Axes, str]]
@@ -235,11 +235,11 @@ class Chunks(Kernels):
         return [f"{self.carried[s.name]} = {self.afters[s.name]}" for s in stores]
 
     def stores(self, store: Callable[[State, str], str]) -> list[str]:
-        """Stores of states: those without a v axis are the same in every block of v, and one block writes them."""
-        texts = {s: (s.axes, store(s, _each(self.whole[s.name], s.axes))) for s in self.r.states}
-        own = written(text for s, text in texts.items() if "v" in s.axes)
-        same = written(text for s, text in texts.items() if "v" not in s.axes)
-        return own + (["if i_v == 0:", *indented(same, 1)] if same else [])
+        """Lines that store every state, by ``store`` of a state and its value."""
+        return self.once({s: store(s, _each(self.whole[s.name], s.axes)) for s in self.r.states})
+
+    def written(self, stores: Iterable[tuple[Axes, str]]) -> list[str]:
+        return written(stores)
 
 
 def _joined(lines: Iterable[str]) -> list[str]:

@@ -14,6 +14,11 @@ _SEGMENT_PRODUCTS = @PRODUCTS@  # axes of the products of decays
 _SEGMENT_FORGETS = @FORGETS@  # which of them each state has, and how many of its numbers in turn have the same; or None
 
 
+def _segment_numbers(K, BK, BV):
+    """Of states, for each thread if a program had one warp."""
+    return -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32
+
+
 def _segment_proposals(K, V):
     """Backward: tile of k, tile of v, warps, tokens whose states the registers hold at a time."""
     BK, full = _exact_tile(K), 1 << (V - 1).bit_length()
@@ -21,7 +26,7 @@ def _segment_proposals(K, V):
     most = 24 if BK < K else 16  # of several tiles, a thread needs less beside their numbers
     for width, share in ((16, most), (32, most), (16, 32), (32, 32)):
         BV = min(full, width) if _SEQUENTIAL_SPLITS else full
-        numbers = max(1, -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32)  # of states, for each thread of one warp
+        numbers = max(1, _segment_numbers(K, BK, BV))
         warps = 1 << (max(1, numbers // share) - 1).bit_length()
         warps = min(warps, 8 if numbers <= 8 * 64 else 16)  # with 16, a thread has half the registers
         # few channels take little memory, and half the tokens unrolled a third of the time to compile
@@ -48,8 +53,7 @@ def _outputs_proposals(K, V):
     found = []
     for width, every in ((16, 4), (8, 4), (16, 2)):
         BV = min(full, width) if _SEQUENTIAL_SPLITS else full
-        numbers = -(-K // BK) * BK * BV * _SEQUENTIAL_TILES // 32  # of states, for each thread of one warp
-        warps = min(16, 1 << (max(1, -(-numbers // 96)) - 1).bit_length())
+        warps = min(16, 1 << (max(1, -(-_segment_numbers(K, BK, BV) // 96)) - 1).bit_length())
         if (BK, BV, warps, every) not in found:
             found.append((BK, BV, warps, every))
     return found

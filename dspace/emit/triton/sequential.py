@@ -188,15 +188,12 @@ class Kernels:
         loads = [f"{n} = {raw(arrays[p.name], p.axes, 'i_h')}" for n, p in zip(names, read, strict=True)]
         return loads, [f"{n} = {n}{shaped(p.axes)}" for n, p in zip(names, read, strict=True)]
 
-    def advance(self, body: Body, only: str = "") -> list[str]:
-        """Lines that give every carried value its next one, all at once; where ``only`` holds, if that is given."""
+    def advance(self, body: Body) -> list[str]:
+        """Lines that give every carried value its next one, all at once."""
         carried = [s for s in body.stores if s.name in body.scheduler.previous]
         after = [self.namer(f"{self.carried[s.name]}_after") for s in carried]
         lines = [f"{name} = {body.full(s)}" for name, s in zip(after, carried, strict=True)]
-        for name, s in zip(after, carried, strict=True):
-            value = f"tl.where({only}, {name}, {self.carried[s.name]})" if only else name
-            lines.append(f"{self.carried[s.name]} = {value}")
-        return lines
+        return lines + [f"{self.carried[s.name]} = {name}" for name, s in zip(after, carried, strict=True)]
 
     def all(self, adjoint: Adjoint) -> list[str]:
         """Forward and backward, the latter once more for cotangents of the variance."""
@@ -260,9 +257,13 @@ class Kernels:
 
     def once(self, stores: Mapping[State, str]) -> list[str]:
         """Stores of states: those without a v axis are the same in every block of v, and one block writes them."""
-        own = [line for s, line in stores.items() if "v" in s.axes]
-        same = [line for s, line in stores.items() if "v" not in s.axes]
+        own = self.written((s.axes, line) for s, line in stores.items() if "v" in s.axes)
+        same = self.written((s.axes, line) for s, line in stores.items() if "v" not in s.axes)
         return own + (["if i_v == 0:", *indented(same, 1)] if same else [])
+
+    def written(self, stores: Iterable[tuple[Axes, str]]) -> list[str]:
+        """Lines of stores, given with their axes."""
+        return [line for _, line in stores]
 
     def symbols_of(self, body: Body, stores: Sequence[Store]) -> set[sympy.Symbol]:
         needed = body.scheduler.in_order({x for s in stores for x in s.expr.free_symbols})
